@@ -1,0 +1,155 @@
+"""What a perturbed language model is made of: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TRANSFORMS = ("diagonal", "lowrank", "gated", "affine", "mlp")
+LATENTS = ("gaussian", "uniform", "rademacher")
+SCOPES = ("token", "sequence")
+MARGINALS = ("token", "sequence")
+ESTIMATORS = ("jensen", "iwae", "jvi", "jvi_clip", "resample", "sumo", "mlmc", "quadratic")
+PLANS = ("auto", "batched", "chunked", "resample")
+
+# These combine draws as if they were independent; an antithetic pair is not.
+INDEPENDENT_DRAWS = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
+# One draw leaves nothing to pair, to leave out or to telescope.
+AT_LEAST_TWO_DRAWS = ("quadratic", "jvi", "jvi_clip", "mlmc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbConfig:
+    """How prefix embeddings are moved and how the marginal is estimated.
+
+    transform, latent, latent_dim, hidden_dim, scope: the family `T(e, z)` and the law of z
+        (`latent_dim` is ignored by diagonal, `hidden_dim` by diagonal, lowrank and affine).
+    init_scale, min_scale: root mean square of the shift over that of the embedding table,
+        at the start and at the least.
+    marginal, estimator, num_samples, antithetic: the estimating equation and its M draws.
+    backward_samples: the K draws that `resample` sends backward; None is round(sqrt(M / 2)).
+    plan, chunk_size: how the M samples go through the trunk.
+    """
+
+    transform: str = "lowrank"
+    latent: str = "gaussian"
+    latent_dim: int = 16
+    hidden_dim: int = 64
+    scope: str = "token"
+    marginal: str = "token"
+    estimator: str = "iwae"
+    num_samples: int = 8
+    backward_samples: int | None = None
+    init_scale: float = 0.2
+    min_scale: float = 0.0
+    antithetic: bool = False
+    plan: str = "auto"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            _require_choice(name, getattr(self, name), choices)
+        for name in ("latent_dim", "hidden_dim", "num_samples"):
+            _require_count(name, getattr(self, name))
+        for name in ("backward_samples", "chunk_size"):
+            if getattr(self, name) is not None:
+                _require_count(name, getattr(self, name), or_none=True)
+        if not isinstance(self.antithetic, bool):
+            raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
+        _require_scale("init_scale", self.init_scale, positive=True)
+        _require_scale("min_scale", self.min_scale, positive=False)
+        if self.min_scale > self.init_scale:
+            raise ValueError(
+                f"min_scale must not exceed init_scale, got min_scale={self.min_scale!r} "
+                f"and init_scale={self.init_scale!r}"
+            )
+        if self.estimator == "quadratic" and self.marginal == "sequence":
+            raise ValueError(
+                "marginal='sequence' has no estimator='quadratic': the quadratic equation needs "
+                "every outcome of the marginal; use marginal='token' or another estimator of "
+                f"{ESTIMATORS}"
+            )
+        if self.plan == "resample" and self.estimator not in ("iwae", "resample"):
+            raise ValueError(
+                f"plan='resample' estimates the iwae gradient, got estimator={self.estimator!r}; "
+                "use estimator='iwae' or 'resample', or another plan of "
+                f"{tuple(plan for plan in PLANS if plan != 'resample')}"
+            )
+        if self.backward_samples is not None and self.backward_samples > self.num_samples:
+            raise ValueError(
+                f"backward_samples must not exceed num_samples={self.num_samples}, "
+                f"got {self.backward_samples!r}"
+            )
+        check_draws(self.estimator, self.num_samples, antithetic=self.antithetic)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PerturbConfig:
+        """A config from plain data; a key that is no field is refused, never ignored."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in fields:
+                close = difflib.get_close_matches(str(key), fields, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"PerturbConfig has no key {key!r}{hint}; keys are {fields}")
+        return cls(**values)
+
+
+_CHOICES = {
+    "transform": TRANSFORMS,
+    "latent": LATENTS,
+    "scope": SCOPES,
+    "marginal": MARGINALS,
+    "estimator": ESTIMATORS,
+    "plan": PLANS,
+}
+
+
+def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -> None:
+    """Refuse a number of draws, or a coupling of them, that the estimator cannot use."""
+    _require_count("num_samples", num_samples)
+    if num_samples < 2 and estimator in AT_LEAST_TWO_DRAWS:
+        raise ValueError(
+            f"num_samples must be at least 2 for estimator={estimator!r}, got {num_samples}"
+        )
+    if antithetic and num_samples % 2:
+        raise ValueError(
+            f"num_samples must be even with antithetic=True (draws come in pairs z, -z), "
+            f"got {num_samples}"
+        )
+    if antithetic and estimator in INDEPENDENT_DRAWS:
+        allowed = tuple(name for name in ESTIMATORS if name not in INDEPENDENT_DRAWS)
+        raise ValueError(
+            f"antithetic=True pairs the draws, but estimator={estimator!r} needs independent "
+            f"ones; use antithetic=False or an estimator of {allowed}"
+        )
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}{hint}")
+
+
+def _require_count(name: str, value: object, *, or_none: bool = False) -> None:
+    wanted = "a positive int or None" if or_none else "a positive int"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _require_scale(name: str, value: object, *, positive: bool) -> None:
+    wanted = "a finite number above 0" if positive else "a finite number, 0 or above"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")

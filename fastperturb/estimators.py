@@ -1,0 +1,311 @@
+"""Estimating equations: from M log-probs l[m] = log pi(y | z_m) to a value and its weights.
+
+Every estimator but `quadratic` reduces to one scalar weight for each (sample, outcome): the
+gradient of the value is sum_m weights[m] grad l[m]. With L_M = log mean exp l:
+
+    jensen     mean l                                 1/M               bias does not vanish
+    iwae       L_M                                    softmax(l)        bias -Var(p)/(2 M p^2)
+    jvi        M L_M - (M-1) mean_j L_{M-1}^(-j)      may be negative   O(1/M^2)
+    jvi_clip   the same value                         clipped at 0 and renormalised
+    resample   L_M                                    softmax(l), on K draws only, reweighted
+    sumo       M L_M - sum_{k<M} L_k, M random        a randomised telescope (`Telescope`)
+    mlmc       one random level of a telescope        antithetic halves     (`Telescope`)
+
+jensen, iwae, sumo (Luo et al., 2020), mlmc (Ishikawa and Goda, 2021) and jvi (Nowozin, 2018) are
+standard literature; jvi_clip and this resample are our constructions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastperturb.config import ESTIMATORS, check_draws
+
+# Stands for the log-prob of an impossible outcome, so that weights stay finite.
+_LOWEST = -1e30
+# Resampling mixes in this much of the uniform law, which bounds its weights.
+_UNIFORM_SHARE = 0.1
+
+
+def combine(
+    log_probs: Tensor,
+    estimator: str,
+    *,
+    mask: Tensor | None = None,
+    backward_samples: int | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Combine M samples' log-probs: the value, and the weights that are its gradient.
+
+    log_probs: [M, B, T] for the token marginal, [M, B] for the sequence marginal.
+    mask: bool, [B, T] or [B]: which outcomes are labelled; the others get 0 and no weight.
+    backward_samples: K of `resample`. generator: the randomness of resample, sumo and mlmc,
+        whose rows each draw their own samples or level.
+
+    Returns value [B, T] or [B], differentiable, and detached weights shaped like log_probs.
+    """
+    if estimator == "quadratic":
+        raise ValueError(
+            "estimator='quadratic' needs whole distributions, not log-probs: "
+            "use ops.linear_quadratic"
+        )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
+    mask = _check_log_probs(log_probs, mask)
+    num_samples, batch = log_probs.shape[:2]
+    check_draws(estimator, num_samples)
+    if estimator in ("sumo", "mlmc"):
+        telescope = Telescope(estimator, num_samples)
+        uniforms = torch.rand(batch, generator=generator, device=log_probs.device)
+        return telescope.combine(log_probs, telescope.sample(uniforms), mask=mask)
+    if estimator == "resample":
+        kept = default_backward_samples(num_samples, backward_samples)
+        uniforms = torch.rand(kept, batch, generator=generator, device=log_probs.device)
+        return resample(log_probs, uniforms, mask=mask)
+    lowered = _lowered(log_probs)
+    return _finish(log_probs, *_EQUATIONS[estimator](lowered), mask)
+
+
+def resample(
+    log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`combine` for resample, with the uniforms [K, B] on (0, 1) that choose its K samples."""
+    mask = _check_log_probs(log_probs, mask)
+    lowered = _lowered(log_probs)
+    value, weights = _iwae(lowered)
+    drawn, proposal = draw_samples(weights, uniforms, mask=mask)
+    counts = torch.zeros_like(proposal).scatter_add_(0, drawn, torch.ones_like(uniforms))
+    share = counts / (uniforms.shape[0] * proposal)  # (M, B)
+    weights = weights * share.reshape(*share.shape, *[1] * (weights.ndim - 2))
+    return _finish(log_probs, value, weights, mask)
+
+
+def draw_samples(weights: Tensor, uniforms: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """K whole samples for each row, with replacement: their indices [K, B] and the law [M, B].
+
+    Sample m of a row is drawn with the mean of its iwae weights over the row's labelled
+    outcomes, mixed with a tenth of the uniform law.
+    """
+    num_samples = weights.shape[0]
+    law = weights
+    if weights.ndim == 3:
+        labelled = mask.sum(-1)
+        law = (weights * mask).sum(-1) / labelled.clamp_min(1)
+        law = law.where(labelled > 0, 1 / num_samples)
+    law = (1 - _UNIFORM_SHARE) * law + _UNIFORM_SHARE / num_samples
+    edges = law.cumsum(0).T.contiguous()  # (B, M)
+    drawn = torch.searchsorted(edges, uniforms.to(edges).T.contiguous(), right=True)
+    return drawn.clamp_max(num_samples - 1).T, law
+
+
+def default_backward_samples(num_samples: int, backward_samples: int | None) -> int:
+    """K: as asked, or sqrt(M/2), which balances what K costs against the noise it removes.
+
+    A step costs 2M + 4K forwards' worth and its gradient's second moment falls like 1 + 1/K.
+    """
+    return backward_samples or max(1, round(math.sqrt(num_samples / 2)))
+
+
+@dataclass(frozen=True)
+class Telescope:
+    """Randomised telescopes of iwae: a few draws each, unbiased for iwae at `max_samples`.
+
+    `sample` turns uniforms into levels (one for a batch, or one for each row), `draws` says how
+    many draws a level needs, and `combine` takes those draws' log-probs. The telescope is cut at
+    `max_samples` (mlmc: at the largest power of two within it), so E[value] = E[L_max] and the
+    bias of iwae with that many draws, about -Var(p) / (2 max_samples p^2), remains.
+
+    sumo: K draws with P(K >= k) = 1/k; value = sum_k (L_k - L_{k-1}) / P(K >= k).
+    mlmc: level n takes 2^n draws with P(n) ~ 2^(-3n/2);
+        value = mean l + (L(all) - (L(first half) + L(second half)) / 2) / P(n).
+    """
+
+    estimator: str
+    max_samples: int
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ("sumo", "mlmc"):
+            raise ValueError(f"estimator must be 'sumo' or 'mlmc', got {self.estimator!r}")
+        check_draws(self.estimator, self.max_samples)
+
+    @property
+    def level_draws(self) -> list[int]:
+        """The number of draws of each level, in rising order."""
+        if self.estimator == "sumo":
+            return list(range(1, self.max_samples + 1))
+        return [2**level for level in range(self.max_samples.bit_length())]
+
+    @property
+    def probabilities(self) -> list[float]:
+        """The probability of each level."""
+        if self.estimator == "sumo":
+            cap = self.max_samples
+            return [1 / (k * (k + 1)) for k in range(1, cap)] + [1 / cap]
+        shares = [2 ** (-1.5 * level) for level in range(len(self.level_draws))]
+        return [share / sum(shares) for share in shares]
+
+    @property
+    def expected_draws(self) -> float:
+        """The mean number of draws, which is what a step costs."""
+        return sum(p * n for p, n in zip(self.probabilities, self.level_draws, strict=True))
+
+    def sample(self, uniforms: Tensor) -> Tensor:
+        """The levels that uniforms on [0, 1) choose, int64 of their shape."""
+        edges = torch.tensor(self.probabilities, device=uniforms.device).cumsum(0)[:-1]
+        return torch.bucketize(uniforms, edges, right=True)
+
+    def draws(self, level: Tensor) -> Tensor:
+        """How many draws each level needs."""
+        return torch.tensor(self.level_draws, device=level.device)[level]
+
+    def combine(
+        self, log_probs: Tensor, level: Tensor, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Value and weights, as `estimators.combine`; each row uses its level's first draws.
+
+        level: [] for the whole batch or [B]; log_probs need only reach the deepest one.
+        """
+        mask = _check_log_probs(log_probs, mask)
+        if level.shape not in (torch.Size(()), log_probs.shape[1:2]):
+            raise ValueError(
+                f"level must be one int64 or one a row, [] or {list(log_probs.shape[1:2])}, "
+                f"got {list(level.shape)}"
+            )
+        needed = int(self.draws(level).max()) if level.numel() else 0
+        if log_probs.shape[0] < needed:
+            raise ValueError(
+                f"log_probs must hold the {needed} draws of the deepest level, "
+                f"got {log_probs.shape[0]}"
+            )
+        lowered = _lowered(log_probs)
+        level = level.expand(mask.shape[0]).reshape(-1, *[1] * (mask.ndim - 1))
+        value = torch.zeros_like(lowered[0])
+        weights = torch.zeros_like(lowered)
+        for index, (draws, probability) in enumerate(
+            zip(self.level_draws, self.probabilities, strict=True)
+        ):
+            if draws > needed:
+                break
+            term = _sumo if self.estimator == "sumo" else _mlmc
+            level_value, level_weights = term(lowered[:draws], probability)
+            chosen = level == index
+            value = torch.where(chosen, level_value, value)
+            weights[:draws] = torch.where(chosen, level_weights, weights[:draws])
+        return _finish(log_probs, value, weights, mask)
+
+
+def effective_samples(log_probs: Tensor) -> Tensor:
+    """1 / sum_m w[m]^2 for the iwae weights w: from 1 (one sample does it all) to M."""
+    return 1 / torch.softmax(_lowered(log_probs), dim=0).square().sum(0)
+
+
+def _check_log_probs(log_probs: Tensor, mask: Tensor | None) -> Tensor:
+    if not log_probs.is_floating_point() or log_probs.ndim not in (2, 3) or not len(log_probs):
+        raise ValueError(
+            "log_probs must be floating point [M, B, T] (token marginal) or [M, B] (sequence "
+            f"marginal) with M >= 1, got {log_probs.dtype} {list(log_probs.shape)}"
+        )
+    if mask is None:
+        return torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
+    if mask.dtype != torch.bool or mask.shape != log_probs.shape[1:]:
+        raise ValueError(
+            f"mask must be bool {list(log_probs.shape[1:])}, got {mask.dtype} {list(mask.shape)}"
+        )
+    return mask
+
+
+def _lowered(log_probs: Tensor) -> Tensor:
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    return log_probs.detach().to(dtype).clamp_min(_LOWEST)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The value, with the weights for its gradient, whether or not they are its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, value: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        ctx.dtype = log_probs.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        return (grad * weights).to(ctx.dtype), None, None
+
+
+def _finish(
+    log_probs: Tensor, value: Tensor, weights: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    value, weights = value.where(mask, 0.0), weights.where(mask, 0.0)
+    return _WithGradient.apply(log_probs, value, weights), weights
+
+
+def _log_mean_exp(log_probs: Tensor) -> Tensor:
+    return log_probs.logsumexp(0) - math.log(log_probs.shape[0])
+
+
+def _jensen(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    return log_probs.mean(0), torch.full_like(log_probs, 1 / log_probs.shape[0])
+
+
+def _iwae(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    return _log_mean_exp(log_probs), torch.softmax(log_probs, dim=0)
+
+
+def _jvi(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    num_samples = log_probs.shape[0]
+    others = _log_sum_exp_of_others(log_probs)
+    value = num_samples * _log_mean_exp(log_probs) - (num_samples - 1) * (
+        others - math.log(num_samples - 1)
+    ).mean(0)
+    # l[i] enters each L^(-j), j != i, with weight exp(l[i] - others[j]) <= 1.
+    pull = torch.exp(log_probs + _log_sum_exp_of_others(-others))
+    weights = num_samples * torch.softmax(log_probs, dim=0)
+    return value, weights - (num_samples - 1) / num_samples * pull
+
+
+def _jvi_clip(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    value, weights = _jvi(log_probs)
+    weights = weights.clamp_min(0.0)
+    return value, weights / weights.sum(0)
+
+
+def _log_sum_exp_of_others(values: Tensor) -> Tensor:
+    """log sum_{i != j} exp values[i] for every j, from running sums: nothing cancels."""
+    edge = torch.full_like(values[:1], -torch.inf)
+    before = torch.cat([edge, values.logcumsumexp(0)[:-1]])
+    after = torch.cat([values.flip(0).logcumsumexp(0).flip(0)[1:], edge])
+    return torch.logaddexp(before, after)
+
+
+def _sumo(log_probs: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """M L_M - sum_{k<M} L_k: the telescope summed by parts, with P(K >= k) = 1/k."""
+    draws = log_probs.shape[0]
+    running = log_probs.logcumsumexp(0)  # log sum exp of the first k
+    sizes = torch.arange(1, draws, device=log_probs.device, dtype=log_probs.dtype).log()
+    shorter = running[:-1] - sizes.reshape(-1, *[1] * (log_probs.ndim - 1))
+    value = draws * _log_mean_exp(log_probs) - shorter.sum(0)
+    weights = draws * torch.softmax(log_probs, dim=0)
+    later = (-running[:-1]).flip(0).logcumsumexp(0).flip(0)  # log sum_{k >= m, k < M} 1/sum_k
+    weights[:-1] -= torch.exp(log_probs[:-1] + later)
+    return value, weights
+
+
+def _mlmc(log_probs: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    value, weights = _jensen(log_probs)
+    if log_probs.shape[0] == 1:
+        return value, weights
+    whole, whole_weights = _iwae(log_probs)
+    halves = [_iwae(half) for half in log_probs.chunk(2)]
+    correction = whole - (halves[0][0] + halves[1][0]) / 2
+    correction_weights = whole_weights - torch.cat([half[1] for half in halves]) / 2
+    return value + correction / probability, weights + correction_weights / probability
+
+
+_EQUATIONS = {"jensen": _jensen, "iwae": _iwae, "jvi": _jvi, "jvi_clip": _jvi_clip}

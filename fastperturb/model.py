@@ -1,0 +1,333 @@
+"""The wrapper: any supported causal LM, run on M perturbed copies of its prefix embeddings.
+
+    embed -> perturb_embed -> trunk -> head op -> estimator -> loss
+
+Everything happens inside one forward of one nn.Module, with one ordinary backward after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.utils import ModelOutput
+
+from fastperturb import estimators, noise, ops
+from fastperturb.architectures import understand
+from fastperturb.config import PerturbConfig, check_draws
+from fastperturb.ops import reference
+from fastperturb.transforms import make_transform
+
+IGNORED = -100
+
+
+@dataclass
+class PerturbedOutput(ModelOutput):
+    """What a perturbed forward yields; entry t of a [.., T-1] tensor is about label t + 1.
+
+    loss: minus the sum of the estimator's value over the number of labelled tokens.
+    log_marginal: log mean_m of the samples' probabilities, [B, T-1] (token marginal) or [B].
+    log_probs: each sample's log-prob of each label, [M, B, T-1], 0 where there is no label.
+    ess: effective samples, the mean over labelled outcomes of 1 / sum_m w[m]^2.
+    shift: mean of |T(e) - e| / |e| over samples and perturbed positions.
+    logits: log of the mean probability over samples, [B, T, V], on request.
+    """
+
+    loss: Tensor | None = None
+    log_marginal: Tensor | None = None
+    log_probs: Tensor | None = None
+    ess: Tensor | None = None
+    shift: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def wrap(model: nn.Module, config: PerturbConfig) -> PerturbedLM:
+    """Wrap a Hugging Face causal LM, plain or PEFT, with a learned perturbation."""
+    return PerturbedLM(model, config)
+
+
+class PerturbedLM(nn.Module):
+    """A causal LM whose prefix embeddings are moved by a learned random transform.
+
+    base: the model as given, its parameters and adapters untouched; config: the
+    PerturbConfig; transform: the learned T(e, z), in fp32 beside the embedding.
+    """
+
+    # The Trainer scales the loss of a model that takes num_items_in_batch by itself, and
+    # counts shifted labels for this loss type.
+    accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
+
+    def __init__(self, model: nn.Module, config: PerturbConfig) -> None:
+        super().__init__()
+        if not isinstance(config, PerturbConfig):
+            raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
+        if config.plan not in ("auto", "batched"):
+            raise ValueError(
+                f"plan={config.plan!r} is not implemented in this version; "
+                "use plan='batched' (which 'auto' means for now)"
+            )
+        parts = understand(model)
+        self.base = model
+        self.config = config
+        rms, embed_dim = _embedding_rms(parts.embed)
+        self.transform = make_transform(config, embed_dim, embed_rms=rms)
+        self.transform.to(parts.head.weight.device)
+        self._exact = False
+
+    @contextlib.contextmanager
+    def exact(self) -> Iterator[PerturbedLM]:
+        """Within it the model is the base on exact prefixes: one sample, nothing moved."""
+        before, self._exact = self._exact, True
+        try:
+            yield self
+        finally:
+            self._exact = before
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        perturb_mask: Tensor | None = None,
+        num_samples: int | None = None,
+        rows: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = False,
+    ) -> PerturbedOutput:
+        """Run M perturbed copies; with labels [B, T], estimate the loss.
+
+        input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T] (1 = real token).
+        perturb_mask: bool [B, T], which positions move; default every real token.
+        num_samples: M for this call. rows: global example numbers [B], or [B, T] for packed
+            documents, that key the noise; default 0..B-1.
+        seed: keys the noise; default drawn from torch's generator.
+        num_items_in_batch: the labelled tokens of the global batch, which divide the loss.
+        """
+        parts = understand(self.base)
+        embeddings = self._embeddings(parts.embed, input_ids, inputs_embeds)
+        batch, length = embeddings.shape[:2]
+        _check_layout("attention_mask", attention_mask, (batch, length))
+        _check_layout("position_ids", position_ids, (batch, length))
+        _check_layout("labels", labels, (batch, length))
+        if labels is not None:
+            _check_labels(labels, parts.head.weight.shape[0])
+        estimator = "iwae" if self._exact else self.config.estimator
+        if estimator == "jvi" and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "estimator='jvi' is for evaluation: its weights can be negative and training "
+                "with them diverged; use estimator='jvi_clip', whose weights are clipped"
+            )
+        seed = self._seed(seed, embeddings.device)
+        draws, level = self._draws(num_samples, estimator, seed)
+        if rows is None:
+            rows = torch.arange(batch, device=embeddings.device)
+        moved, shift = self._perturb(
+            embeddings, draws, seed, rows, attention_mask, position_ids, perturb_mask
+        )
+        hidden = parts.trunk(
+            inputs_embeds=moved.flatten(0, 1),
+            attention_mask=_repeat(attention_mask, draws),
+            position_ids=_repeat(position_ids, draws),
+            use_cache=False,
+        ).last_hidden_state.unflatten(0, (draws, batch))  # (M, B, T, D)
+        output = PerturbedOutput(shift=shift)
+        if return_logits:
+            output.logits = _mean_logits(hidden, parts.head.weight, parts.head_options)
+        if labels is None:
+            return output
+
+        # The last position predicts nothing: shifting labels, not hidden, saves a copy.
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        quadratic = None
+        if estimator == "quadratic":
+            quadratic, log_probs = ops.linear_quadratic(
+                hidden.flatten(1, 2),
+                parts.head.weight,
+                target.flatten(),
+                **parts.head_options,
+                return_log_probs=True,
+            )
+            log_probs = log_probs.detach()
+        else:
+            log_probs = ops.linear_logprob(
+                hidden.flatten(0, 2),
+                parts.head.weight,
+                target.repeat(draws, 1).flatten(),
+                **parts.head_options,
+            )
+        log_probs = log_probs.view(draws, batch, length)[:, :, :-1]
+        return self._estimate(
+            output, log_probs, quadratic, labels, estimator, level, seed, rows, num_items_in_batch
+        )
+
+    def _embeddings(
+        self, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            given = "both" if input_ids is not None else "neither"
+            raise ValueError(f"give either input_ids or inputs_embeds, got {given}")
+        if inputs_embeds is not None:
+            _check_layout("inputs_embeds", inputs_embeds, (*inputs_embeds.shape[:2], -1))
+            return inputs_embeds
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+        return embed(input_ids)
+
+    def _seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor:
+        if seed is None:
+            seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+        return noise.seed_tensor(seed, device).to(device)
+
+    def _draws(
+        self, num_samples: int | None, estimator: str, seed: Tensor
+    ) -> tuple[int, Tensor | None]:
+        """How many samples to run, and the telescope's level where there is one."""
+        if self._exact:
+            return 1, None
+        wanted = self.config.num_samples if num_samples is None else num_samples
+        check_draws(estimator, wanted, antithetic=self.config.antithetic)
+        if estimator not in ("sumo", "mlmc"):
+            return wanted, None
+        telescope = estimators.Telescope(estimator, wanted)
+        first_row = torch.zeros(1, dtype=torch.int64, device=seed.device)
+        level = telescope.sample(noise.auxiliary_uniforms(seed, 1, first_row)).reshape(())
+        return int(telescope.draws(level)), level
+
+    def _perturb(
+        self,
+        embeddings: Tensor,
+        draws: int,
+        seed: Tensor,
+        rows: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        perturb_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The moved embeddings [M, B, T, D] and how far they moved."""
+        if self._exact:
+            return embeddings[None], embeddings.new_zeros((), dtype=torch.float32)
+        positions = position_ids
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            perturb_mask = real if perturb_mask is None else perturb_mask & real
+            if positions is None:
+                positions = (real.cumsum(1) - 1).clamp_min(0)
+        moved = ops.perturb_embed(
+            embeddings,
+            None,
+            self.transform,
+            seed,
+            draws,
+            rows=rows,
+            positions=positions,
+            antithetic=self.config.antithetic,
+            perturb_mask=perturb_mask,
+        )
+        return moved, _relative_shift(moved, embeddings, perturb_mask)
+
+    def _estimate(
+        self,
+        output: PerturbedOutput,
+        log_probs: Tensor,
+        quadratic: Tensor | None,
+        labels: Tensor,
+        estimator: str,
+        level: Tensor | None,
+        seed: Tensor,
+        rows: Tensor,
+        num_items_in_batch: int | Tensor | None,
+    ) -> PerturbedOutput:
+        mask = labels[:, 1:] != IGNORED
+        count = mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        outcomes = log_probs
+        if self.config.marginal == "sequence":
+            outcomes, mask = log_probs.sum(-1), mask.any(-1)
+        if quadratic is not None:
+            value = quadratic
+        elif level is not None:
+            telescope = estimators.Telescope(estimator, self.config.num_samples)
+            value, _ = telescope.combine(outcomes, level, mask=mask)
+        elif estimator == "resample":
+            kept = estimators.default_backward_samples(len(log_probs), self.config.backward_samples)
+            first = rows if rows.ndim == 1 else rows[:, 0]
+            uniforms = noise.auxiliary_uniforms(seed, kept, first)
+            value, _ = estimators.resample(outcomes, uniforms, mask=mask)
+        else:
+            value, _ = estimators.combine(outcomes, estimator, mask=mask)
+        output.loss = -value.sum() / count
+        with torch.no_grad():
+            output.log_marginal = estimators.combine(outcomes, "iwae", mask=mask)[0]
+            effective = estimators.effective_samples(outcomes)
+            output.ess = effective.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
+        output.log_probs = log_probs
+        return output
+
+
+@torch.no_grad()
+def _embedding_rms(embed: nn.Module) -> tuple[float, int]:
+    """Root mean square over all that the embedding puts out, scaling included; and its width."""
+    total, count, width = 0.0, 0, 0
+    for ids in torch.arange(embed.weight.shape[0], device=embed.weight.device).split(4096):
+        chunk = embed(ids).float()
+        total += chunk.square().sum().item()
+        count += chunk.numel()
+        width = chunk.shape[-1]
+    return math.sqrt(total / count), width
+
+
+@torch.no_grad()
+def _relative_shift(moved: Tensor, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+    length = embeddings.float().norm(dim=-1)
+    travelled = torch.stack([(sample - embeddings).float().norm(dim=-1) for sample in moved])
+    counted = length > 0 if mask is None else mask & (length > 0)
+    ratio = (travelled.mean(0) / length).where(counted, 0.0)
+    return ratio.sum() / counted.sum().clamp_min(1)
+
+
+def _mean_logits(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """log mean_m softmax(logits of sample m), one sample's logits at a time."""
+    total: Tensor | None = None
+    for sample in hidden:
+        log_probs = torch.log_softmax(reference.logits(sample, weight, **options), dim=-1)
+        total = log_probs if total is None else torch.logaddexp(total, log_probs)
+    return total - math.log(len(hidden))
+
+
+def _repeat(per_row: Tensor | None, draws: int) -> Tensor | None:
+    """[B, T] for every sample: [M * B, T], samples outermost."""
+    return None if per_row is None else per_row.repeat(draws, 1)
+
+
+def _check_layout(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is None:
+        return
+    if value.ndim != len(shape) or any(
+        size not in (-1, have) for size, have in zip(shape, value.shape, strict=True)
+    ):
+        layout = {2: "[B, T]", 3: "[B, T, D]"}[len(shape)]
+        raise ValueError(
+            f"{name} must be {layout} = {list(shape)}, got {value.dtype} {list(value.shape)}"
+        )
+
+
+def _check_labels(labels: Tensor, vocab: int) -> None:
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocab))
+    if wrong.any():
+        raise IndexError(
+            f"labels must be {IGNORED} (no label) or lie in [0, {vocab}), "
+            f"got {int(labels[wrong][0])}"
+        )

@@ -1,0 +1,237 @@
+"""The noise contract: z[m, b, t, r] is a pure function of (seed, m, b, t, r).
+
+Philox-4x32-10 (Salmon et al., 2011) with the 64-bit seed as the key (low word, high word)
+and the counter (r // 4, t, m, b); latent r takes lane r % 4 of the four output words w.
+
+    uniform     sqrt(3) (2u - 1),  u = (w + 1/2) 2^-32
+    rademacher  +1 if the top bit of w is 0, else -1
+    gaussian    Box-Muller on lanes (0, 1) and (2, 3), cosine first
+
+m, b and t are numbers given by the caller, never loop indices, so the noise does not depend
+on tiling, micro-batches, ranks or on which pass draws it. The words are the same bits on
+every backend; this file is the definition that the C++ and Triton versions are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastperturb.config import LATENTS, SCOPES
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+# Sample numbers never reach this one, so draws that are not latents (which samples to send
+# backward, which level to telescope to) take it as their m and meet no latent.
+_AUXILIARY_SAMPLE = _WORD
+
+
+def philox(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox-4x32-10: counter [..., 4] and key [..., 2], int64 holding uint32, to [..., 4]."""
+    for name, value, lanes in (("counter", counter, 4), ("key", key, 2)):
+        if value.dtype != torch.int64 or value.ndim == 0 or value.shape[-1] != lanes:
+            raise ValueError(
+                f"{name} must be int64 of shape [..., {lanes}], "
+                f"got {value.dtype} of shape {list(value.shape)}"
+            )
+    words = [word & _WORD for word in counter.unbind(-1)]
+    return torch.stack(torch.broadcast_tensors(*_philox_words(words, key.unbind(-1))), dim=-1)
+
+
+def _philox_words(words: list[Tensor], key: tuple[Tensor, ...]) -> list[Tensor]:
+    low, high = (word & _WORD for word in key)
+    c0, c1, c2, c3 = words
+    for _ in range(_ROUNDS):
+        # The 64-bit products wrap into the sign; shift-and-mask still yields both halves.
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (product2 >> 32) & _WORD ^ c1 ^ low, (product0 >> 32) & _WORD ^ c3 ^ high
+        c1, c3 = product2 & _WORD, product0 & _WORD
+        low, high = (low + _WEYL[0]) & _WORD, (high + _WEYL[1]) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def latent(
+    seed: int | Tensor,
+    shape: tuple[int, int, int, int],
+    *,
+    latent: str = "gaussian",
+    scope: str = "token",
+    samples: int | Tensor | None = None,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    antithetic: bool = False,
+) -> Tensor:
+    """The latents z [M, B, T, R] in fp32, on the device of the tensors given (else CPU).
+
+    samples: the sample numbers m, an int M (0..M-1), [M] or [M, B]; default 0..M-1.
+    rows: the numbers b, [B] or [B, T]; default 0..B-1.
+    positions: the numbers t, [B, T]; default 0..T-1. `scope="sequence"` uses t = 0.
+    antithetic: sample number 2j + 1 is the negative of sample number 2j.
+    """
+    if latent not in LATENTS:
+        raise ValueError(f"latent must be one of {LATENTS}, got {latent!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
+    if len(shape) != 4 or any(size < 0 for size in shape) or shape[3] < 1:
+        raise ValueError(f"shape must be (M, B, T, R) with R >= 1, got {tuple(shape)}")
+    tensors = [x for x in (seed, samples, rows, positions) if isinstance(x, Tensor)]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"seed, samples, rows and positions lie on several devices: {devices}")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    num_samples, batch, length, latent_dim = shape
+    m, b, t = counters(
+        num_samples if samples is None else samples,
+        rows,
+        positions,
+        (batch, length),
+        antithetic=antithetic,
+        device=device,
+    )
+    if m.shape[0] != num_samples:
+        raise ValueError(f"samples must number {num_samples} (shape[0]), got {m.shape[0]}")
+    return draw_latent(
+        seed_tensor(seed, device),
+        m,
+        b,
+        t,
+        latent_dim=latent_dim,
+        latent=latent,
+        scope=scope,
+        antithetic=antithetic,
+    )
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The 64-bit seed as an int64 tensor of shape []; a Python int may be signed or unsigned."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"seed must be an int or one int64, got {seed.dtype} of shape {list(seed.shape)}"
+            )
+        return seed.reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an int of 64 bits or an int64 tensor, got {seed!r}")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+
+
+def counters(
+    samples: int | Tensor,
+    rows: Tensor | None,
+    positions: Tensor | None,
+    shape: tuple[int, int],
+    *,
+    antithetic: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers m [M, B], b [B, T] and t [B, T] of a call, validated and broadcast (views)."""
+    batch, length = shape
+    if isinstance(samples, Tensor):
+        allowed = [[samples.shape[0] if samples.ndim else 0], [*samples.shape[:1], batch]]
+        _require_numbers("samples", samples, allowed, device, "[M] or [M, B]")
+    elif isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples must be a number M or an int64 tensor, got {samples!r}")
+    elif antithetic and samples % 2:
+        raise ValueError(f"samples must be even with antithetic=True, got {samples}")
+    else:
+        samples = torch.arange(samples, device=device)
+    if samples.ndim == 1:
+        samples = samples[:, None].expand(-1, batch)
+    if rows is None:
+        rows = torch.arange(batch, device=device)
+    else:
+        _require_numbers("rows", rows, [[batch], [batch, length]], device, "[B] or [B, T]")
+    if rows.ndim == 1:
+        rows = rows[:, None].expand(-1, length)
+    if positions is None:
+        positions = torch.arange(length, device=device).expand(batch, -1)
+    else:
+        _require_numbers("positions", positions, [[batch, length]], device, "[B, T]")
+    return samples, rows, positions
+
+
+def _require_numbers(
+    name: str, value: Tensor, shapes: list[list[int]], device: torch.device, wanted: str
+) -> None:
+    if value.dtype != torch.int64 or list(value.shape) not in shapes or value.device != device:
+        sizes = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(
+            f"{name} must be int64 {wanted} = {sizes} on {device}, "
+            f"got {value.dtype} {list(value.shape)} on {value.device}"
+        )
+
+
+def draw_latent(
+    seed: Tensor,
+    samples: Tensor,  # [M, B]
+    rows: Tensor,  # [B, T]
+    positions: Tensor,  # [B, T]
+    *,
+    latent_dim: int,
+    latent: str,
+    scope: str,
+    antithetic: bool,
+) -> Tensor:
+    """`latent` after validation: z [M, B, T, R] in fp32 for counters already laid out."""
+    num_samples, (batch, length) = samples.shape[0], positions.shape
+    if scope == "sequence":
+        positions = torch.zeros_like(positions)
+    pair = samples - samples % 2 if antithetic else samples
+    blocks = torch.arange((latent_dim + 3) // 4, device=seed.device)
+    counter = [
+        blocks,
+        positions[None, :, :, None],
+        pair[:, :, None, None],
+        rows[None, :, :, None],
+    ]
+    words = _philox_words([word & _WORD for word in counter], (seed, seed >> 32))
+    z = torch.stack(_LAWS[latent](words), dim=-1)  # (M, B, T, ceil(R / 4), 4)
+    z = z.reshape(num_samples, batch, length, 4 * len(blocks))[..., :latent_dim]
+    if antithetic:
+        z = z * (1 - 2 * (samples % 2))[:, :, None, None]
+    return z
+
+
+def auxiliary_uniforms(seed: Tensor, draws: int, rows: Tensor) -> Tensor:
+    """Uniforms on (0, 1) [draws, B], one stream a row, that no latent shares."""
+    counter = [
+        torch.zeros((), dtype=torch.int64, device=seed.device),
+        torch.arange(draws, device=seed.device)[:, None],
+        torch.full((), _AUXILIARY_SAMPLE, device=seed.device),
+        rows & _WORD,
+    ]
+    return _unit(_philox_words(counter, (seed, seed >> 32))[0]).clamp_max(1 - 2**-24)
+
+
+def _unit(word: Tensor) -> Tensor:
+    return (word.to(torch.float32) + 0.5) * 2.0**-32
+
+
+def _uniform(words: list[Tensor]) -> list[Tensor]:
+    return [math.sqrt(3.0) * (2.0 * _unit(word) - 1.0) for word in words]
+
+
+def _rademacher(words: list[Tensor]) -> list[Tensor]:
+    return [1.0 - 2.0 * (word >> 31).to(torch.float32) for word in words]
+
+
+def _gaussian(words: list[Tensor]) -> list[Tensor]:
+    return [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    # Near u = 1 the rounding of u to fp32 would eat ln u: measure from 1 instead.
+    from_one = _unit(_WORD - radius_word)
+    log_u = torch.where(radius_word >> 31 == 1, torch.log1p(-from_one), _unit(radius_word).log())
+    radius = (-2.0 * log_u).clamp_min(0.0).sqrt()
+    # A signed angle word keeps |angle| <= pi, where fp32 is twice as fine.
+    signed = angle_word - ((angle_word >> 31) << 32)
+    angle = (signed.to(torch.float32) + 0.5) * (2.0 * math.pi * 2.0**-32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+_LAWS = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _rademacher}

@@ -1,0 +1,55 @@
+"""Which implementation of an op runs: one choice, by device and availability.
+
+An implementation is a module with the functions `OP` and `OP_backward` for its ops, called with
+the arguments of the registered op. They are listed in order of preference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+_TORCH = {
+    "perturb_embed": "fastperturb.ops.torch_embed",
+    "linear_logprob": "fastperturb.ops.torch_head",
+    "linear_quadratic": "fastperturb.ops.torch_head",
+}
+OPS = tuple(_TORCH)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An implementation of one op, and why it can or cannot run on a device."""
+
+    name: str
+    usable: bool
+    reason: str
+    module: str | None = None
+
+
+def explain(op: str, device: torch.device) -> list[Candidate]:
+    """Every implementation of `op` in order of preference; the first usable one runs."""
+    if op not in OPS:
+        raise ValueError(f"op must be one of {OPS}, got {op!r}")
+    return [
+        Candidate("triton", False, "this version has no Triton kernel for it"),
+        Candidate("cpp", False, "this version has no C++ kernel for it"),
+        Candidate("torch", True, "runs on every device", _TORCH[op]),
+    ]
+
+
+def implementation(op: str, device: torch.device) -> ModuleType:
+    """The module that runs `op` on `device`."""
+    for candidate in explain(op, device):
+        if candidate.usable and candidate.module:
+            return importlib.import_module(candidate.module)
+    raise RuntimeError(f"no implementation of {op} is usable on {device}")
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside an op its own accumulation dtype holds, whatever autocast says outside."""
+    return torch.autocast(device.type, enabled=False)

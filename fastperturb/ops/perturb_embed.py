@@ -1,0 +1,188 @@
+"""perturb_embed: the M perturbed copies of a batch of token embeddings, as one registered op.
+
+The noise is regenerated in the backward from the counters, so nothing of size [M, B, T, R] is
+kept between the passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastperturb import noise
+from fastperturb.ops import dispatch
+from fastperturb.transforms import Transform
+
+
+def perturb_embed(
+    ids: Tensor,
+    table: Tensor | None,
+    transform: Transform,
+    seed: int | Tensor,
+    samples: int | Tensor,
+    *,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    antithetic: bool = False,
+    perturb_mask: Tensor | None = None,
+) -> Tensor:
+    """Embed `ids` and move each embedding by `transform`, once per sample: [M, B, T, D].
+
+    ids: token ids [B, T] with their `table` [V, D], or embeddings [B, T, D] with `table=None`.
+    seed: an int or an int64 tensor; samples, rows, positions: the numbers that key the noise
+        (see `fastperturb.noise`), M or [M] or [M, B]; [B] or [B, T]; [B, T].
+    antithetic: sample 2j + 1 is moved by the negative of sample 2j's latent.
+    perturb_mask: bool [B, T], where embeddings move; default everywhere.
+
+    Computed in fp32 (fp64 for an fp64 table), returned in the table's dtype. Gradients flow to
+    the transform's parameters and to the table or embeddings where they require it.
+    """
+    embeddings = _check_embeddings(ids, table, transform)
+    batch, length = ids.shape[:2]
+    device = embeddings.device
+    if device != transform.embed_rms.device:
+        raise ValueError(
+            f"transform lies on {transform.embed_rms.device} and the embeddings on {device}; "
+            "move one with .to(device)"
+        )
+    if perturb_mask is not None and (
+        perturb_mask.dtype != torch.bool
+        or perturb_mask.shape != ids.shape[:2]
+        or perturb_mask.device != device
+    ):
+        raise ValueError(
+            f"perturb_mask must be bool [B, T] = {[batch, length]} on {device}, got "
+            f"{perturb_mask.dtype} {list(perturb_mask.shape)} on {perturb_mask.device}"
+        )
+    numbers = noise.counters(
+        samples, rows, positions, (batch, length), antithetic=antithetic, device=device
+    )
+    if numbers[0].shape[0] == 0:
+        raise ValueError(f"samples must number at least 1, got {samples!r}")
+    return torch.ops.fastperturb.perturb_embed(
+        None if table is None else ids,
+        embeddings,
+        transform.effective_parameters(),
+        transform.embed_rms,
+        noise.seed_tensor(seed, device),
+        *numbers,
+        perturb_mask,
+        transform.family,
+        transform.latent,
+        transform.scope,
+        antithetic,
+    )
+
+
+def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -> Tensor:
+    if table is None:
+        source, name, layout = ids, "embeddings (ids with table=None)", "[B, T, D]"
+    else:
+        source, name, layout = table, "table", "[V, D]"
+        if ids.dtype != torch.int64 or ids.ndim != 2 or ids.device != table.device:
+            raise ValueError(
+                f"ids must be int64 [B, T] on the table's device {table.device}, "
+                f"got {ids.dtype} {list(ids.shape)} on {ids.device}"
+            )
+    if (
+        not source.is_floating_point()
+        or source.ndim != layout.count(",") + 1
+        or source.shape[-1] != transform.embed_dim
+    ):
+        raise ValueError(
+            f"{name} must be floating point {layout} with D = {transform.embed_dim}, the "
+            f"transform's embed_dim, got {source.dtype} {list(source.shape)}"
+        )
+    return source
+
+
+@torch.library.custom_op("fastperturb::perturb_embed", mutates_args=())
+def _op(
+    ids: Tensor | None,
+    table: Tensor,
+    parameters: list[Tensor],
+    embed_rms: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    family: str,
+    latent: str,
+    scope: str,
+    antithetic: bool,
+) -> Tensor:
+    _check_ids(ids, table)
+    arguments = (ids, table, parameters, embed_rms, seed, samples, rows, positions, mask)
+    implementation = dispatch.implementation("perturb_embed", table.device)
+    with dispatch.full_precision(table.device):
+        return implementation.perturb_embed(*arguments, family, latent, scope, antithetic)
+
+
+@torch.library.custom_op("fastperturb::perturb_embed_backward", mutates_args=())
+def _op_backward(
+    grad: Tensor,
+    ids: Tensor | None,
+    table: Tensor,
+    parameters: list[Tensor],
+    embed_rms: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    family: str,
+    latent: str,
+    scope: str,
+    antithetic: bool,
+    want_table: bool,
+) -> list[Tensor]:
+    arguments = (ids, table, parameters, embed_rms, seed, samples, rows, positions, mask)
+    implementation = dispatch.implementation("perturb_embed", table.device)
+    with dispatch.full_precision(table.device):
+        return implementation.perturb_embed_backward(
+            grad, *arguments, family, latent, scope, antithetic, want_table
+        )
+
+
+def _check_ids(ids: Tensor | None, table: Tensor) -> None:
+    """Ids out of range raise where looking at them costs no sync."""
+    if ids is None or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= table.shape[0]:
+        raise IndexError(f"ids must lie in [0, {table.shape[0]}), got {low}..{high}")
+
+
+@_op.register_fake
+def _(ids, table, parameters, embed_rms, seed, samples, rows, positions, *options):  # noqa: ANN
+    return table.new_empty((samples.shape[0], *positions.shape, table.shape[-1]))
+
+
+@_op_backward.register_fake
+def _(grad, ids, table, parameters, *options):  # noqa: ANN
+    grad_table = torch.empty_like(table) if options[-1] else table.new_empty(0)
+    return [grad_table, *(torch.empty_like(value) for value in parameters)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, table, parameters, *rest = inputs
+    tensors, options = rest[:6], rest[6:]
+    ctx.options, ctx.count = options, len(parameters)
+    ctx.save_for_backward(ids, table, *parameters, *tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ids, table, *saved = ctx.saved_tensors
+    parameters, tensors = saved[: ctx.count], saved[ctx.count :]
+    want_table = ctx.needs_input_grad[1]
+    grad_table, *grads = torch.ops.fastperturb.perturb_embed_backward(
+        grad, ids, table, parameters, *tensors, *ctx.options, want_table
+    )
+    nothing = [None] * (len(tensors) + len(ctx.options))
+    return (None, grad_table if want_table else None, grads, *nothing)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)

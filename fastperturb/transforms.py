@@ -1,0 +1,199 @@
+"""The learned transforms T(e, z) = e + rho * shift, as modules that hold their parameters.
+
+`rho` (the buffer `embed_rms`) is the root mean square of the embedding table's entries, so the
+parameters live in relative units and one learning rate fits every model. Each family's shift is
+linear in its outer parameters (`outer`), is zero at z = 0, and starts with root mean square
+`init_scale`. Three choices are ours: gated starts ungated (C = 0), affine splits its variance
+evenly, and the scale of affine, gated and mlp, which depends on the embeddings, is taken over
+embeddings with independent normal entries of that root mean square.
+
+`min_scale` floors the scale by multiplying the outer parameters: `effective_parameters` are
+what the kernels see, so no kernel knows of the floor and the gradient flows through it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastperturb import noise
+from fastperturb.config import PerturbConfig
+
+# Enough probes to know a scale to a few percent, few enough to forget their cost.
+_PROBE_TOKENS = 256
+
+
+def diagonal(e: Tensor, z: Tensor, rho: Tensor, s: Tensor) -> Tensor:
+    return e + rho * s * z
+
+
+def lowrank(e: Tensor, z: Tensor, rho: Tensor, U: Tensor) -> Tensor:
+    return e + rho * (z @ U)
+
+
+def gated(e: Tensor, z: Tensor, rho: Tensor, U: Tensor, A: Tensor, C: Tensor) -> Tensor:
+    return e + rho * (1 + torch.tanh((e / rho) @ A @ C)) * (z @ U)
+
+
+def affine(e: Tensor, z: Tensor, rho: Tensor, Ua: Tensor, Ub: Tensor) -> Tensor:
+    return e + (z @ Ua) * e + rho * (z @ Ub)
+
+
+def mlp(e: Tensor, z: Tensor, rho: Tensor, A: Tensor, B: Tensor, b: Tensor, C: Tensor) -> Tensor:
+    still = (e / rho) @ A + b
+    return e + rho * ((F.gelu(still + z @ B) - F.gelu(still)) @ C)
+
+
+class Transform(nn.Module):
+    """One family: its formula, its parameters, and the law of the latent that drives it."""
+
+    family: str
+    formula: Callable[..., Tensor]
+    parameter_names: tuple[str, ...]
+    outer: tuple[str, ...]
+    latent_parameter: int  # the index of the parameter whose rows the latent meets
+
+    embed_rms: Tensor
+
+    def __init__(self, config: PerturbConfig, embed_dim: int, embed_rms: float) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.latent_dim = embed_dim if self.family == "diagonal" else config.latent_dim
+        self.hidden_dim = config.hidden_dim
+        self.latent = config.latent
+        self.scope = config.scope
+        self.init_scale = config.init_scale
+        self.min_scale = config.min_scale
+        self.register_buffer("embed_rms", torch.tensor(embed_rms, dtype=torch.float32))
+        for name, value in zip(self.parameter_names, self._initial(), strict=True):
+            self.register_parameter(name, nn.Parameter(value))
+        with torch.no_grad():
+            correction = self.init_scale / self.scale()
+            for name in self.outer:
+                getattr(self, name).mul_(correction)
+
+    def _initial(self) -> Sequence[Tensor]:
+        """Starting values in `parameter_names`' order; outer ones up to a common factor."""
+        raise NotImplementedError
+
+    def forward(self, embeddings: Tensor, latent: Tensor) -> Tensor:
+        """T(e, z): embeddings [..., D] and latent [..., R] broadcast to [..., D]."""
+        return type(self).formula(embeddings, latent, self.embed_rms, *self.effective_parameters())
+
+    def effective_parameters(self) -> list[Tensor]:
+        """The parameters with the floor of `min_scale` applied, in `parameter_names`' order."""
+        parameters = [getattr(self, name) for name in self.parameter_names]
+        if self.min_scale == 0:
+            return parameters
+        lift = (self.min_scale / self.scale()).clamp_min(1.0)
+        return [
+            value * lift if name in self.outer else value
+            for name, value in zip(self.parameter_names, parameters, strict=True)
+        ]
+
+    def scale(self) -> Tensor:
+        """sqrt(E |T(e, z) - e|^2 / D) / rho of the stored parameters, before any floor."""
+        squares = sum(getattr(self, name).square().sum() for name in self.outer)
+        return torch.sqrt(squares / self.embed_dim)
+
+    def _probe(self, width: int, *, row: int, latent: str = "gaussian") -> Tensor:
+        """Fixed draws [probes, width], to average over what has no closed form."""
+        like = self.get_parameter(self.outer[0])
+        rows = torch.tensor([row], device=like.device)
+        draws = noise.latent(0, (1, 1, _PROBE_TOKENS, width), latent=latent, rows=rows)
+        return draws[0, 0].to(like)
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{n}={list(getattr(self, n).shape)}" for n in self.parameter_names)
+        floor = f", min_scale={self.min_scale:g}" if self.min_scale else ""
+        return (
+            f"{sizes}, latent={self.latent}, scope={self.scope}, "
+            f"scale={self.scale().item():.3g}{floor}, embed_rms={self.embed_rms.item():.3g}"
+        )
+
+
+class Diagonal(Transform):
+    family, formula = "diagonal", staticmethod(diagonal)
+    parameter_names = outer = ("s",)
+    latent_parameter = 0
+
+    def _initial(self) -> Sequence[Tensor]:
+        return [torch.ones(self.embed_dim)]
+
+
+class LowRank(Transform):
+    family, formula = "lowrank", staticmethod(lowrank)
+    parameter_names = outer = ("U",)
+    latent_parameter = 0
+
+    def _initial(self) -> Sequence[Tensor]:
+        return [torch.randn(self.latent_dim, self.embed_dim)]
+
+
+class Gated(Transform):
+    family, formula = "gated", staticmethod(gated)
+    parameter_names = ("U", "A", "C")
+    outer = ("U",)
+    latent_parameter = 0
+
+    def _initial(self) -> Sequence[Tensor]:
+        D, H = self.embed_dim, self.hidden_dim
+        return [
+            torch.randn(self.latent_dim, D),
+            torch.randn(D, H) / math.sqrt(D),
+            torch.zeros(H, D),
+        ]
+
+    def scale(self) -> Tensor:
+        gain = 1 + torch.tanh(self._probe(self.embed_dim, row=0) @ self.A @ self.C)
+        return torch.sqrt(gain.square().mean(0) @ self.U.square().sum(0) / self.embed_dim)
+
+
+class Affine(Transform):
+    family, formula = "affine", staticmethod(affine)
+    parameter_names = outer = ("Ua", "Ub")
+    latent_parameter = 0
+
+    def _initial(self) -> Sequence[Tensor]:
+        return [torch.randn(self.latent_dim, self.embed_dim) for _ in range(2)]
+
+
+class MLP(Transform):
+    family, formula = "mlp", staticmethod(mlp)
+    parameter_names = ("A", "B", "b", "C")
+    outer = ("C",)
+    latent_parameter = 1
+
+    def _initial(self) -> Sequence[Tensor]:
+        D, R, H = self.embed_dim, self.latent_dim, self.hidden_dim
+        return [
+            torch.randn(D, H) / math.sqrt(D),
+            torch.randn(R, H) / math.sqrt(R),
+            torch.zeros(H),
+            torch.randn(H, D),
+        ]
+
+    def scale(self) -> Tensor:
+        x = self._probe(self.embed_dim, row=0)
+        z = self._probe(self.latent_dim, row=1, latent=self.latent)
+        one = torch.ones_like(self.embed_rms)
+        return (mlp(x, z, one, self.A, self.B, self.b, self.C) - x).square().mean().sqrt()
+
+
+FAMILIES = {family.family: family for family in (Diagonal, LowRank, Gated, Affine, MLP)}
+
+
+def make_transform(
+    config: PerturbConfig, embed_dim: int, *, embed_rms: float | Tensor = 1.0
+) -> Transform:
+    """The transform of `config.transform` for embeddings `embed_dim` wide."""
+    if isinstance(embed_dim, bool) or not isinstance(embed_dim, int) or embed_dim < 1:
+        raise ValueError(f"embed_dim must be a positive int, got {embed_dim!r}")
+    rms = float(embed_rms)
+    if not math.isfinite(rms) or rms <= 0:
+        raise ValueError(f"embed_rms must be a finite number above 0, got {embed_rms!r}")
+    return FAMILIES[config.transform](config, embed_dim, rms)
