@@ -18,7 +18,17 @@ _HOMES = {
 }
 _MODULES = ("estimators", "noise", "ops", "transforms")
 
-__all__ = ["__version__", "estimators", "noise", "ops", "transforms", *_HOMES]
+__all__ = [
+    "PerturbConfig",
+    "PerturbedLM",
+    "PerturbedOutput",
+    "__version__",
+    "estimators",
+    "noise",
+    "ops",
+    "transforms",
+    "wrap",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -51,7 +51,7 @@ _HEADS: dict[str, Callable[[Any], dict[str, Any]]] = {
 def understand(model: nn.Module) -> CausalLM:
     """The parts of a supported model, with or without PEFT adapters; others are refused."""
     base = _without_adapters(model)
-    known = next((cls for cls in type(base).__mro__ if cls.__name__ in _HEADS), None)
+    known: Any = next((cls for cls in type(base).__mro__ if cls.__name__ in _HEADS), None)
     if known is None or not known.__module__.startswith("transformers."):
         raise ValueError(
             f"model {type(base).__name__} is not supported: how it turns hidden states into "
@@ -82,7 +82,7 @@ def understand(model: nn.Module) -> CausalLM:
     )
 
 
-def _without_adapters(model: nn.Module) -> Any:
+def _without_adapters(model: Any) -> Any:
     if not type(model).__module__.startswith("peft."):
         return model
     kind = model.active_peft_config

@@ -79,7 +79,9 @@ def resample(
     lowered = _lowered(log_probs)
     value, weights = _iwae(lowered)
     drawn, proposal = draw_samples(weights, uniforms, mask=mask)
-    counts = torch.zeros_like(proposal).scatter_add_(0, drawn, torch.ones_like(uniforms))
+    counts = torch.zeros_like(proposal).scatter_add_(
+        0, drawn, torch.ones_like(drawn, dtype=proposal.dtype)
+    )
     share = counts / (uniforms.shape[0] * proposal)  # (M, B)
     weights = weights * share.reshape(*share.shape, *[1] * (weights.ndim - 2))
     return _finish(log_probs, value, weights, mask)

@@ -8,6 +8,7 @@ Everything happens inside one forward of one nn.Module, with one ordinary backwa
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,9 +117,13 @@ class PerturbedLM(nn.Module):
         parts = understand(self.base)
         embeddings = self._embeddings(parts.embed, input_ids, inputs_embeds)
         batch, length = embeddings.shape[:2]
-        _check_layout("attention_mask", attention_mask, (batch, length))
-        _check_layout("position_ids", position_ids, (batch, length))
-        _check_layout("labels", labels, (batch, length))
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("position_ids", position_ids),
+            ("labels", labels),
+            ("perturb_mask", perturb_mask),
+        ):
+            _check_layout(name, value, batch, length)
         if labels is not None:
             _check_labels(labels, parts.head.weight.shape[0])
         estimator = "iwae" if self._exact else self.config.estimator
@@ -173,15 +178,16 @@ class PerturbedLM(nn.Module):
     def _embeddings(
         self, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            given = "both" if input_ids is not None else "neither"
+        if input_ids is not None and inputs_embeds is None:
+            if input_ids.ndim != 2:
+                raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+            return embed(input_ids)
+        if inputs_embeds is None or input_ids is not None:
+            given = "neither" if input_ids is None else "both"
             raise ValueError(f"give either input_ids or inputs_embeds, got {given}")
-        if inputs_embeds is not None:
-            _check_layout("inputs_embeds", inputs_embeds, (*inputs_embeds.shape[:2], -1))
-            return inputs_embeds
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
-        return embed(input_ids)
+        if inputs_embeds.ndim != 3:
+            raise ValueError(f"inputs_embeds must be [B, T, D], got {list(inputs_embeds.shape)}")
+        return inputs_embeds
 
     def _seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed is None:
@@ -274,7 +280,7 @@ class PerturbedLM(nn.Module):
 
 
 @torch.no_grad()
-def _embedding_rms(embed: nn.Module) -> tuple[float, int]:
+def _embedding_rms(embed: Any) -> tuple[float, int]:
     """Root mean square over all that the embedding puts out, scaling included; and its width."""
     total, count, width = 0.0, 0, 0
     for ids in torch.arange(embed.weight.shape[0], device=embed.weight.device).split(4096):
@@ -296,11 +302,8 @@ def _relative_shift(moved: Tensor, embeddings: Tensor, mask: Tensor | None) -> T
 
 def _mean_logits(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
     """log mean_m softmax(logits of sample m), one sample's logits at a time."""
-    total: Tensor | None = None
-    for sample in hidden:
-        log_probs = torch.log_softmax(reference.logits(sample, weight, **options), dim=-1)
-        total = log_probs if total is None else torch.logaddexp(total, log_probs)
-    return total - math.log(len(hidden))
+    samples = (reference.logits(sample, weight, **options).log_softmax(-1) for sample in hidden)
+    return functools.reduce(torch.logaddexp, samples) - math.log(len(hidden))
 
 
 def _repeat(per_row: Tensor | None, draws: int) -> Tensor | None:
@@ -308,15 +311,10 @@ def _repeat(per_row: Tensor | None, draws: int) -> Tensor | None:
     return None if per_row is None else per_row.repeat(draws, 1)
 
 
-def _check_layout(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-    if value is None:
-        return
-    if value.ndim != len(shape) or any(
-        size not in (-1, have) for size, have in zip(shape, value.shape, strict=True)
-    ):
-        layout = {2: "[B, T]", 3: "[B, T, D]"}[len(shape)]
+def _check_layout(name: str, value: Tensor | None, batch: int, length: int) -> None:
+    if value is not None and value.shape != (batch, length):
         raise ValueError(
-            f"{name} must be {layout} = {list(shape)}, got {value.dtype} {list(value.shape)}"
+            f"{name} must be [B, T] = {[batch, length]}, got {value.dtype} {list(value.shape)}"
         )
 
 

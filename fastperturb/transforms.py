@@ -120,6 +120,7 @@ class Diagonal(Transform):
     family, formula = "diagonal", staticmethod(diagonal)
     parameter_names = outer = ("s",)
     latent_parameter = 0
+    s: Tensor
 
     def _initial(self) -> Sequence[Tensor]:
         return [torch.ones(self.embed_dim)]
@@ -129,6 +130,7 @@ class LowRank(Transform):
     family, formula = "lowrank", staticmethod(lowrank)
     parameter_names = outer = ("U",)
     latent_parameter = 0
+    U: Tensor
 
     def _initial(self) -> Sequence[Tensor]:
         return [torch.randn(self.latent_dim, self.embed_dim)]
@@ -139,6 +141,9 @@ class Gated(Transform):
     parameter_names = ("U", "A", "C")
     outer = ("U",)
     latent_parameter = 0
+    U: Tensor
+    A: Tensor
+    C: Tensor
 
     def _initial(self) -> Sequence[Tensor]:
         D, H = self.embed_dim, self.hidden_dim
@@ -157,6 +162,8 @@ class Affine(Transform):
     family, formula = "affine", staticmethod(affine)
     parameter_names = outer = ("Ua", "Ub")
     latent_parameter = 0
+    Ua: Tensor
+    Ub: Tensor
 
     def _initial(self) -> Sequence[Tensor]:
         return [torch.randn(self.latent_dim, self.embed_dim) for _ in range(2)]
@@ -167,6 +174,10 @@ class MLP(Transform):
     parameter_names = ("A", "B", "b", "C")
     outer = ("C",)
     latent_parameter = 1
+    A: Tensor
+    B: Tensor
+    b: Tensor
+    C: Tensor
 
     def _initial(self) -> Sequence[Tensor]:
         D, R, H = self.embed_dim, self.latent_dim, self.hidden_dim

@@ -192,33 +192,50 @@ def _quadratic_backward(
 
 
 @_logprob.register_fake
-def _(hidden, weight, target, *options):  # noqa: ANN
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *options: Any) -> Tensor:
     return hidden.new_empty(target.shape, dtype=reference.accumulate(hidden, weight))
 
 
 @_quadratic.register_fake
-def _(hidden, weight, target, *options):  # noqa: ANN
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulate(hidden, weight)
-    return hidden.new_empty(target.shape, dtype=dtype), hidden.new_empty(
-        hidden.shape[:2], dtype=dtype
-    )
+    shapes = target.shape, hidden.shape[:2]
+    return hidden.new_empty(shapes[0], dtype=dtype), hidden.new_empty(shapes[1], dtype=dtype)
 
 
-def _fake_gradients(hidden, weight, bias, want_weight, want_bias):  # noqa: ANN
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, want_weight: bool, want_bias: bool
+) -> list[Tensor]:
+    like_bias = weight if bias is None else bias
     return [
         torch.empty_like(hidden),
         torch.empty_like(weight) if want_weight else weight.new_empty(0),
-        torch.empty_like(bias) if want_bias else (weight if bias is None else bias).new_empty(0),
+        torch.empty_like(like_bias) if want_bias else like_bias.new_empty(0),
     ]
 
 
 @_logprob_backward.register_fake
-def _(grad, hidden, weight, target, bias, *options):  # noqa: ANN
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    *options: Any,
+) -> list[Tensor]:
     return _fake_gradients(hidden, weight, bias, *options[-2:])
 
 
 @_quadratic_backward.register_fake
-def _(grad, grad_log_probs, hidden, weight, target, bias, *options):  # noqa: ANN
+def _(
+    grad: Tensor,
+    grad_log_probs: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    *options: Any,
+) -> list[Tensor]:
     return _fake_gradients(hidden, weight, bias, *options[-2:])
 
 

@@ -157,12 +157,24 @@ def _check_ids(ids: Tensor | None, table: Tensor) -> None:
 
 
 @_op.register_fake
-def _(ids, table, parameters, embed_rms, seed, samples, rows, positions, *options):  # noqa: ANN
+def _(
+    ids: Tensor | None,
+    table: Tensor,
+    parameters: list[Tensor],
+    embed_rms: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    *options: Any,
+) -> Tensor:
     return table.new_empty((samples.shape[0], *positions.shape, table.shape[-1]))
 
 
 @_op_backward.register_fake
-def _(grad, ids, table, parameters, *options):  # noqa: ANN
+def _(
+    grad: Tensor, ids: Tensor | None, table: Tensor, parameters: list[Tensor], *options: Any
+) -> list[Tensor]:
     grad_table = torch.empty_like(table) if options[-1] else table.new_empty(0)
     return [grad_table, *(torch.empty_like(value) for value in parameters)]
 

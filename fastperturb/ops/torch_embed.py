@@ -7,6 +7,7 @@ tests hold it against autograd through `reference`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
 
 
-_SHIFT_GRADIENTS = {
+_SHIFT_GRADIENTS: dict[str, Callable[..., tuple[Tensor | float, list[Tensor]]]] = {
     "diagonal": _diagonal_gradient,
     "lowrank": _lowrank_gradient,
     "gated": _gated_gradient,

@@ -1,0 +1,44 @@
+# Two commands are enough on a machine with nothing but Python and make: `make demo`, `make test`.
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+OUT     ?= runs/gpu
+MARKS   ?= $(if $(CI),not gpu,not slow and not gpu)
+
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.fastperturb-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench gpu clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(INSTALLED)  ## watch a learned perturbation beat exact-prefix training out of support
+	$(VENV)/bin/fastperturb demo --output-dir runs/demo --overwrite
+
+# One OpenMP thread a worker: two workers with two threads each would fight over two cores.
+test: $(INSTALLED)  ## run the tests (CI=true adds the slow ones)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --benchmark-disable -m "$(MARKS)"
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
+	$(RUN) bench/run.py --output-dir runs/bench --overwrite
+
+# A GPU machine brings its own torch and may have no network: no virtual environment here.
+gpu:  ## tests and benchmarks that need CUDA, with the python that is there, into runs/gpu
+	PYTHONPATH=. $(PYTHON) bench/gpu.py --output-dir $(OUT)
+
+clean:  ## remove build products and caches; keeps the virtual environment and runs/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("FastPerturb needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.11")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@

@@ -1,0 +1,261 @@
+"""`fastperturb doctor`: what runs on this machine, which implementation, and is it right?"""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ninja
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from fastperturb import ops, runs
+from fastperturb.config import PerturbConfig
+from fastperturb.ops import dispatch, reference
+from fastperturb.transforms import FAMILIES, make_transform
+
+# fp32 against fp64 on sums of a few hundred terms: rounding stays far below, a bug far above.
+TOLERANCE = 1e-4
+
+# The instructions that a CPU kernel may be compiled for.
+FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
+
+# What transformers calls an attention implementation: the module that brings it.
+ATTENTION = {
+    "sdpa": "torch",
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Say what runs on this machine and how, and check every op against the reference."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    output_dir: Path | None = None
+    """Write results.json into this folder as well."""
+
+    overwrite: bool = False
+    """Let output_dir be a folder that already holds files."""
+
+
+def run(options: DoctorOptions) -> int:
+    folder = None
+    if options.output_dir is not None:
+        folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
+    report = examine()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report, Console())
+    if folder is not None:
+        runs.write_json(folder / "results.json", report)
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    devices = present_devices()
+    checks = [check(op, device) for device in devices for op in dispatch.OPS]
+    return {
+        **runs.provenance(),
+        "devices": [describe(device) for device in devices],
+        "compiler": compiler(),
+        "extension": os.environ.get("FASTPERTURB_EXT"),
+        "attention": {
+            name: importlib.util.find_spec(module) is not None for name, module in ATTENTION.items()
+        },
+        "ops": [choice(op, device) for device in devices for op in dispatch.OPS],
+        "checks": checks,
+        "ok": all(entry["ok"] for entry in checks),
+    }
+
+
+def present_devices() -> list[torch.device]:
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {
+            "device": "cpu",
+            "name": runs.cpu_model(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "flags": [flag for flag in FLAGS if flag in runs.cpu_flags()],
+        }
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": str(device),
+        "name": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def compiler() -> dict[str, str | None]:
+    """The first line of each tool's --version, None where there is no such tool."""
+    return {"c++": _version(os.environ.get("CXX", "c++")), "ninja": _version("ninja")}
+
+
+def _version(tool: str) -> str | None:
+    # pip puts ninja beside its package, which need not be on the path.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
+    found = shutil.which(tool, path=path)
+    if found is None:
+        return None
+    done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30)
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def choice(op: str, device: torch.device) -> dict[str, Any]:
+    """Which implementation of `op` runs on `device`, and why the others do not."""
+    candidates = dispatch.explain(op, device)
+    return {
+        "op": op,
+        "device": str(device),
+        "runs": next((each.name for each in candidates if each.usable), None),
+        "candidates": [
+            {"name": each.name, "usable": each.usable, "reason": each.reason} for each in candidates
+        ],
+    }
+
+
+def check(op: str, device: torch.device) -> dict[str, Any]:
+    """`op` as it runs here, in fp32, against the reference in fp64."""
+    entry: dict[str, Any] = {"op": op, "device": str(device), "ok": False}
+    try:
+        ours = outcome(ops, op, Inputs(device, torch.float32))
+        truth = outcome(reference, op, Inputs(device, torch.float64))
+    except Exception as error:  # a broken installation is a finding, not a reason to stop
+        return {**entry, "error": f"{type(error).__name__}: {error}"}
+    for name in ("value", "gradient"):
+        errors = [relative_error(*pair) for pair in zip(ours[name], truth[name], strict=True)]
+        if not all(map(math.isfinite, errors)):
+            return {**entry, "error": f"the {name} is not finite"}
+        entry[f"{name}_error"] = max(errors)
+    entry["ok"] = max(entry["value_error"], entry["gradient_error"]) <= TOLERANCE
+    return entry
+
+
+def relative_error(ours: Tensor, truth: Tensor) -> float:
+    """The largest difference over the largest true value."""
+    return ((ours.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+class Inputs:
+    """Random inputs, the same numbers for every device and dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
+
+    def below(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+
+def outcome(module: ModuleType, op: str, inputs: Inputs) -> dict[str, list[Tensor]]:
+    """Values of `module`'s op on small inputs, and gradients under a random upstream one."""
+    cases = (
+        _embed_cases(module, inputs) if op == "perturb_embed" else _head_cases(module, op, inputs)
+    )
+    values: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for value, leaves in cases:
+        values.append(value.detach())
+        gradients += torch.autograd.grad(value, leaves, inputs.normal(*value.shape).to(value))
+    return {"value": values, "gradient": gradients}
+
+
+def _embed_cases(module: ModuleType, inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Each family of transforms, away from its start, where some gradients vanish."""
+    D = 24
+    ids = inputs.below(50, 2, 9)
+    seed = torch.tensor(1234, device=inputs.device)
+    for family in FAMILIES:
+        config = PerturbConfig(transform=family, latent_dim=5, hidden_dim=7)
+        transform = make_transform(config, D).to(inputs.device, inputs.dtype)
+        for parameter in transform.parameters():
+            parameter.data = inputs.normal(*parameter.shape) / 4
+        table = inputs.normal(50, D).requires_grad_()
+        moved = module.perturb_embed(ids, table, transform, seed, 4)
+        yield moved, [table, *transform.parameters()]
+
+
+def _head_cases(
+    module: ModuleType, op: str, inputs: Inputs
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """A head with every option on, and one label that is ignored."""
+    M, N, D, V = 4, 12, 24, 300
+    hidden = inputs.normal(*((M, N, D) if op == "linear_quadratic" else (N, D))).requires_grad_()
+    weight = (inputs.normal(V, D) / 5).requires_grad_()
+    bias = inputs.normal(V).requires_grad_()
+    target = inputs.below(V - 10, N)
+    target[3] = -100
+    value = getattr(module, op)(
+        hidden, weight, target, bias=bias, logit_scale=0.8, softcap=20.0, valid_vocab=V - 10
+    )
+    yield value, [hidden, weight, bias]
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    console.print(_facts(report))
+    console.print(_implementations(report))
+
+
+def _facts(report: dict[str, Any]) -> Table:
+    table = Table("", "", title="FastPerturb doctor", show_header=False)
+    for name, version in report["versions"].items():
+        table.add_row(name, version)
+    table.add_row("commit", report["commit"] or "not a checkout")
+    for device in report["devices"]:
+        details = [
+            f"{name}: {', '.join(value) if isinstance(value, list) else value}"
+            for name, value in device.items()
+            if name != "device"
+        ]
+        table.add_row(device["device"], "\n".join(details))
+    for tool, version in report["compiler"].items():
+        table.add_row(tool, version or "not found")
+    table.add_row("FASTPERTURB_EXT", report["extension"] or "not set")
+    for name, installed in report["attention"].items():
+        table.add_row(name, "available" if installed else "not installed")
+    return table
+
+
+def _implementations(report: dict[str, Any]) -> Table:
+    table = Table("device", "op", "runs", "and not", "value error", "gradient error", "check")
+    for chosen, checked in zip(report["ops"], report["checks"], strict=True):
+        others = [
+            f"{each['name']}: {each['reason']}"
+            for each in chosen["candidates"]
+            if each["name"] != chosen["runs"]
+        ]
+        table.add_row(
+            chosen["device"],
+            chosen["op"],
+            chosen["runs"] or "nothing",
+            escape("\n".join(others)),
+            *(
+                f"{checked[name]:.1e}" if name in checked else ""
+                for name in ("value_error", "gradient_error")
+            ),
+            "[green]ok" if checked["ok"] else f"[red]FAIL {escape(checked.get('error', ''))}",
+        )
+    return table

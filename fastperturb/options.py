@@ -1,0 +1,107 @@
+"""A command's options, which are a dataclass, from a YAML file.
+
+Every mistake in the file is an error that names the file, the key and what was wanted.
+"""
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def load(path: Path, options_class: type) -> Any:
+    """An instance of `options_class` with the values of a YAML file."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+    return _options({} if content is None else content, options_class, str(path))
+
+
+def did_you_mean(name: str, choices: Collection[str]) -> str:
+    """The end of an error about an unknown name: the closest choice, and all of them."""
+    close = difflib.get_close_matches(name, choices, n=1)
+    meant = f", did you mean {close[0]!r}?" if close else "."
+    return f"{meant} Choices: {', '.join(choices)}"
+
+
+def _options(content: Any, options_class: type, where: str) -> Any:
+    import tyro
+
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected a mapping of options, got {content!r}")
+    fields = {field.name: field for field in dataclasses.fields(options_class) if field.init}
+    hints = get_type_hints(options_class)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise ValueError(f"{where}: unknown option {key!r}{did_you_mean(name, fields)}")
+        if name in values:
+            raise ValueError(f"{where}: option {key!r} is given twice")
+        values[name] = _value(value, hints[name], f"{where}: {key}")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            values[name] = tyro.MISSING  # a flag may still give it
+    try:
+        return options_class(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """`value`, as YAML read it, in the type that the option wants."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            try:
+                return _value(value, choice, where)
+            except ValueError:
+                continue
+    elif origin is Literal:
+        # The type too: True equals 1, and must not pass for it.
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+    elif origin in (tuple, list) and isinstance(value, list):
+        repeats = origin is list or arguments[-1] is Ellipsis
+        hints = [arguments[0]] * len(value) if repeats else arguments
+        if len(hints) == len(value):
+            return origin(
+                _value(item, each, f"{where}[{index}]")
+                for index, (item, each) in enumerate(zip(value, hints, strict=True))
+            )
+    elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _options(value, hint, where)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is float and _is_number(value):
+        return float(value)
+    elif hint is type(value) or (hint is type(None) and value is None):
+        return value
+    raise ValueError(f"{where}: expected {_describe(hint)}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    # YAML 1.1 reads 1e-3, which has no point, as text.
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return type(value) in (int, float)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -1,0 +1,118 @@
+"""What every command's run folder needs: its opening, its provenance, its JSON files."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastperturb.version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+def open_output_dir(path: str | Path, *, overwrite: bool) -> Path:
+    """Make the folder. One that already holds files is refused unless `overwrite`.
+
+    Overwriting replaces files one by one as they are written; nothing is deleted.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"output_dir {path} exists and is not a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"output_dir {path} exists and is not empty: name another, or pass --overwrite"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_json(path: str | Path, payload: Any) -> None:
+    """Write `payload` whole or not at all: a reader never sees half a file."""
+    path = Path(path)
+    text = json.dumps(payload, indent=2, allow_nan=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp's 0600 would hide a shared run folder's results from everyone else.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, device and commit: what a number needs beside it to be repeatable."""
+    return {"versions": versions(), "device": device(), "commit": commit()}
+
+
+def versions() -> dict[str, str]:
+    found = {"fastperturb": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def device() -> str:
+    """The device that work runs on by default, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        name = torch.cuda.get_device_name(0)
+        return name if count == 1 else f"{count} x {name}"
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags").split())
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, or None outside of one."""
+    root = Path(__file__).resolve().parent.parent
+    # A package installed inside somebody else's repository must not report their commit.
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root:
+        return None
+    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cpuinfo(field: str) -> str:
+    """The first processor's entry in /proc/cpuinfo, empty where there is none."""
+    if sys.platform != "linux":
+        return ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""

@@ -1,0 +1,98 @@
+import dataclasses
+
+import pytest
+
+from fastperturb import PerturbConfig
+
+
+def test_round_trip_through_plain_data_gives_an_equal_config():
+    config = PerturbConfig(transform="mlp", num_samples=6, min_scale=0.1, backward_samples=2)
+    assert PerturbConfig.from_dict(config.to_dict()) == config
+
+
+def test_every_field_survives_the_round_trip():
+    assert set(PerturbConfig().to_dict()) == {f.name for f in dataclasses.fields(PerturbConfig)}
+
+
+def test_a_key_with_a_typo_is_refused_and_the_right_one_suggested():
+    with pytest.raises(ValueError, match=r"no key 'num_sample' \(did you mean 'num_samples'\?\)"):
+        PerturbConfig.from_dict({"num_sample": 4})
+
+
+def test_fields_cannot_be_given_by_position_or_changed():
+    with pytest.raises(TypeError):
+        PerturbConfig("lowrank")  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PerturbConfig().transform = "mlp"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "choice"),
+    [
+        ("transform", "low_rank", "'lowrank'"),
+        ("latent", "normal", "'gaussian'"),
+        ("scope", "word", "'token'"),
+        ("marginal", "document", "'sequence'"),
+        ("estimator", "iwea", "'iwae'"),
+        ("plan", "batch", "'batched'"),
+    ],
+)
+def test_a_wrong_choice_is_refused_with_field_value_and_choices(field, value, choice):
+    with pytest.raises(ValueError, match=f"{field} must be one of .*{choice}.*got '{value}'"):
+        PerturbConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["latent_dim", "hidden_dim", "num_samples", "chunk_size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_count_below_one_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be a positive int.*got {value}"):
+        PerturbConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [2.0, "8", True])
+def test_a_count_that_is_no_int_is_refused(value):
+    with pytest.raises(TypeError, match="num_samples must be a positive int"):
+        PerturbConfig(num_samples=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_useless_initial_scale_is_refused(value):
+    with pytest.raises(ValueError, match="init_scale must be a finite number above 0"):
+        PerturbConfig(init_scale=value)
+
+
+def test_a_floor_above_the_start_is_refused():
+    with pytest.raises(ValueError, match="min_scale must not exceed init_scale"):
+        PerturbConfig(init_scale=0.1, min_scale=0.2)
+
+
+def test_antithetic_needs_pairs():
+    with pytest.raises(ValueError, match="num_samples must be even with antithetic=True.*got 5"):
+        PerturbConfig(antithetic=True, num_samples=5)
+
+
+@pytest.mark.parametrize("estimator", ["quadratic", "jvi", "jvi_clip", "sumo", "mlmc"])
+def test_estimators_of_independent_draws_refuse_antithetic_ones(estimator):
+    with pytest.raises(ValueError, match=f"estimator='{estimator}' needs independent"):
+        PerturbConfig(antithetic=True, estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ["quadratic", "jvi", "jvi_clip", "mlmc"])
+def test_estimators_that_compare_draws_refuse_a_single_one(estimator):
+    with pytest.raises(ValueError, match="num_samples must be at least 2"):
+        PerturbConfig(estimator=estimator, num_samples=1)
+
+
+def test_the_quadratic_equation_has_no_sequence_marginal():
+    with pytest.raises(ValueError, match="marginal='sequence' has no estimator='quadratic'"):
+        PerturbConfig(estimator="quadratic", marginal="sequence")
+
+
+def test_the_resample_plan_refuses_estimators_it_does_not_estimate():
+    with pytest.raises(ValueError, match="plan='resample' estimates the iwae gradient"):
+        PerturbConfig(plan="resample", estimator="jensen")
+
+
+def test_more_backward_samples_than_samples_are_refused():
+    with pytest.raises(ValueError, match="backward_samples must not exceed num_samples=4, got 5"):
+        PerturbConfig(num_samples=4, backward_samples=5)

@@ -1,0 +1,492 @@
+"""The wrapper against a naive loop over samples, through each model's own forward."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from fastperturb import PerturbConfig, estimators, noise, wrap
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+ARCHITECTURES = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=97,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.2,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+        )
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SMALL)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SMALL)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**SMALL, final_logit_softcapping=3.0)
+    ),
+}
+IGNORED = -100
+
+
+def base_model(architecture="llama"):
+    torch.manual_seed(0)
+    return ARCHITECTURES[architecture]()
+
+
+def batch(*, size=3, length=9, padding=True):
+    """Token ids, a right-padded attention mask, and labels with gaps."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 97, (size, length))
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    labels[0, :4] = IGNORED
+    if padding:
+        mask[1, -3:] = 0
+        labels[1, -3:] = IGNORED
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def naive_logits(lm, inputs, *, seed, num_samples):
+    """Each sample's logits [M, B, T, V], one plain forward of the base model at a time."""
+    base, ids = lm.base, inputs["input_ids"]
+    e = base.get_input_embeddings()(ids)
+    z = noise.latent(seed, (num_samples, *ids.shape, lm.transform.latent_dim))
+    real = inputs["attention_mask"].bool()[..., None]
+    return torch.stack(
+        [
+            base(
+                inputs_embeds=torch.where(real, lm.transform(e, sample), e),
+                attention_mask=inputs["attention_mask"],
+            ).logits
+            for sample in z
+        ]
+    )
+
+
+def naive_log_probs(logits, labels):
+    kept = labels[:, 1:] != IGNORED
+    index = labels[:, 1:].where(kept, 0).expand(len(logits), -1, -1)[..., None]
+    log_probs = logits[:, :, :-1].float().log_softmax(-1).gather(-1, index)[..., 0]
+    return log_probs.where(kept, 0.0), kept
+
+
+def naive_quadratic(logits, labels):
+    p = logits[:, :, :-1].float().softmax(-1)
+    hit = naive_log_probs(logits, labels)[0].exp().mean(0)
+    M = len(p)
+    cross = sum((p[i] * p[j]).sum(-1) for i in range(M) for j in range(M) if i != j)
+    return 2 * hit - cross / (M * (M - 1))
+
+
+def gradients(loss, lm):
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss, trained, allow_unused=True)
+
+
+def assert_same_gradients(ours, naive, tolerance=2e-3):
+    for mine, theirs in zip(ours, naive, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert (mine - theirs).norm() <= tolerance * theirs.norm() + 1e-8
+
+
+def with_lora(model):
+    peft = pytest.importorskip("peft", reason="LoRA tests need peft")
+    is_gpt2 = model.config.model_type == "gpt2"  # whose Conv1D keeps its weight transposed
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["c_attn"] if is_gpt2 else ["q_proj", "v_proj"],
+        fan_in_fan_out=is_gpt2,
+        init_lora_weights=False,
+    )
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("estimator", ["iwae", "quadratic"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_a_naive_loop(architecture, estimator, lora):
+    model = base_model(architecture)
+    lm = wrap(with_lora(model) if lora else model, PerturbConfig(estimator=estimator)).train()
+    inputs = batch()
+    out = lm(**inputs, num_samples=3, seed=5)
+
+    logits = naive_logits(lm, inputs, seed=5, num_samples=3)
+    log_probs, kept = naive_log_probs(logits, inputs["labels"])
+    marginal = log_probs.logsumexp(0) - math.log(3)
+    value = marginal if estimator == "iwae" else naive_quadratic(logits, inputs["labels"])
+    loss = -value.where(kept, 0.0).sum() / kept.sum()
+
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-4)
+    torch.testing.assert_close(out.log_probs, log_probs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.log_marginal, marginal.where(kept, 0.0), rtol=1e-4, atol=1e-4)
+    assert_same_gradients(gradients(out.loss, lm), gradients(loss, lm))
+
+
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", ["jensen", "iwae", "jvi_clip"])
+def test_every_estimator_and_marginal_weighs_the_samples_as_combine_does(estimator, marginal):
+    lm = wrap(base_model(), PerturbConfig(estimator=estimator, marginal=marginal, num_samples=4))
+    inputs = batch()
+    out = lm(**inputs, seed=5)
+    log_probs, kept = naive_log_probs(
+        naive_logits(lm, inputs, seed=5, num_samples=4), inputs["labels"]
+    )
+    outcomes = log_probs if marginal == "token" else log_probs.sum(-1)
+    mask = kept if marginal == "token" else kept.any(-1)
+    value, _ = estimators.combine(outcomes, estimator, mask=mask)
+    loss = -value.sum() / kept.sum()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-4)
+    assert out.log_marginal.shape == value.shape
+    assert_same_gradients(gradients(out.loss, lm), gradients(loss, lm))
+
+
+def test_resampling_is_the_iwae_loss_with_fewer_samples_sent_backward():
+    lm = wrap(base_model(), PerturbConfig(estimator="resample", backward_samples=1, num_samples=6))
+    inputs = batch()
+    out = lm(**inputs, seed=5)
+    with torch.no_grad():
+        value, _ = estimators.combine(out.log_probs, "iwae")
+    assert out.loss.item() == pytest.approx((-value.sum() / kept_count(inputs)).item(), rel=1e-5)
+    upstream = torch.autograd.grad(out.loss, out.log_probs)[0]
+    assert (upstream != 0).any(-1).sum(0).tolist() == [1, 1, 1]
+
+
+def kept_count(inputs):
+    return (inputs["labels"][:, 1:] != IGNORED).sum()
+
+
+@pytest.mark.parametrize("estimator", ["sumo", "mlmc"])
+def test_telescopes_take_a_number_of_draws_that_the_seed_decides(estimator):
+    lm = wrap(base_model(), PerturbConfig(estimator=estimator, num_samples=8))
+    taken = {seed: len(lm(**batch(), seed=seed).log_probs) for seed in range(12)}
+    assert len(set(taken.values())) > 1 and max(taken.values()) <= 8
+    again = {seed: len(lm(**batch(), seed=seed).log_probs) for seed in range(12)}
+    assert again == taken
+
+
+@pytest.mark.parametrize(
+    "estimator", ["iwae", "jensen", "jvi_clip", "resample", "mlmc", "quadratic"]
+)
+def test_splitting_a_batch_changes_nothing(estimator):
+    lm = wrap(base_model(), PerturbConfig(estimator=estimator, num_samples=4))
+    inputs, count = batch(), kept_count(batch())
+    whole = lm(**inputs, seed=5)
+    pieces = []
+    for start, stop in ((0, 1), (1, 3)):
+        part = {name: value[start:stop] for name, value in inputs.items()}
+        rows = torch.arange(start, stop)
+        pieces.append(lm(**part, seed=5, rows=rows, num_items_in_batch=count))
+    torch.testing.assert_close(
+        torch.cat([piece.log_probs for piece in pieces], dim=1),
+        whole.log_probs,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    loss = sum(piece.loss for piece in pieces)
+    assert loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    assert_same_gradients(gradients(loss, lm), gradients(whole.loss, lm), tolerance=1e-4)
+
+
+def test_left_padding_gives_each_token_the_noise_it_has_without_padding():
+    lm = wrap(base_model(), PerturbConfig(num_samples=3))
+    plain = batch(size=1, padding=False)
+    padded = {
+        "input_ids": F.pad(plain["input_ids"], (4, 0), value=1),
+        "attention_mask": F.pad(plain["attention_mask"], (4, 0)),
+        "labels": F.pad(plain["labels"], (4, 0), value=IGNORED),
+    }
+    one, other = lm(**plain, seed=5), lm(**padded, seed=5)
+    torch.testing.assert_close(other.log_probs[:, :, 4:], one.log_probs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_packed_document_gets_the_noise_of_its_own_number_and_positions():
+    lm = wrap(base_model(), PerturbConfig(num_samples=2))
+    ids = batch(size=2, length=5, padding=False)["input_ids"]
+    packed = lm._perturb(
+        lm.base.get_input_embeddings()(ids.reshape(1, 10)),
+        2,
+        torch.tensor(5),
+        torch.tensor([7, 4]).repeat_interleave(5)[None],
+        None,
+        torch.arange(5).repeat(2)[None],
+        None,
+    )[0]
+    alone = lm._perturb(
+        lm.base.get_input_embeddings()(ids), 2, torch.tensor(5), torch.tensor([7, 4]), *[None] * 3
+    )[0]
+    torch.testing.assert_close(packed.unflatten(2, (2, 5))[:, 0], alone)
+
+
+def test_exact_is_the_base_model_on_exact_prefixes():
+    for estimator in ("iwae", "quadratic", "mlmc"):
+        lm = wrap(base_model(), PerturbConfig(estimator=estimator))
+        inputs = batch()
+        with lm.exact():
+            out = lm(**inputs)
+        expected = lm.base(**inputs).loss
+        assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert out.shift == 0 and out.log_probs.shape[0] == 1
+        assert lm(**inputs, seed=5).shift > 0  # and perturbs again outside
+
+
+def test_a_mask_of_nothing_is_the_exact_model():
+    lm = wrap(base_model(), PerturbConfig())
+    inputs = batch()
+    masked = lm(**inputs, perturb_mask=torch.zeros(3, 9, dtype=torch.bool))
+    with lm.exact():
+        exact = lm(**inputs)
+    assert masked.loss.item() == pytest.approx(exact.loss.item(), rel=1e-5)
+    assert masked.shift == 0
+
+
+def test_the_seed_decides_the_noise_and_evaluation_still_perturbs():
+    lm = wrap(base_model(), PerturbConfig()).eval()
+    inputs = batch()
+    one, same, other = (lm(**inputs, seed=seed).loss for seed in (5, 5, 6))
+    assert one == same and one != other
+    torch.manual_seed(3)
+    drawn = lm(**inputs).loss
+    torch.manual_seed(3)
+    assert lm(**inputs).loss == drawn
+    assert lm(**inputs).loss != drawn
+
+
+def test_without_labels_only_what_was_asked_for_is_computed():
+    lm = wrap(base_model("gemma2"), PerturbConfig(num_samples=3))
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    out = lm(**inputs, seed=5)
+    assert out.loss is None and out.log_probs is None and out.logits is None
+    logits = lm(**inputs, seed=5, return_logits=True).logits
+    expected = naive_logits(lm, inputs, seed=5, num_samples=3).softmax(-1).mean(0).log()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_may_be_given_instead_of_ids():
+    lm = wrap(base_model(), PerturbConfig())
+    inputs = batch()
+    embeddings = lm.base.get_input_embeddings()(inputs.pop("input_ids"))
+    given = lm(**inputs, inputs_embeds=embeddings, seed=5).loss
+    assert given == lm(**batch(), seed=5).loss
+
+
+def test_the_scale_of_the_embedding_module_counts():
+    lm = wrap(base_model("gemma2"), PerturbConfig(init_scale=0.25))
+    embed = lm.base.get_input_embeddings()
+    rms = embed(torch.arange(97)).square().mean().sqrt()
+    assert lm.transform.embed_rms.item() == pytest.approx(rms.item(), rel=1e-5)
+    assert rms > 2 * embed.weight.square().mean().sqrt()
+    out = lm(**batch(), num_samples=64)
+    assert out.shift.item() == pytest.approx(0.25, rel=0.2)
+
+
+def test_diagnostics_are_what_they_say():
+    lm = wrap(base_model(), PerturbConfig(num_samples=5))
+    inputs = batch()
+    out = lm(**inputs, seed=5)
+    kept = inputs["labels"][:, 1:] != IGNORED
+    weights = out.log_probs.softmax(0)
+    ess = (1 / weights.square().sum(0))[kept].mean()
+    assert out.ess.item() == pytest.approx(ess.item(), rel=1e-5)
+    e = lm.base.get_input_embeddings()(inputs["input_ids"])
+    z = noise.latent(5, (5, 3, 9, 16))
+    moved = (lm.transform(e, z) - e).norm(dim=-1) / e.norm(dim=-1)
+    shift = moved[:, inputs["attention_mask"].bool()].mean()
+    assert out.shift.item() == pytest.approx(shift.item(), rel=1e-4)
+
+
+def test_a_batch_without_labels_in_it_has_zero_loss_and_gradient():
+    lm = wrap(base_model(), PerturbConfig())
+    inputs = batch()
+    out = lm(**{**inputs, "labels": torch.full_like(inputs["labels"], IGNORED)})
+    assert out.loss == 0
+    assert all(g is None or (g == 0).all() for g in gradients(out.loss, lm))
+
+
+@pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
+def test_half_precision_trunks_train_the_fp32_transform(mode):
+    model = base_model()
+    lm = wrap(model.bfloat16() if mode == "bf16 weights" else model, PerturbConfig())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        out = lm(**batch(), seed=5)
+    exact = wrap(base_model(), PerturbConfig())
+    exact.transform.load_state_dict(lm.transform.state_dict())
+    expected = exact(**batch(), seed=5)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
+    ours = torch.autograd.grad(out.loss, lm.transform.U)[0]
+    right = torch.autograd.grad(expected.loss, exact.transform.U)[0]
+    assert ours.dtype == torch.float32
+    assert F.cosine_similarity(ours.flatten(), right.flatten(), dim=0) > 0.97
+
+
+def test_gradient_checkpointing_in_the_trunk_changes_nothing():
+    lm = wrap(base_model(), PerturbConfig()).train()
+    plain = gradients(lm(**batch(), seed=5).loss, lm)
+    enable = getattr(lm.base, "activation_checkpointing_enable", None)  # its name from 5.2x on
+    (enable or lm.base.gradient_checkpointing_enable)({"use_reentrant": False})
+    assert_same_gradients(gradients(lm(**batch(), seed=5).loss, lm), plain, tolerance=1e-5)
+
+
+def test_training_the_transform_on_a_frozen_base_lowers_the_loss():
+    model = base_model().requires_grad_(False)
+    lm = wrap(model, PerturbConfig(num_samples=8))
+    optimizer = torch.optim.Adam([p for p in lm.parameters() if p.requires_grad], lr=0.05)
+    assert {name for name, p in lm.named_parameters() if p.requires_grad} == {"transform.U"}
+    losses = []
+    for _ in range(20):
+        loss = lm(**batch(), seed=5).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert model.lm_head.weight.grad is None
+
+
+def test_a_real_pretrained_model_keeps_its_likelihood_under_exact(data_dir):
+    folder = data_dir / "models" / "stories260K-hf"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = (data_dir / "extra_tinystories" / "sample.txt").read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :256]
+    lm = wrap(model, PerturbConfig(init_scale=0.1, num_samples=16)).eval()
+    with torch.no_grad():
+        with lm.exact():
+            exact = lm(input_ids=ids, labels=ids).loss
+        perturbed = lm(input_ids=ids, labels=ids, seed=1).loss
+        assert exact.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+    assert exact < 1.6
+    assert exact < perturbed < exact + 0.3
+
+
+# --- what is refused -----------------------------------------------------------------------
+
+
+class RetouchedLlama(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class RelabelledLlama(transformers.LlamaForCausalLM):
+    """A subclass that leaves the forward alone is as well understood as its parent."""
+
+
+def test_a_subclass_with_its_parents_forward_is_supported():
+    model = RelabelledLlama(transformers.LlamaConfig(**SMALL))
+    assert torch.isfinite(wrap(model, PerturbConfig())(**batch()).loss)
+
+
+def prompt_tuned():
+    peft = pytest.importorskip("peft", reason="PEFT tests need peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(base_model(), config)
+
+
+def lora_on_the_head():
+    peft = pytest.importorskip("peft", reason="PEFT tests need peft")
+    return peft.get_peft_model(base_model(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+
+
+def hooked_head():
+    model = base_model()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: transformers.OPTForCausalLM(
+                transformers.OPTConfig(
+                    vocab_size=97, hidden_size=32, num_attention_heads=4, num_hidden_layers=1
+                )
+            ),
+            "model OPTForCausalLM is not supported.*LlamaForCausalLM",
+        ),
+        (
+            lambda: transformers.LlamaForSequenceClassification(
+                transformers.LlamaConfig(**SMALL, num_labels=2)
+            ),
+            "model LlamaForSequenceClassification is not supported",
+        ),
+        (lambda: torch.nn.Linear(3, 3), "model Linear is not supported"),
+        (
+            lambda: RetouchedLlama(transformers.LlamaConfig(**SMALL)),
+            "RetouchedLlama overrides the forward of LlamaForCausalLM",
+        ),
+        (prompt_tuned, "PROMPT_TUNING adds virtual tokens"),
+        (lora_on_the_head, r"LM head of LlamaForCausalLM is a peft\..*Linear"),
+        (hooked_head, "carries forward hooks"),
+    ],
+    ids=["opt", "classifier", "no lm", "overridden", "prompt tuning", "lora head", "hooked head"],
+)
+def test_a_model_that_is_not_understood_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(make(), PerturbConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples must be a positive int, got 0"),
+        ({"num_samples": 2.0}, TypeError, "num_samples must be a positive int, got 2.0"),
+        ({"labels": torch.full((3, 9), 97)}, IndexError, r"labels must be .*\[0, 97\), got 97"),
+        ({"labels": torch.zeros(3, 8).long()}, ValueError, r"labels must be \[B, T\] = \[3, 9\]"),
+        ({"labels": torch.zeros(3, 9)}, ValueError, "labels must be int64"),
+        ({"attention_mask": torch.ones(2, 9)}, ValueError, r"attention_mask must be \[B, T\]"),
+        ({"input_ids": torch.zeros(9).long()}, ValueError, r"input_ids must be \[B, T\]"),
+        ({"input_ids": None}, ValueError, "either input_ids or inputs_embeds, got neither"),
+        ({"inputs_embeds": torch.zeros(3, 9, 32)}, ValueError, "got both"),
+        ({"perturb_mask": torch.ones(3, 8).bool()}, ValueError, r"perturb_mask must be"),
+        ({"rows": torch.arange(2)}, ValueError, r"rows must be int64 \[B\] or \[B, T\]"),
+        ({"seed": 1.5}, ValueError, "seed must be an int"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(changes, error, message):
+    lm = wrap(base_model(), PerturbConfig())
+    with pytest.raises(error, match=message):
+        lm(**{**batch(), **changes})
+
+
+def test_a_call_cannot_ask_for_draws_the_estimator_cannot_use():
+    quadratic = wrap(base_model(), PerturbConfig(estimator="quadratic"))
+    with pytest.raises(ValueError, match="num_samples must be at least 2 for estimator='quad"):
+        quadratic(**batch(), num_samples=1)
+    antithetic = wrap(base_model(), PerturbConfig(antithetic=True))
+    with pytest.raises(ValueError, match="num_samples must be even with antithetic=True"):
+        antithetic(**batch(), num_samples=3)
+
+
+def test_training_by_plain_jvi_is_refused_and_evaluating_by_it_is_not():
+    lm = wrap(base_model(), PerturbConfig(estimator="jvi")).train()
+    with pytest.raises(ValueError, match="use estimator='jvi_clip'"):
+        lm(**batch())
+    assert torch.isfinite(lm.eval()(**batch()).loss)
+
+
+@pytest.mark.parametrize("plan", ["chunked", "resample"])
+def test_plans_of_a_later_version_are_refused_by_name(plan):
+    with pytest.raises(ValueError, match=f"plan='{plan}' is not implemented in this version"):
+        wrap(base_model(), PerturbConfig(plan=plan))
+
+
+def test_a_config_that_is_no_config_is_refused():
+    with pytest.raises(TypeError, match="config must be a PerturbConfig, got dict"):
+        wrap(base_model(), {"num_samples": 3})

@@ -1,0 +1,174 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastperturb import noise
+
+LATENTS = ("gaussian", "uniform", "rademacher")
+
+# Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, words.
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_philox_gives_the_published_words(counter, key, words):
+    assert noise.philox(torch.tensor(counter), torch.tensor(key)).tolist() == words
+
+
+def test_counters_and_keys_count_modulo_two_to_the_32():
+    beyond = noise.philox(torch.tensor([1, -1, 2**32 + 5, 7]), torch.tensor([-2, 2**40 + 3]))
+    within = noise.philox(torch.tensor([1, 2**32 - 1, 5, 7]), torch.tensor([2**32 - 2, 3]))
+    assert torch.equal(beyond, within)
+
+
+def scalar_latent(seed, m, b, t, r, law):
+    """The contract, one number at a time, in double precision."""
+    words = noise.philox(
+        torch.tensor([r // 4, t, m, b]), torch.tensor([seed & 0xFFFFFFFF, seed >> 32])
+    ).tolist()
+    if law == "uniform":
+        return math.sqrt(3) * (2 * (words[r % 4] + 0.5) / 2**32 - 1)
+    if law == "rademacher":
+        return -1.0 if words[r % 4] >= 2**31 else 1.0
+    pair = r % 4 // 2 * 2
+    radius = math.sqrt(-2 * math.log((words[pair] + 0.5) / 2**32))
+    angle = 2 * math.pi * (words[pair + 1] + 0.5) / 2**32
+    return radius * (math.sin(angle) if r % 2 else math.cos(angle))
+
+
+@pytest.mark.parametrize("law", LATENTS)
+def test_latents_follow_the_contract_number_by_number(law):
+    seed, (M, B, T, R) = 0x1234_5678_9ABC_DEF0, (2, 3, 2, 7)
+    z = noise.latent(seed, (M, B, T, R), latent=law)
+    for m, b, t, r in itertools.product(range(M), range(B), range(T), range(R)):
+        expected = scalar_latent(seed, m, b, t, r, law)
+        assert z[m, b, t, r].item() == pytest.approx(expected, abs=4e-6)
+
+
+def test_gaussians_are_finite_and_accurate_at_the_extreme_words():
+    words = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1])
+    radius, angle = (grid.flatten() for grid in torch.meshgrid(words, words, indexing="ij"))
+    cosine, sine = noise._box_muller(radius, angle)
+    u = (radius.double() + 0.5) / 2**32
+    true_radius = torch.where(
+        radius < 2**31, (-2 * u.log()), -2 * torch.log1p(-((2**32 - 1 - radius) + 0.5) / 2**32)
+    ).sqrt()
+    turn = 2 * math.pi * (angle.double() + 0.5) / 2**32
+    assert (cosine - true_radius * turn.cos()).abs().max() < 4e-6
+    assert (sine - true_radius * turn.sin()).abs().max() < 4e-6
+    assert torch.stack([cosine, sine]).abs().max() < 6.8
+
+
+@pytest.mark.parametrize(
+    ("law", "kurtosis"), [("gaussian", 3), ("uniform", 1.8), ("rademacher", 1)]
+)
+def test_latents_have_the_moments_of_their_law(law, kurtosis):
+    z = noise.latent(7, (64, 8, 64, 16), latent=law).double()
+    count = z.numel()
+    assert z.mean().abs() < 5 / math.sqrt(count)
+    assert (z.square().mean() - 1).abs() < 5 * math.sqrt(2 / count)
+    assert (z**4).mean() == pytest.approx(kurtosis, rel=0.02)
+
+
+@pytest.mark.parametrize("law", LATENTS)
+@pytest.mark.parametrize("axis", range(4))
+def test_neighbours_along_every_axis_are_uncorrelated(law, axis):
+    z = noise.latent(11, (32, 16, 32, 16), latent=law)
+    left = z.narrow(axis, 0, z.shape[axis] - 1)
+    right = z.narrow(axis, 1, z.shape[axis] - 1)
+    assert (left * right).mean().abs() < 5 / math.sqrt(left.numel())
+
+
+def test_different_seeds_give_unrelated_noise():
+    one, other = (noise.latent(seed, (32, 8, 32, 16)) for seed in (1, 1 + 2**32))
+    assert (one * other).mean().abs() < 5 / math.sqrt(one.numel())
+
+
+@pytest.mark.parametrize("law", LATENTS)
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+def test_any_part_of_the_noise_can_be_drawn_alone(law, scope):
+    whole = noise.latent(3, (6, 5, 4, 9), latent=law, scope=scope)
+    samples, rows = torch.tensor([4, 1]), torch.tensor([3, 0, 2])
+    positions = torch.tensor([[2, 3]]).expand(3, -1)
+    part = noise.latent(
+        3, (2, 3, 2, 9), latent=law, scope=scope, samples=samples, rows=rows, positions=positions
+    )
+    assert torch.equal(part, whole[samples][:, rows][:, :, 2:4])
+
+
+def test_each_row_may_use_its_own_samples_and_documents():
+    whole = noise.latent(3, (6, 5, 4, 3))
+    samples = torch.tensor([[0, 5], [2, 2], [4, 1]])  # (M, B)
+    rows = torch.tensor([[1, 1, 4], [3, 0, 0]])  # (B, T): packed documents
+    positions = torch.tensor([[0, 1, 0], [3, 0, 1]])
+    z = noise.latent(3, (3, 2, 3, 3), samples=samples, rows=rows, positions=positions)
+    for m, b, t in itertools.product(range(3), range(2), range(3)):
+        expected = whole[samples[m, b], rows[b, t], positions[b, t]]
+        assert torch.equal(z[m, b, t], expected)
+
+
+def test_a_longer_latent_starts_with_the_shorter_one():
+    assert torch.equal(noise.latent(5, (2, 2, 2, 13))[..., :6], noise.latent(5, (2, 2, 2, 6)))
+
+
+def test_sequence_scope_repeats_the_first_position():
+    z = noise.latent(5, (3, 2, 4, 5), scope="sequence")
+    first = noise.latent(5, (3, 2, 1, 5))
+    assert torch.equal(z, first.expand_as(z))
+
+
+def test_antithetic_samples_come_in_opposite_pairs():
+    z = noise.latent(5, (6, 2, 3, 5), antithetic=True)
+    plain = noise.latent(5, (6, 2, 3, 5))
+    assert torch.equal(z[0::2], plain[0::2])
+    assert torch.equal(z[1::2], -z[0::2])
+
+
+def test_an_antithetic_sample_keeps_its_sign_when_drawn_alone():
+    whole = noise.latent(5, (6, 2, 3, 5), antithetic=True)
+    alone = noise.latent(5, (1, 2, 3, 5), samples=torch.tensor([3]), antithetic=True)
+    assert torch.equal(alone[0], whole[3])
+
+
+def test_a_seed_may_be_a_tensor_or_an_unsigned_int():
+    as_tensor = noise.latent(torch.tensor(-3), (1, 1, 2, 4))
+    assert torch.equal(as_tensor, noise.latent(2**64 - 3, (1, 1, 2, 4)))
+
+
+def test_auxiliary_uniforms_lie_inside_the_unit_interval_and_follow_the_row():
+    seed = torch.tensor(9)
+    u = noise.auxiliary_uniforms(seed, 64, torch.arange(256))
+    assert u.min() > 0 and u.max() < 1
+    assert u.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(noise.auxiliary_uniforms(seed, 64, torch.tensor([17]))[:, 0], u[:, 17])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latent": "normal"}, "latent must be one of"),
+        ({"scope": "word"}, "scope must be one of"),
+        ({"antithetic": True}, "samples must be even with antithetic=True, got 3"),
+        ({"samples": torch.zeros(3)}, r"samples must be int64 \[M\] or \[M, B\]"),
+        ({"samples": torch.arange(2)}, r"samples must number 3"),
+        ({"rows": torch.arange(3)}, r"rows must be int64 \[B\] or \[B, T\] = \[2\] or \[2, 4\]"),
+        ({"positions": torch.arange(4)}, r"positions must be int64 \[B, T\] = \[2, 4\]"),
+        ({"seed": 2**64}, "seed must be an int of 64 bits"),
+        ({"seed": torch.tensor(1.0)}, "seed must be an int or one int64"),
+        ({"shape": (3, 2, 4, 0)}, r"shape must be \(M, B, T, R\) with R >= 1"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message):
+    given = {"seed": 0, "shape": (3, 2, 4, 5), **arguments}
+    with pytest.raises(ValueError, match=message):
+        noise.latent(**given)
