@@ -27,11 +27,11 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m mypy
 
 bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
-	$(RUN) bench/run.py --output-dir runs/bench --overwrite
+	$(RUN) -m bench.run --output-dir runs/bench --overwrite
 
 # A GPU machine brings its own torch and may have no network: no virtual environment here.
 gpu:  ## tests and benchmarks that need CUDA, with the python that is there, into runs/gpu
-	PYTHONPATH=. $(PYTHON) bench/gpu.py --output-dir $(OUT)
+	PYTHONPATH=. $(PYTHON) -m bench.gpu --output-dir $(OUT)
 
 clean:  ## remove build products and caches; keeps the virtual environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

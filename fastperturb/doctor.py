@@ -14,9 +14,6 @@ from typing import Any
 
 import ninja
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from fastperturb import ops, runs
@@ -60,6 +57,8 @@ def run(options: DoctorOptions) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
     else:
+        from rich.console import Console  # here, so that `examine` needs torch alone
+
         show(report, Console())
     if folder is not None:
         runs.write_json(folder / "results.json", report)
@@ -214,12 +213,19 @@ def _head_cases(
     yield value, [hidden, weight, bias]
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(report: dict[str, Any], console: Any) -> None:
     console.print(_facts(report))
     console.print(_implementations(report))
+    for chosen in report["ops"]:
+        for each in chosen["candidates"]:
+            if each["name"] != chosen["runs"]:
+                why = f"{chosen['op']} on {chosen['device']}: not {each['name']}: {each['reason']}"
+                console.print(why, markup=False)
 
 
-def _facts(report: dict[str, Any]) -> Table:
+def _facts(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
     table = Table("", "", title="FastPerturb doctor", show_header=False)
     for name, version in report["versions"].items():
         table.add_row(name, version)
@@ -239,23 +245,17 @@ def _facts(report: dict[str, Any]) -> Table:
     return table
 
 
-def _implementations(report: dict[str, Any]) -> Table:
-    table = Table("device", "op", "runs", "and not", "value error", "gradient error", "check")
+def _implementations(report: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("device", "op", "runs", "value error", "gradient error", "check")
     for chosen, checked in zip(report["ops"], report["checks"], strict=True):
-        others = [
-            f"{each['name']}: {each['reason']}"
-            for each in chosen["candidates"]
-            if each["name"] != chosen["runs"]
+        errors = [
+            f"{checked[name]:.1e}" if name in checked else ""
+            for name in ("value_error", "gradient_error")
         ]
-        table.add_row(
-            chosen["device"],
-            chosen["op"],
-            chosen["runs"] or "nothing",
-            escape("\n".join(others)),
-            *(
-                f"{checked[name]:.1e}" if name in checked else ""
-                for name in ("value_error", "gradient_error")
-            ),
-            "[green]ok" if checked["ok"] else f"[red]FAIL {escape(checked.get('error', ''))}",
-        )
+        verdict = "[green]ok" if checked["ok"] else f"[red]FAIL {escape(checked.get('error', ''))}"
+        runs_on = chosen["runs"] or "nothing"
+        table.add_row(chosen["device"], chosen["op"], runs_on, *errors, verdict)
     return table

@@ -132,19 +132,14 @@ class PerturbedLM(nn.Module):
                 "estimator='jvi' is for evaluation: its weights can be negative and training "
                 "with them diverged; use estimator='jvi_clip', whose weights are clipped"
             )
-        seed = self._seed(seed, embeddings.device)
-        draws, level = self._draws(num_samples, estimator, seed)
-        if rows is None:
-            rows = torch.arange(batch, device=embeddings.device)
-        moved, shift = self._perturb(
-            embeddings, draws, seed, rows, attention_mask, position_ids, perturb_mask
-        )
+        draws = self._draw(seed, rows, num_samples, estimator, embeddings)
+        moved, shift = self._perturb(embeddings, draws, attention_mask, position_ids, perturb_mask)
         hidden = parts.trunk(
             inputs_embeds=moved.flatten(0, 1),
-            attention_mask=_repeat(attention_mask, draws),
-            position_ids=_repeat(position_ids, draws),
+            attention_mask=_repeat(attention_mask, draws.count),
+            position_ids=_repeat(position_ids, draws.count),
             use_cache=False,
-        ).last_hidden_state.unflatten(0, (draws, batch))  # (M, B, T, D)
+        ).last_hidden_state.unflatten(0, (draws.count, batch))  # (M, B, T, D)
         output = PerturbedOutput(shift=shift)
         if return_logits:
             output.logits = _mean_logits(hidden, parts.head.weight, parts.head_options)
@@ -167,13 +162,12 @@ class PerturbedLM(nn.Module):
             log_probs = ops.linear_logprob(
                 hidden.flatten(0, 2),
                 parts.head.weight,
-                target.repeat(draws, 1).flatten(),
+                target.repeat(draws.count, 1).flatten(),
                 **parts.head_options,
             )
-        log_probs = log_probs.view(draws, batch, length)[:, :, :-1]
-        return self._estimate(
-            output, log_probs, quadratic, labels, estimator, level, seed, rows, num_items_in_batch
-        )
+        log_probs = log_probs.view(draws.count, batch, length)[:, :, :-1]
+        self._estimate(output, log_probs, quadratic, labels, draws, num_items_in_batch)
+        return output
 
     def _embeddings(
         self, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -189,32 +183,38 @@ class PerturbedLM(nn.Module):
             raise ValueError(f"inputs_embeds must be [B, T, D], got {list(inputs_embeds.shape)}")
         return inputs_embeds
 
-    def _seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    def _draw(
+        self,
+        seed: int | Tensor | None,
+        rows: Tensor | None,
+        num_samples: int | None,
+        estimator: str,
+        embeddings: Tensor,
+    ) -> _Draws:
+        """The noise of a call, and how many samples the estimator takes of it."""
+        device = embeddings.device
         if seed is None:
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-        return noise.seed_tensor(seed, device).to(device)
-
-    def _draws(
-        self, num_samples: int | None, estimator: str, seed: Tensor
-    ) -> tuple[int, Tensor | None]:
-        """How many samples to run, and the telescope's level where there is one."""
+        seed = noise.seed_tensor(seed, device)
+        if rows is None:
+            rows = torch.arange(len(embeddings), device=device)
         if self._exact:
-            return 1, None
+            return _Draws(seed, rows, 1, estimator)
         wanted = self.config.num_samples if num_samples is None else num_samples
         check_draws(estimator, wanted, antithetic=self.config.antithetic)
         if estimator not in ("sumo", "mlmc"):
-            return wanted, None
+            return _Draws(seed, rows, wanted, estimator)
         telescope = estimators.Telescope(estimator, wanted)
-        first_row = torch.zeros(1, dtype=torch.int64, device=seed.device)
-        level = telescope.sample(noise.auxiliary_uniforms(seed, 1, first_row)).reshape(())
-        return int(telescope.draws(level)), level
+        # One level for the whole step: every row, micro-batch and rank agrees on it.
+        one_row = torch.zeros(1, dtype=torch.int64, device=device)
+        uniform = noise.auxiliary_uniforms(seed, 1, one_row)
+        level = telescope.sample(uniform.reshape(()))
+        return _Draws(seed, rows, int(telescope.draws(level)), estimator, telescope, level)
 
     def _perturb(
         self,
         embeddings: Tensor,
-        draws: int,
-        seed: Tensor,
-        rows: Tensor,
+        draws: _Draws,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         perturb_mask: Tensor | None,
@@ -232,9 +232,9 @@ class PerturbedLM(nn.Module):
             embeddings,
             None,
             self.transform,
-            seed,
-            draws,
-            rows=rows,
+            draws.seed,
+            draws.count,
+            rows=draws.rows,
             positions=positions,
             antithetic=self.config.antithetic,
             perturb_mask=perturb_mask,
@@ -244,39 +244,48 @@ class PerturbedLM(nn.Module):
     def _estimate(
         self,
         output: PerturbedOutput,
-        log_probs: Tensor,
+        log_probs: Tensor,  # [M, B, T-1]
         quadratic: Tensor | None,
         labels: Tensor,
-        estimator: str,
-        level: Tensor | None,
-        seed: Tensor,
-        rows: Tensor,
+        draws: _Draws,
         num_items_in_batch: int | Tensor | None,
-    ) -> PerturbedOutput:
+    ) -> None:
+        """Fill in the loss and what is known about the samples."""
         mask = labels[:, 1:] != IGNORED
         count = mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         outcomes = log_probs
         if self.config.marginal == "sequence":
             outcomes, mask = log_probs.sum(-1), mask.any(-1)
-        if quadratic is not None:
-            value = quadratic
-        elif level is not None:
-            telescope = estimators.Telescope(estimator, self.config.num_samples)
-            value, _ = telescope.combine(outcomes, level, mask=mask)
-        elif estimator == "resample":
-            kept = estimators.default_backward_samples(len(log_probs), self.config.backward_samples)
-            first = rows if rows.ndim == 1 else rows[:, 0]
-            uniforms = noise.auxiliary_uniforms(seed, kept, first)
-            value, _ = estimators.resample(outcomes, uniforms, mask=mask)
-        else:
-            value, _ = estimators.combine(outcomes, estimator, mask=mask)
+        value = draws.combine(outcomes, mask, self.config) if quadratic is None else quadratic
         output.loss = -value.sum() / count
         with torch.no_grad():
             output.log_marginal = estimators.combine(outcomes, "iwae", mask=mask)[0]
             effective = estimators.effective_samples(outcomes)
             output.ess = effective.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
         output.log_probs = log_probs
-        return output
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """The noise of one call: its seed and rows, how many samples, and what combines them."""
+
+    seed: Tensor
+    rows: Tensor
+    count: int
+    estimator: str
+    telescope: estimators.Telescope | None = None
+    level: Tensor | None = None
+
+    def combine(self, outcomes: Tensor, mask: Tensor, config: PerturbConfig) -> Tensor:
+        """The estimator's value; whatever it draws itself comes from the seed too."""
+        if self.telescope is not None and self.level is not None:
+            return self.telescope.combine(outcomes, self.level, mask=mask)[0]
+        if self.estimator == "resample":
+            kept = estimators.default_backward_samples(self.count, config.backward_samples)
+            first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
+            uniforms = noise.auxiliary_uniforms(self.seed, kept, first_rows)
+            return estimators.resample(outcomes, uniforms, mask=mask)[0]
+        return estimators.combine(outcomes, self.estimator, mask=mask)[0]
 
 
 @torch.no_grad()

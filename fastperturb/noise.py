@@ -65,7 +65,7 @@ def latent(
     positions: Tensor | None = None,
     antithetic: bool = False,
 ) -> Tensor:
-    """The latents z [M, B, T, R] in fp32, on the device of the tensors given (else CPU).
+    """The latents z [M, B, T, R] in fp32, on the device of the numbers given (else the seed's).
 
     samples: the sample numbers m, an int M (0..M-1), [M] or [M, B]; default 0..M-1.
     rows: the numbers b, [B] or [B, T]; default 0..B-1.
@@ -78,11 +78,8 @@ def latent(
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
     if len(shape) != 4 or any(size < 0 for size in shape) or shape[3] < 1:
         raise ValueError(f"shape must be (M, B, T, R) with R >= 1, got {tuple(shape)}")
-    tensors = [x for x in (seed, samples, rows, positions) if isinstance(x, Tensor)]
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"seed, samples, rows and positions lie on several devices: {devices}")
-    device = tensors[0].device if tensors else torch.device("cpu")
+    given = [x for x in (samples, rows, positions, seed) if isinstance(x, Tensor)]
+    device = given[0].device if given else torch.device("cpu")
     num_samples, batch, length, latent_dim = shape
     m, b, t = counters(
         num_samples if samples is None else samples,
@@ -107,13 +104,13 @@ def latent(
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The 64-bit seed as an int64 tensor of shape []; a Python int may be signed or unsigned."""
+    """The 64-bit seed as an int64 of shape [] on `device`; an int may be signed or unsigned."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(
                 f"seed must be an int or one int64, got {seed.dtype} of shape {list(seed.shape)}"
             )
-        return seed.reshape(())
+        return seed.reshape(()).to(device)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be an int of 64 bits or an int64 tensor, got {seed!r}")
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)

@@ -219,19 +219,34 @@ def test_left_padding_gives_each_token_the_noise_it_has_without_padding():
 def test_a_packed_document_gets_the_noise_of_its_own_number_and_positions():
     lm = wrap(base_model(), PerturbConfig(num_samples=2))
     ids = batch(size=2, length=5, padding=False)["input_ids"]
-    packed = lm._perturb(
-        lm.base.get_input_embeddings()(ids.reshape(1, 10)),
-        2,
-        torch.tensor(5),
-        torch.tensor([7, 4]).repeat_interleave(5)[None],
-        None,
-        torch.arange(5).repeat(2)[None],
-        None,
-    )[0]
-    alone = lm._perturb(
-        lm.base.get_input_embeddings()(ids), 2, torch.tensor(5), torch.tensor([7, 4]), *[None] * 3
-    )[0]
-    torch.testing.assert_close(packed.unflatten(2, (2, 5))[:, 0], alone)
+    seen = []
+    lm.base.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    lm(input_ids=ids, rows=torch.tensor([7, 4]), seed=5)
+    lm(
+        input_ids=ids.reshape(1, 10),
+        position_ids=torch.arange(5).repeat(2)[None],
+        rows=torch.tensor([7, 4]).repeat_interleave(5)[None],
+        seed=5,
+    )
+    alone, packed = seen  # (M * B, T, D)
+    torch.testing.assert_close(packed.reshape(2, 2, 5, -1), alone.reshape(2, 2, 5, -1))
+
+
+def test_a_telescope_uses_the_cap_of_the_call():
+    lm = wrap(base_model(), PerturbConfig(estimator="sumo", num_samples=2))
+    inputs = batch()
+    out = next(
+        out
+        for seed in range(40)
+        if len((out := lm(**inputs, seed=seed, num_samples=8)).log_probs) > 2
+    )
+    level = torch.tensor(len(out.log_probs) - 1)
+    telescope = estimators.Telescope("sumo", 8)
+    mask = inputs["labels"][:, 1:] != IGNORED
+    value, _ = telescope.combine(out.log_probs.detach(), level, mask=mask)
+    assert out.loss.item() == pytest.approx((-value.sum() / mask.sum()).item(), rel=1e-5)
 
 
 def test_exact_is_the_base_model_on_exact_prefixes():

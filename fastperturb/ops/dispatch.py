@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,6 +20,8 @@ _TORCH = {
     "linear_quadratic": "fastperturb.ops.torch_head",
 }
 OPS = tuple(_TORCH)
+
+_only: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,26 @@ def explain(op: str, device: torch.device) -> list[Candidate]:
 
 def implementation(op: str, device: torch.device) -> ModuleType:
     """The module that runs `op` on `device`."""
-    for candidate in explain(op, device):
+    candidates = [each for each in explain(op, device) if _only in (None, each.name)]
+    for candidate in candidates:
         if candidate.usable and candidate.module:
             return importlib.import_module(candidate.module)
-    raise RuntimeError(f"no implementation of {op} is usable on {device}")
+    reasons = "; ".join(f"{each.name}: {each.reason}" for each in candidates)
+    raise RuntimeError(f"no implementation of {op} is usable on {device} ({reasons})")
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """Run every op by this implementation, forward and backward: for tests and benchmarks.
+
+    Process-wide, because a GPU's backward runs in threads of its own.
+    """
+    global _only
+    before, _only = _only, name
+    try:
+        yield
+    finally:
+        _only = before
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -1,0 +1,128 @@
+"""How we measure: variants interleaved in one run, percentiles, and rows that say where.
+
+A machine's speed drifts, so every repetition times each variant once, and only ratios of
+medians within one run mean anything.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastperturb import runs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do the work: who provides it, which part it does, and a call that does it."""
+
+    provider: str
+    mode: str  # forward, backward or full
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, with everything needed to read it later."""
+
+    op: str
+    provider: str
+    mode: str
+    metric: str  # milliseconds, or extra_mib: the peak above what was allocated before
+    x: dict[str, Any]
+    p20: float
+    p50: float
+    p80: float
+    device: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+def measure(
+    op: str,
+    variants: Sequence[Variant],
+    *,
+    x: dict[str, Any],
+    device: torch.device,
+    repeats: int,
+    warmup: int = 3,
+) -> list[Row]:
+    """Time every variant `repeats` times, interleaved, and its peak extra memory once."""
+    times: list[list[float]] = [[] for _ in variants]
+    gc.disable()  # a collection in the middle of a timing would be charged to that variant
+    for repeat in range(-warmup, repeats):
+        for variant, taken in zip(variants, times, strict=True):
+            elapsed = _milliseconds(variant.run, device)
+            if repeat >= 0:
+                taken.append(elapsed)
+    gc.enable()
+    where = runs.provenance()
+    rows = []
+    for variant, taken in zip(variants, times, strict=True):
+        label = {"op": op, "provider": variant.provider, "mode": variant.mode, "x": x, **where}
+        p20, _, _, p80 = statistics.quantiles(taken, n=5)
+        rows.append(
+            Row(metric="milliseconds", p20=p20, p50=statistics.median(taken), p80=p80, **label)
+        )
+        extra = _extra_mib(variant.run, device)
+        rows.append(Row(metric="extra_mib", p20=extra, p50=extra, p80=extra, **label))
+    return rows
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _extra_mib(run: Callable[[], Any], device: torch.device) -> float:
+    """The most memory held at once during the call, beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():  # events() folds these into their ops
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+def show(rows: Sequence[Row], *, baseline: str, floor: str) -> None:
+    """One x's medians, their ratio to the naive code and to the physical limit."""
+    first = rows[0]
+    medians = {(row.provider, row.mode, row.metric): row.p50 for row in rows}
+    print(f"\n{first.op}  " + "  ".join(f"{name}={value}" for name, value in first.x.items()))
+    print(
+        f"{'mode':10}{'provider':12}{'ms [p20, p80]':28}{'speed-up':>10}{'/ floor':>10}{'MiB':>10}"
+    )
+    for row in rows:
+        if row.metric == "milliseconds":
+            naive = medians.get((baseline, row.mode, row.metric), float("nan"))
+            limit = medians.get((floor, row.mode, row.metric), float("nan"))
+            extra = medians[row.provider, row.mode, "extra_mib"]
+            spread = f"{row.p50:.3f} [{row.p20:.3f}, {row.p80:.3f}]"
+            ratios = f"{naive / row.p50:>9.2f}x{row.p50 / limit:>10.2f}"
+            print(f"{row.mode:10}{row.provider:12}{spread:28}{ratios}{extra:>10.1f}")
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]

@@ -1,0 +1,146 @@
+"""perturb_embed against naive torch and against the memory it cannot avoid moving.
+
+    naive      noise of size [M, B, T, R], the transform as its formula, autograd
+    compiled   the same under torch.compile
+    floor      write the output once, read its upstream gradient once: no version is faster
+    copy       a plain copy of the output
+
+Every implementation of the op is checked against the oracle before it is timed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import Row, Variant, measure
+from fastperturb import PerturbConfig, ops
+from fastperturb.config import TRANSFORMS
+from fastperturb.ops import dispatch, reference
+from fastperturb.transforms import Transform, make_transform
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: B sequences of T tokens, D wide, M samples of an R-dimensional latent."""
+
+    family: str
+    M: int
+    B: int
+    T: int
+    D: int
+    R: int
+    dtype: str
+
+
+CPU_CASES = tuple(Case(family, 8, 1, 512, 1024, 16, "float32") for family in TRANSFORMS)
+GPU_CASES = tuple(
+    Case(family, 8, 4, 2048, 4096, 16, dtype)
+    for dtype in ("bfloat16", "float32")
+    for family in TRANSFORMS
+)
+
+
+def rows(device: torch.device, *, repeats: int) -> Iterator[list[Row]]:
+    for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
+        yield measure(
+            "perturb_embed",
+            variants(case, device),
+            x=vars(case),
+            device=device,
+            repeats=repeats,
+        )
+
+
+def variants(case: Case, device: torch.device) -> list[Variant]:
+    torch.manual_seed(0)
+    torch.compiler.reset()  # each case compiles anew instead of adding to the last one's guards
+    dtype = getattr(torch, case.dtype)
+    config = PerturbConfig(transform=case.family, latent_dim=case.R, num_samples=case.M)
+    transform = make_transform(config, case.D).to(device)
+    embeddings = torch.randn(case.B, case.T, case.D, device=device).to(dtype)
+    upstream = torch.randn(case.M, case.B, case.T, case.D, device=device).to(dtype)
+    leaves = list(transform.parameters())
+    seed = torch.tensor(7, device=device)
+
+    def ours() -> Tensor:
+        return ops.perturb_embed(embeddings, None, transform, seed, case.M)
+
+    plain = make_transform(config, case.D).to(device, dtype)
+
+    def naive() -> Tensor:
+        shape = (case.M, case.B, case.T, plain.latent_dim)
+        return plain(embeddings, torch.randn(shape, device=device, dtype=dtype))
+
+    providers: dict[str, tuple[Callable[[], Tensor], list[Any]]] = {}
+    for candidate in dispatch.explain("perturb_embed", device):
+        if candidate.usable:
+            check(candidate.name, case, transform, embeddings, upstream, seed)
+            providers[candidate.name] = (_by(candidate.name, ours), leaves)
+    providers["naive"] = (naive, list(plain.parameters()))
+    providers["compiled"] = (torch.compile(naive), list(plain.parameters()))
+
+    found = []
+    for name, (forward, parameters) in providers.items():
+        found.append(Variant(name, "forward", torch.no_grad()(forward)))
+        found.append(Variant(name, "full", _with_backward(name, forward, parameters, upstream)))
+    out = torch.empty_like(upstream)
+    found.append(Variant("floor", "forward", lambda: torch.empty_like(upstream).fill_(1.0)))
+    found.append(
+        Variant("floor", "full", lambda: (torch.empty_like(upstream).fill_(1.0), upstream.sum()))
+    )
+    found.append(Variant("copy", "forward", lambda: out.copy_(upstream)))
+    return found
+
+
+def _by(name: str, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with dispatch.only(name):
+            return forward()
+
+    return run
+
+
+def _with_backward(
+    name: str, forward: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor
+) -> Callable[[], Any]:
+    ours = name in ("triton", "cpp", "torch")
+
+    def run() -> Any:
+        if not ours:
+            return torch.autograd.grad(forward(), leaves, upstream)
+        with dispatch.only(name):
+            return torch.autograd.grad(forward(), leaves, upstream)
+
+    return run
+
+
+def check(
+    name: str,
+    case: Case,
+    transform: Transform,
+    embeddings: Tensor,
+    upstream: Tensor,
+    seed: Tensor,
+) -> None:
+    """Refuse to time an implementation whose numbers are wrong."""
+    leaves = list(transform.parameters())
+    with torch.no_grad():  # away from the start, where some gradients vanish
+        for leaf in leaves:
+            leaf += 0.1 * leaf.square().mean().sqrt().clamp_min(0.01) * torch.randn_like(leaf)
+    few = slice(0, 32)  # of the tokens: the oracle keeps everything
+    part, pull = embeddings[:1, few], upstream[:, :1, few]
+    with dispatch.only(name):
+        ours = ops.perturb_embed(part, None, transform, seed, case.M)
+        gradients = torch.autograd.grad(ours, leaves, pull)
+    right = reference.perturb_embed(part.float(), None, transform, seed, case.M)
+    expected = torch.autograd.grad(right, leaves, pull.float())
+    tolerance = 1e-4 if embeddings.dtype == torch.float32 else 1e-2
+    for what, got, want in zip(
+        ("value", *transform.parameter_names), (ours, *gradients), (right, *expected), strict=True
+    ):
+        error = ((got.float() - want).norm() / want.norm()).item()
+        if not error <= tolerance:
+            raise AssertionError(f"{name} {case}: {what} is off by {error:.2e}, not timed")
