@@ -1,6 +1,11 @@
 """The three ops of the engine: one schema each, the implementation chosen in `dispatch`."""
 
-from fastperturb.ops.embed import perturb_embed
+from fastperturb.ops.embed import perturb_embed, perturb_embed_per_sample_grad
 from fastperturb.ops.head import linear_logprob, linear_quadratic
 
-__all__ = ["linear_logprob", "linear_quadratic", "perturb_embed"]
+__all__ = [
+    "linear_logprob",
+    "linear_quadratic",
+    "perturb_embed",
+    "perturb_embed_per_sample_grad",
+]

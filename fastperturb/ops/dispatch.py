@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 _TORCH = {
     "perturb_embed": "fastperturb.ops.torch_embed",
@@ -45,9 +46,10 @@ def explain(op: str, device: torch.device) -> list[Candidate]:
     ]
 
 
-def implementation(op: str, device: torch.device) -> ModuleType:
-    """The module that runs `op` on `device`."""
-    candidates = [each for each in explain(op, device) if _only in (None, each.name)]
+def implementation(op: str, like: Tensor) -> ModuleType:
+    """The module that runs `op` on tensors like this one; fp64 is for proofs, and torch's."""
+    device, only = like.device, "torch" if like.dtype == torch.float64 else _only
+    candidates = [each for each in explain(op, device) if only in (None, each.name)]
     for candidate in candidates:
         if candidate.usable and candidate.module:
             return importlib.import_module(candidate.module)

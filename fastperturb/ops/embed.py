@@ -6,7 +6,7 @@ kept between the passes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,24 @@ from torch import Tensor
 from fastperturb import noise
 from fastperturb.ops import dispatch
 from fastperturb.transforms import Transform
+
+
+class EmbedCall(NamedTuple):
+    """What an implementation of perturb_embed is given, in the registered op's order."""
+
+    ids: Tensor | None  # [B, T]
+    table: Tensor  # [V, D], or the embeddings [B, T, D] where there are no ids
+    parameters: list[Tensor]  # in the family's order
+    embed_rms: Tensor  # []
+    seed: Tensor  # [] int64
+    samples: Tensor  # [M, B] int64, maybe an expanded view; so are rows and positions
+    rows: Tensor  # [B, T]
+    positions: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T] bool
+    family: str
+    latent: str
+    scope: str
+    antithetic: bool
 
 
 def perturb_embed(
@@ -39,9 +57,69 @@ def perturb_embed(
     Computed in fp32 (fp64 for an fp64 table), returned in the table's dtype. Gradients flow to
     the transform's parameters and to the table or embeddings where they require it.
     """
+    call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
+    return torch.ops.fastperturb.perturb_embed(*call)
+
+
+def perturb_embed_per_sample_grad(
+    grad: Tensor,
+    ids: Tensor,
+    table: Tensor | None,
+    transform: Transform,
+    seed: int | Tensor,
+    samples: int | Tensor,
+    *,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    antithetic: bool = False,
+    perturb_mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Each (sample, row)'s own gradient of every parameter, {name: [M, B, ...]}.
+
+    grad: the upstream gradient [M, B, T, D] of `perturb_embed` with the same arguments. The sums
+    over M and B are its parameter gradients; the parts are the estimating equation's psi.
+    """
+    call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
+    shape = (*call.samples.shape, call.positions.shape[1], call.table.shape[-1])
+    if grad.shape != shape or not grad.is_floating_point() or grad.device != call.table.device:
+        raise ValueError(
+            f"grad must be floating point [M, B, T, D] = {list(shape)} on {call.table.device}, "
+            f"got {grad.dtype} {list(grad.shape)} on {grad.device}"
+        )
+    run = dispatch.implementation("perturb_embed", call.table).perturb_embed_per_sample_grad
+    with torch.no_grad(), dispatch.full_precision(grad.device):
+        psi = run(grad, call)
+    if transform.min_scale > 0:
+        psi = _through_the_floor(call.parameters, transform, psi)
+    return dict(zip(transform.parameter_names, psi, strict=True))
+
+
+def _through_the_floor(
+    effective: list[Tensor], transform: Transform, psi: list[Tensor]
+) -> list[Tensor]:
+    """From gradients of the effective parameters to those of the stored ones."""
+    stored = [getattr(transform, name) for name in transform.parameter_names]
+    M, B = psi[0].shape[:2]
+    pulled = torch.autograd.grad(
+        effective, stored, [each.flatten(0, 1) for each in psi], is_grads_batched=True
+    )
+    return [each.unflatten(0, (M, B)) for each in pulled]
+
+
+def _call(
+    ids: Tensor,
+    table: Tensor | None,
+    transform: Transform,
+    seed: int | Tensor,
+    samples: int | Tensor,
+    rows: Tensor | None,
+    positions: Tensor | None,
+    antithetic: bool,
+    perturb_mask: Tensor | None,
+) -> EmbedCall:
+    """Validate the arguments and lay them out for the op."""
     embeddings = _check_embeddings(ids, table, transform)
-    batch, length = ids.shape[:2]
-    device = embeddings.device
+    shape, device = (ids.shape[0], ids.shape[1]), embeddings.device
     if device != transform.embed_rms.device:
         raise ValueError(
             f"transform lies on {transform.embed_rms.device} and the embeddings on {device}; "
@@ -49,19 +127,17 @@ def perturb_embed(
         )
     if perturb_mask is not None and (
         perturb_mask.dtype != torch.bool
-        or perturb_mask.shape != ids.shape[:2]
+        or perturb_mask.shape != shape
         or perturb_mask.device != device
     ):
         raise ValueError(
-            f"perturb_mask must be bool [B, T] = {[batch, length]} on {device}, got "
+            f"perturb_mask must be bool [B, T] = {list(shape)} on {device}, got "
             f"{perturb_mask.dtype} {list(perturb_mask.shape)} on {perturb_mask.device}"
         )
-    numbers = noise.counters(
-        samples, rows, positions, (batch, length), antithetic=antithetic, device=device
-    )
+    numbers = noise.counters(samples, rows, positions, shape, antithetic=antithetic, device=device)
     if numbers[0].shape[0] == 0:
         raise ValueError(f"samples must number at least 1, got {samples!r}")
-    return torch.ops.fastperturb.perturb_embed(
+    return EmbedCall(
         None if table is None else ids,
         embeddings,
         transform.effective_parameters(),
@@ -115,10 +191,11 @@ def _op(
     antithetic: bool,
 ) -> Tensor:
     _check_ids(ids, table)
-    arguments = (ids, table, parameters, embed_rms, seed, samples, rows, positions, mask)
-    implementation = dispatch.implementation("perturb_embed", table.device)
+    numbers = (seed, samples, rows, positions)
+    options = (family, latent, scope, antithetic)
+    call = EmbedCall(ids, table, parameters, embed_rms, *numbers, mask, *options)
     with dispatch.full_precision(table.device):
-        return implementation.perturb_embed(*arguments, family, latent, scope, antithetic)
+        return dispatch.implementation("perturb_embed", table).perturb_embed(call)
 
 
 @torch.library.custom_op("fastperturb::perturb_embed_backward", mutates_args=())
@@ -139,12 +216,12 @@ def _op_backward(
     antithetic: bool,
     want_table: bool,
 ) -> list[Tensor]:
-    arguments = (ids, table, parameters, embed_rms, seed, samples, rows, positions, mask)
-    implementation = dispatch.implementation("perturb_embed", table.device)
+    numbers = (seed, samples, rows, positions)
+    options = (family, latent, scope, antithetic)
+    call = EmbedCall(ids, table, parameters, embed_rms, *numbers, mask, *options)
+    run = dispatch.implementation("perturb_embed", table).perturb_embed_backward
     with dispatch.full_precision(table.device):
-        return implementation.perturb_embed_backward(
-            grad, *arguments, family, latent, scope, antithetic, want_table
-        )
+        return run(grad, call, want_table)
 
 
 def _check_ids(ids: Tensor | None, table: Tensor) -> None:

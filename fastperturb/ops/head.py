@@ -121,7 +121,7 @@ def _logprob(
     valid_vocab: int,
     ignore_index: int,
 ) -> Tensor:
-    implementation = dispatch.implementation("linear_logprob", hidden.device)
+    implementation = dispatch.implementation("linear_logprob", hidden)
     with dispatch.full_precision(hidden.device):
         return implementation.linear_logprob(
             hidden, weight, target, bias, logit_scale, softcap, valid_vocab, ignore_index
@@ -143,7 +143,7 @@ def _logprob_backward(
     want_bias: bool,
 ) -> list[Tensor]:
     arguments = (grad, hidden, weight, target, bias, logit_scale, softcap)
-    implementation = dispatch.implementation("linear_logprob", hidden.device)
+    implementation = dispatch.implementation("linear_logprob", hidden)
     with dispatch.full_precision(hidden.device):
         return implementation.linear_logprob_backward(
             *arguments, valid_vocab, ignore_index, want_weight, want_bias
@@ -161,7 +161,7 @@ def _quadratic(
     valid_vocab: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    implementation = dispatch.implementation("linear_quadratic", hidden.device)
+    implementation = dispatch.implementation("linear_quadratic", hidden)
     with dispatch.full_precision(hidden.device):
         return implementation.linear_quadratic(
             hidden, weight, target, bias, logit_scale, softcap, valid_vocab, ignore_index
@@ -184,7 +184,7 @@ def _quadratic_backward(
     want_bias: bool,
 ) -> list[Tensor]:
     arguments = (grad, grad_log_probs, hidden, weight, target, bias, logit_scale, softcap)
-    implementation = dispatch.implementation("linear_quadratic", hidden.device)
+    implementation = dispatch.implementation("linear_quadratic", hidden)
     with dispatch.full_precision(hidden.device):
         return implementation.linear_quadratic_backward(
             *arguments, valid_vocab, ignore_index, want_weight, want_bias

@@ -15,44 +15,58 @@ from torch.nn import functional as F
 
 from fastperturb import noise
 from fastperturb.ops import reference
+from fastperturb.ops.embed import EmbedCall
 from fastperturb.transforms import FAMILIES
 
 
-def perturb_embed(
-    ids: Tensor | None,
-    table: Tensor,
-    parameters: list[Tensor],
-    embed_rms: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    family: str,
-    latent: str,
-    scope: str,
-    antithetic: bool,
-) -> Tensor:
-    embeddings = table if ids is None else F.embedding(ids, table)
+def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
+    embeddings = _embeddings(call)
     dtype = reference.accumulate(embeddings)
-    z = noise.draw_latent(
-        seed,
-        samples,
-        rows,
-        positions,
-        latent_dim=latent_width(family, parameters),
-        latent=latent,
-        scope=scope,
-        antithetic=antithetic,
-    )
-    moved = FAMILIES[family].formula(
+    moved = FAMILIES[call.family].formula(
         embeddings.to(dtype),
-        z.to(dtype),
-        embed_rms.to(dtype),
-        *(value.to(dtype) for value in parameters),
+        _latent(call).to(dtype),
+        call.embed_rms.to(dtype),
+        *(value.to(dtype) for value in call.parameters),
     )
     moved = moved.to(embeddings.dtype)
-    return moved if mask is None else torch.where(mask[..., None], moved, embeddings)
+    return moved if call.mask is None else torch.where(call.mask[..., None], moved, embeddings)
+
+
+def perturb_embed_backward(
+    grad: Tensor,  # [M, B, T, D]
+    call: EmbedCall,
+    want_table: bool,
+) -> list[Tensor]:
+    """The gradients of [table, *parameters]; the table's is empty unless wanted."""
+    through_shift, grads = _shift_gradient(grad, call, _latent(call), _embeddings(call))
+    table = call.table
+    if not want_table:
+        return [table.new_empty(0), *grads]
+    upstream = grad.to(reference.accumulate(table)).sum(0)
+    grad_embeddings = (upstream + through_shift).to(table.dtype)
+    if call.ids is None:
+        return [grad_embeddings, *grads]
+    # index_put_ sorts on a GPU, so the order of the sums is the same in every run.
+    grad_table = torch.zeros_like(table).index_put_((call.ids,), grad_embeddings, accumulate=True)
+    return [grad_table, *grads]
+
+
+def perturb_embed_per_sample_grad(
+    grad: Tensor,  # [M, B, T, D]
+    call: EmbedCall,
+) -> list[Tensor]:
+    """Each parameter's gradient from one (sample, row) alone: [M, B, ...]."""
+    z, embeddings = _latent(call), _embeddings(call)
+    M, B = call.samples.shape
+    results = [value.new_empty((M, B, *value.shape)) for value in call.parameters]
+    for m in range(M):
+        for b in range(B):
+            part = call._replace(mask=None if call.mask is None else call.mask[b : b + 1])
+            one, row = slice(m, m + 1), slice(b, b + 1)
+            _, grads = _shift_gradient(grad[one, row], part, z[one, row], embeddings[row])
+            for result, value in zip(results, grads, strict=True):
+                result[m, b] = value
+    return results
 
 
 def latent_width(family: str, parameters: list[Tensor]) -> int:
@@ -60,54 +74,39 @@ def latent_width(family: str, parameters: list[Tensor]) -> int:
     return parameters[FAMILIES[family].latent_parameter].shape[0]
 
 
-def perturb_embed_backward(
-    grad: Tensor,  # [M, B, T, D]
-    ids: Tensor | None,
-    table: Tensor,
-    parameters: list[Tensor],
-    embed_rms: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    family: str,
-    latent: str,
-    scope: str,
-    antithetic: bool,
-    want_table: bool,
-) -> list[Tensor]:
-    """The gradients of [table, *parameters]; the table's is empty unless wanted."""
-    embeddings = table if ids is None else F.embedding(ids, table)
-    dtype = reference.accumulate(embeddings)
-    z = noise.draw_latent(
-        seed,
-        samples,
-        rows,
-        positions,
-        latent_dim=latent_width(family, parameters),
-        latent=latent,
-        scope=scope,
-        antithetic=antithetic,
-    ).to(dtype)
-    upstream = grad.to(dtype)
-    shifted = upstream if mask is None else upstream * mask[..., None]
-    through_shift, grads = _SHIFT_GRADIENTS[family](
-        embeddings.to(dtype),
-        z,
-        embed_rms.to(dtype),
-        shifted,
-        *(value.to(dtype) for value in parameters),
+def _embeddings(call: EmbedCall) -> Tensor:
+    return call.table if call.ids is None else F.embedding(call.ids, call.table)
+
+
+def _latent(call: EmbedCall) -> Tensor:
+    return noise.draw_latent(
+        call.seed,
+        call.samples,
+        call.rows,
+        call.positions,
+        latent_dim=latent_width(call.family, call.parameters),
+        latent=call.latent,
+        scope=call.scope,
+        antithetic=call.antithetic,
     )
-    results = [value.to(like.dtype) for value, like in zip(grads, parameters, strict=True)]
-    if not want_table:
-        return [table.new_empty(0), *results]
-    grad_embeddings = (upstream.sum(0) + through_shift).to(table.dtype)
-    if ids is None:
-        return [grad_embeddings, *results]
-    # index_put_ sorts on a GPU, so the order of the sums is the same in every run.
-    grad_table = torch.zeros_like(table).index_put_((ids,), grad_embeddings, accumulate=True)
-    return [grad_table, *results]
+
+
+def _shift_gradient(
+    grad: Tensor, call: EmbedCall, z: Tensor, embeddings: Tensor
+) -> tuple[Tensor | float, list[Tensor]]:
+    """What reaches the embeddings through the shift, and the parameters' gradients."""
+    dtype = reference.accumulate(embeddings)
+    upstream = grad.to(dtype)
+    through_shift, grads = _SHIFT_GRADIENTS[call.family](
+        embeddings.to(dtype),
+        z.to(dtype),
+        call.embed_rms.to(dtype),
+        upstream if call.mask is None else upstream * call.mask[..., None],
+        *(value.to(dtype) for value in call.parameters),
+    )
+    return through_shift, [
+        value.to(like.dtype) for value, like in zip(grads, call.parameters, strict=True)
+    ]
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -237,6 +237,36 @@ def test_bad_arguments_are_refused_by_name(changes, error, message):
         ops.perturb_embed(ids, table, transform_of("lowrank"), seed, samples, **given)
 
 
+@pytest.mark.parametrize("min_scale", [0.0, 0.5])
+@pytest.mark.parametrize("source", ["ids", "embeddings"])
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_per_sample_gradients_are_those_of_each_sample_and_row_alone(family, source, min_scale):
+    transform = transform_of(family, min_scale=min_scale)
+    arguments, _ = inputs(source)
+    mask = torch.rand(2, 7) > 0.3
+    out = ops.perturb_embed(*arguments, transform, 5, 3, perturb_mask=mask)
+    upstream = torch.randn_like(out)
+    psi = ops.perturb_embed_per_sample_grad(
+        upstream, *arguments, transform, 5, 3, perturb_mask=mask
+    )
+    parameters = dict(transform.named_parameters())
+    assert list(psi) == list(parameters)
+    for m, b in itertools.product(range(3), range(2)):
+        alone = torch.autograd.grad(
+            out[m, b], list(parameters.values()), upstream[m, b], retain_graph=True
+        )
+        for name, expected in zip(parameters, alone, strict=True):
+            torch.testing.assert_close(psi[name][m, b], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_per_sample_gradient_of_the_wrong_shape_is_refused():
+    (ids, table), _ = inputs("ids")
+    with pytest.raises(ValueError, match=r"grad must be .* \[M, B, T, D\] = \[3, 2, 7, 12\]"):
+        ops.perturb_embed_per_sample_grad(
+            torch.zeros(2, 2, 7, 12), ids, table, transform_of("lowrank"), 5, 3
+        )
+
+
 def test_samples_permute_the_output():
     transform = transform_of("affine")
     (embeddings, _), _ = inputs("embeddings")
