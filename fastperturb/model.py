@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from fastperturb import estimators, noise, ops
-from fastperturb.architectures import understand
+from fastperturb.architectures import CausalLM, understand
 from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.ops import reference
 from fastperturb.transforms import make_transform
@@ -126,13 +126,7 @@ class PerturbedLM(nn.Module):
             _check_layout(name, value, batch, length)
         if labels is not None:
             _check_labels(labels, parts.head.weight.shape[0])
-        estimator = "iwae" if self._exact else self.config.estimator
-        if estimator == "jvi" and self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "estimator='jvi' is for evaluation: its weights can be negative and training "
-                "with them diverged; use estimator='jvi_clip', whose weights are clipped"
-            )
-        draws = self._draw(seed, rows, num_samples, estimator, embeddings)
+        draws = self._draw(seed, rows, num_samples, embeddings)
         moved, shift = self._perturb(embeddings, draws, attention_mask, position_ids, perturb_mask)
         hidden = parts.trunk(
             inputs_embeds=moved.flatten(0, 1),
@@ -145,27 +139,7 @@ class PerturbedLM(nn.Module):
             output.logits = _mean_logits(hidden, parts.head.weight, parts.head_options)
         if labels is None:
             return output
-
-        # The last position predicts nothing: shifting labels, not hidden, saves a copy.
-        target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        quadratic = None
-        if estimator == "quadratic":
-            quadratic, log_probs = ops.linear_quadratic(
-                hidden.flatten(1, 2),
-                parts.head.weight,
-                target.flatten(),
-                **parts.head_options,
-                return_log_probs=True,
-            )
-            log_probs = log_probs.detach()
-        else:
-            log_probs = ops.linear_logprob(
-                hidden.flatten(0, 2),
-                parts.head.weight,
-                target.repeat(draws.count, 1).flatten(),
-                **parts.head_options,
-            )
-        log_probs = log_probs.view(draws.count, batch, length)[:, :, :-1]
+        log_probs, quadratic = self._head(parts, hidden, labels, draws)
         self._estimate(output, log_probs, quadratic, labels, draws, num_items_in_batch)
         return output
 
@@ -188,10 +162,15 @@ class PerturbedLM(nn.Module):
         seed: int | Tensor | None,
         rows: Tensor | None,
         num_samples: int | None,
-        estimator: str,
         embeddings: Tensor,
     ) -> _Draws:
         """The noise of a call, and how many samples the estimator takes of it."""
+        estimator = "iwae" if self._exact else self.config.estimator
+        if estimator == "jvi" and self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "estimator='jvi' is for evaluation: its weights can be negative and training "
+                "with them diverged; use estimator='jvi_clip', whose weights are clipped"
+            )
         device = embeddings.device
         if seed is None:
             seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
@@ -240,6 +219,26 @@ class PerturbedLM(nn.Module):
             perturb_mask=perturb_mask,
         )
         return moved, _relative_shift(moved, embeddings, perturb_mask)
+
+    def _head(
+        self, parts: CausalLM, hidden: Tensor, labels: Tensor, draws: _Draws
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each sample's log-probs [M, B, T-1], and the quadratic values [B * T] if asked for."""
+        M, batch, length, _ = hidden.shape
+        # The last position predicts nothing: shifting labels, not hidden, saves a copy.
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        weight, options = parts.head.weight, parts.head_options
+        quadratic = None
+        if draws.estimator == "quadratic":
+            quadratic, log_probs = ops.linear_quadratic(
+                hidden.flatten(1, 2), weight, target.flatten(), **options, return_log_probs=True
+            )
+            log_probs = log_probs.detach()
+        else:
+            log_probs = ops.linear_logprob(
+                hidden.flatten(0, 2), weight, target.repeat(M, 1).flatten(), **options
+            )
+        return log_probs.view(M, batch, length)[:, :, :-1], quadratic
 
     def _estimate(
         self,
