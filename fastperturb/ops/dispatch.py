@@ -7,7 +7,9 @@ the arguments of the registered op. They are listed in order of preference.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,6 +17,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastperturb.ops import extension
+
+_TRITON = {"perturb_embed": "fastperturb.kernels.perturb_embed"}
+_CPP = {"perturb_embed": "fastperturb.ops.cpp"}
 _TORCH = {
     "perturb_embed": "fastperturb.ops.torch_embed",
     "linear_logprob": "fastperturb.ops.torch_head",
@@ -32,7 +38,7 @@ class Candidate:
     name: str
     usable: bool
     reason: str
-    module: str | None = None
+    module: str | None = None  # None where it could never run
 
 
 def explain(op: str, device: torch.device) -> list[Candidate]:
@@ -40,10 +46,33 @@ def explain(op: str, device: torch.device) -> list[Candidate]:
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     return [
-        Candidate("triton", False, "this version has no Triton kernel for it"),
-        Candidate("cpp", False, "this version has no C++ kernel for it"),
+        _triton(op, device),
+        _cpp(op, device),
         Candidate("torch", True, "runs on every device", _TORCH[op]),
     ]
+
+
+def _triton(op: str, device: torch.device) -> Candidate:
+    if op not in _TRITON:
+        return Candidate("triton", False, "this version has no Triton kernel for it")
+    if device.type != "cuda":
+        return Candidate("triton", False, "runs on CUDA devices only")
+    if not _has_triton():
+        return Candidate("triton", False, "triton is not installed")
+    return Candidate("triton", True, "fused on the GPU", _TRITON[op])
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _cpp(op: str, device: torch.device) -> Candidate:
+    if op not in _CPP:
+        return Candidate("cpp", False, "this version has no C++ kernel for it")
+    if device.type != "cpu":
+        return Candidate("cpp", False, "runs on CPUs only")
+    return Candidate("cpp", *extension.availability(), _CPP[op])
 
 
 def implementation(op: str, like: Tensor) -> ModuleType:
@@ -51,7 +80,11 @@ def implementation(op: str, like: Tensor) -> ModuleType:
     device, only = like.device, "torch" if like.dtype == torch.float64 else _only
     candidates = [each for each in explain(op, device) if only in (None, each.name)]
     for candidate in candidates:
-        if candidate.usable and candidate.module:
+        if candidate.module is None:
+            continue
+        # The C++ kernels are built on their first use, which may warn or raise.
+        usable = extension.prepare() if candidate.name == "cpp" else candidate.usable
+        if usable:
             return importlib.import_module(candidate.module)
     reasons = "; ".join(f"{each.name}: {each.reason}" for each in candidates)
     raise RuntimeError(f"no implementation of {op} is usable on {device} ({reasons})")

@@ -1,0 +1,186 @@
+// The operators of `torch.ops.fastperturb_cpp`, against torch's stable ABI.
+//
+// They check nothing that fastperturb/ops/cpp.py guarantees: CPU tensors, contiguous but for the
+// upstream gradient and the rows of the table, counters and ids in int64, weights in fp32.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "perturb_embed.h"
+
+namespace fastperturb {
+
+void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* read(const OptionalTensor& tensor) {
+  return tensor ? read<T>(*tensor) : nullptr;
+}
+
+float* write(const OptionalTensor& tensor) {
+  return tensor ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half,
+                      "the C++ kernels take float32, bfloat16 and float16");
+      return DType::float16;
+  }
+}
+
+Law parse_law(const std::string& name) {
+  if (name == "gaussian") return Law::gaussian;
+  if (name == "uniform") return Law::uniform;
+  STD_TORCH_CHECK(name == "rademacher", "no latent law called ", name);
+  return Law::rademacher;
+}
+
+Family parse_family(const std::string& name) {
+  if (name == "diagonal") return Family::diagonal;
+  if (name == "lowrank") return Family::lowrank;
+  if (name == "gated") return Family::gated;
+  if (name == "affine") return Family::affine;
+  STD_TORCH_CHECK(name == "mlp", "no transform called ", name);
+  return Family::mlp;
+}
+
+Problem make_problem(const Tensor& source, const OptionalTensor& ids, const OptionalTensor& mask,
+                     const Tensor& seed, const Tensor& samples, const Tensor& rows,
+                     const Tensor& positions, const std::vector<Tensor>& weights,
+                     const OptionalTensor& per_token, const std::string& family,
+                     const std::string& latent, bool sequence, bool antithetic) {
+  Problem problem = {};
+  const uint64_t key = static_cast<uint64_t>(*read<int64_t>(seed));
+  problem.family = parse_family(family);
+  problem.noise.law = parse_law(latent);
+  problem.noise.key = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+  problem.noise.sequence = sequence;
+  problem.noise.antithetic = antithetic;
+  problem.noise.batch = positions.size(0);
+  problem.noise.length = positions.size(1);
+  problem.noise.samples = read<int64_t>(samples);
+  problem.noise.rows = read<int64_t>(rows);
+  problem.noise.positions = read<int64_t>(positions);
+  problem.num_samples = samples.size(0);
+  problem.tokens = positions.numel();
+  problem.dim = source.size(1);
+  problem.dtype = dtype_of(source);
+  problem.source = source.const_data_ptr();
+  problem.source_stride = source.stride(0);
+  problem.ids = read<int64_t>(ids);
+  problem.mask = read<bool>(mask);
+  problem.per_token = read<float>(per_token);
+  for (size_t i = 0; i < weights.size(); ++i) problem.weights[i] = read<float>(weights[i]);
+  const bool is_mlp = problem.family == Family::mlp;
+  problem.latent_dim = weights[is_mlp ? 1 : 0].size(0);
+  problem.hidden_dim = is_mlp ? weights[0].size(0) : 0;
+  return problem;
+}
+
+void forward_op(Tensor out, Tensor source, OptionalTensor ids, OptionalTensor mask, Tensor seed,
+                Tensor samples, Tensor rows, Tensor positions, std::vector<Tensor> weights,
+                OptionalTensor per_token, std::string family, std::string latent, bool sequence,
+                bool antithetic) {
+  const Problem problem = make_problem(source, ids, mask, seed, samples, rows, positions, weights,
+                                       per_token, family, latent, sequence, antithetic);
+  forward(problem, out.mutable_data_ptr());
+}
+
+void backward_op(Tensor grad, Tensor source, OptionalTensor ids, OptionalTensor mask, Tensor seed,
+                 Tensor samples, Tensor rows, Tensor positions, std::vector<Tensor> weights,
+                 OptionalTensor per_token, std::string family, std::string latent, bool sequence,
+                 bool antithetic, bool per_row, std::vector<Tensor> grad_weights,
+                 OptionalTensor upstream_sum, OptionalTensor through_shift) {
+  const Problem problem = make_problem(source, ids, mask, seed, samples, rows, positions, weights,
+                                       per_token, family, latent, sequence, antithetic);
+  const Upstream upstream = {grad.const_data_ptr(), grad.stride(0), grad.stride(1),
+                             grad.stride(2)};
+  Gradients gradients = {per_row, {}, write(upstream_sum), write(through_shift)};
+  for (size_t i = 0; i < grad_weights.size(); ++i) gradients.weights[i] = write(grad_weights[i]);
+  backward(problem, upstream, gradients);
+}
+
+void scatter_rows_op(Tensor table, Tensor rows, Tensor ids, Tensor order) {
+  scatter_rows(read<float>(rows), read<int64_t>(ids), read<int64_t>(order), ids.numel(),
+               table.size(1), dtype_of(table), table.mutable_data_ptr());
+}
+
+// For the tests: the words of counters [n, 4], and the latents of words [n, 4].
+void philox_op(Tensor words, Tensor counters, Tensor seed) {
+  const uint64_t key = static_cast<uint64_t>(*read<int64_t>(seed));
+  const int64_t* from = read<int64_t>(counters);
+  int64_t* to = static_cast<int64_t*>(words.mutable_data_ptr());
+  const int64_t count = counters.size(0);
+  for (int64_t start = 0; start < count; start += LANES) {
+    const int64_t left = count - start < LANES ? count - start : LANES;
+    WordVec block[4] = {};
+    for (int64_t i = 0; i < 4 * left; ++i) block[i % 4][i / 4] = from[4 * start + i];
+    philox(block, {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)});
+    for (int64_t i = 0; i < 4 * left; ++i) to[4 * start + i] = block[i % 4][i / 4];
+  }
+}
+
+void latents_op(Tensor latents, Tensor words, std::string latent) {
+  const Law law = parse_law(latent);
+  const int64_t* from = read<int64_t>(words);
+  float* to = static_cast<float*>(latents.mutable_data_ptr());
+  const int64_t count = words.size(0);
+  for (int64_t start = 0; start < count; start += LANES) {
+    const int64_t left = count - start < LANES ? count - start : LANES;
+    Words block = {};
+    Draws draws;
+    for (int64_t i = 0; i < 4 * left; ++i) block[i % 4][i / 4] = from[4 * start + i];
+    apply_law(law, block, draws);
+    for (int64_t i = 0; i < 4 * left; ++i) to[4 * start + i] = draws[i % 4][i / 4];
+  }
+}
+
+}  // namespace
+}  // namespace fastperturb
+
+STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
+  m.def(
+      "forward(Tensor(a!) out, Tensor source, Tensor? ids, Tensor? mask, Tensor seed, "
+      "Tensor samples, Tensor rows, Tensor positions, Tensor[] weights, Tensor? per_token, "
+      "str family, str latent, bool sequence, bool antithetic) -> ()");
+  m.def(
+      "backward(Tensor grad, Tensor source, Tensor? ids, Tensor? mask, Tensor seed, "
+      "Tensor samples, Tensor rows, Tensor positions, Tensor[] weights, Tensor? per_token, "
+      "str family, str latent, bool sequence, bool antithetic, bool per_row, "
+      "Tensor(a!)[] grad_weights, Tensor(b!)? upstream_sum, Tensor(c!)? through_shift) -> ()");
+  m.def("scatter_rows(Tensor(a!) table, Tensor rows, Tensor ids, Tensor order) -> ()");
+  m.def("philox(Tensor(a!) words, Tensor counters, Tensor seed) -> ()");
+  m.def("latents(Tensor(a!) latents, Tensor words, str latent) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastperturb_cpp, CPU, m) {
+  m.impl("forward", TORCH_BOX(&fastperturb::forward_op));
+  m.impl("backward", TORCH_BOX(&fastperturb::backward_op));
+  m.impl("scatter_rows", TORCH_BOX(&fastperturb::scatter_rows_op));
+  m.impl("philox", TORCH_BOX(&fastperturb::philox_op));
+  m.impl("latents", TORCH_BOX(&fastperturb::latents_op));
+}

@@ -1,0 +1,207 @@
+"""`perturb_embed` by the C++ kernels of `csrc/`, for CPUs.
+
+The kernels compute in fp32, so fp64 stays with torch. What depends on a token alone, gated's gain
+and mlp's hidden layer, is a GEMM that torch does; csrc/perturb_embed.h has the rest. The same bits
+come out for any number of threads, but for what torch's GEMMs bring to gated and mlp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastperturb.ops import torch_embed
+from fastperturb.ops.embed import EmbedCall
+from fastperturb.ops.extension import availability, prepare
+
+__all__ = [
+    "availability",
+    "perturb_embed",
+    "perturb_embed_backward",
+    "perturb_embed_per_sample_grad",
+    "prepare",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
+    if not _takes(call):
+        return torch_embed.perturb_embed(call)
+    shape = (call.samples.shape[0], *call.positions.shape, call.table.shape[-1])
+    out = call.table.new_empty(shape)
+    if out.numel():
+        inputs = _Inputs.of(call)
+        e = inputs.embeddings()
+        per_token = None if e is None else inputs.per_token(inputs.inner(e))
+        torch.ops.fastperturb_cpp.forward(out, *inputs.arguments(per_token))
+    return out
+
+
+def perturb_embed_backward(
+    grad: Tensor,  # [M, B, T, D]
+    call: EmbedCall,
+    want_table: bool,
+) -> list[Tensor]:
+    """The gradients of [table, *parameters]; the table's is empty unless wanted."""
+    if not _takes(call):
+        return torch_embed.perturb_embed_backward(grad, call, want_table)
+    if grad.numel() == 0:
+        grad_table = torch.zeros_like(call.table) if want_table else call.table.new_empty(0)
+        return [grad_table, *(torch.zeros_like(value) for value in call.parameters)]
+    flow, grads = _gradients(_Inputs.of(call), grad, want_flow=want_table, per_row=False)
+    grad_table = call.table.new_empty(0) if flow is None else _table_gradient(flow, call)
+    results = (value[0].to(like.dtype) for value, like in zip(grads, call.parameters, strict=True))
+    return [grad_table, *results]
+
+
+def perturb_embed_per_sample_grad(
+    grad: Tensor,  # [M, B, T, D]
+    call: EmbedCall,
+) -> list[Tensor]:
+    """Each parameter's gradient from one (sample, row) alone: [M, B, ...]."""
+    if not _takes(call):
+        return torch_embed.perturb_embed_per_sample_grad(grad, call)
+    M, B = call.samples.shape
+    results = [value.new_zeros((M, B, *value.shape)) for value in call.parameters]
+    if grad.numel():
+        for m in range(M):
+            one = slice(m, m + 1)
+            inputs = _Inputs.of(call._replace(samples=call.samples[one]))
+            _, grads = _gradients(inputs, grad[one], want_flow=False, per_row=True)
+            for result, value in zip(results, grads, strict=True):
+                result[m] = value
+    return results
+
+
+def _takes(call: EmbedCall) -> bool:
+    return call.table.dtype in _DTYPES and prepare()
+
+
+@dataclass
+class _Inputs:
+    """A call laid out for the kernels: contiguous, parameters in fp32, N = B T tokens."""
+
+    source: Tensor  # the table [V, D], or embeddings [N, D]
+    ids: Tensor | None  # [N]
+    mask: Tensor | None  # [N]
+    numbers: tuple[Tensor, ...]  # seed, samples, rows, positions
+    parameters: list[Tensor]
+    embed_rms: Tensor
+    family: str
+    options: tuple[str, bool, bool]  # the latent, whether its scope is the sequence, antithetic
+
+    @classmethod
+    def of(cls, call: EmbedCall) -> _Inputs:
+        table, ids = call.table, call.ids
+        if ids is not None and table.stride(-1) != 1:
+            table, ids = F.embedding(ids, table), None
+        return cls(
+            table if ids is not None else table.reshape(-1, table.shape[-1]).contiguous(),
+            None if ids is None else ids.reshape(-1).contiguous(),
+            None if call.mask is None else call.mask.reshape(-1).contiguous(),
+            (call.seed, *(x.contiguous() for x in (call.samples, call.rows, call.positions))),
+            [value.float().contiguous() for value in call.parameters],
+            call.embed_rms.float(),
+            call.family,
+            (call.latent, call.scope == "sequence", call.antithetic),
+        )
+
+    def embeddings(self) -> Tensor | None:
+        """The embeddings [N, D] in fp32, for the families that project them."""
+        if self.family not in ("gated", "mlp"):
+            return None
+        e = self.source if self.ids is None else F.embedding(self.ids, self.source)
+        return e.float()
+
+    def inner(self, e: Tensor) -> Tensor:
+        """(e / rho) A [N, H]."""
+        return e @ (self.parameters[1 if self.family == "gated" else 0] / self.embed_rms)
+
+    def per_token(self, inner: Tensor) -> Tensor:
+        """gated's gain rho (1 + tanh(inner C)) [N, D]; mlp's hidden layer at z = 0 [N, H]."""
+        if self.family == "mlp":
+            return inner + self.parameters[2]
+        return torch.mm(inner, self.parameters[2]).tanh_().add_(1).mul_(self.embed_rms)
+
+    def weights(self, *, backward: bool) -> list[Tensor]:
+        """The kernels' weights, with rho folded in."""
+        first, *others = self.parameters
+        if self.family == "gated":
+            return [first]
+        if self.family == "affine":
+            return [first, others[0] * self.embed_rms]
+        if self.family == "mlp":
+            C = others[2] * self.embed_rms
+            return [C, others[0], *([C.T.contiguous()] if backward else [])]
+        return [first * self.embed_rms]
+
+    def arguments(self, per_token: Tensor | None, *, backward: bool = False) -> tuple:
+        weights = self.weights(backward=backward)
+        tensors = (self.source, self.ids, self.mask, *self.numbers, weights, per_token)
+        return (*tensors, self.family, *self.options)
+
+
+def _gradients(
+    inputs: _Inputs, grad: Tensor, *, want_flow: bool, per_row: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradient that reaches the embeddings [N, D], where wanted, and the parameters'.
+
+    The parameters' have a dimension in front: the rows b with `per_row`, else one slot for all.
+    """
+    family, rho, parameters = inputs.family, inputs.embed_rms, inputs.parameters
+    _, B, T, D = grad.shape
+    slots = B if per_row else 1
+    e = inputs.embeddings()
+    inner = None if e is None else inputs.inner(e)
+    per_token = None if inner is None else inputs.per_token(inner)
+    met = {"affine": (0, 1), "mlp": (3, 1)}.get(family, (0,))
+    sums = [rho.new_empty((slots, *parameters[index].shape)) for index in met]
+    upstream_sum = rho.new_empty((B * T, D)) if want_flow else None
+    through = None
+    if e is not None or (family == "affine" and want_flow):
+        through = rho.new_empty((B * T, parameters[1].shape[1] if family == "mlp" else D))
+    upstream = grad.to(inputs.source.dtype)
+    torch.ops.fastperturb_cpp.backward(
+        upstream if upstream.stride(-1) == 1 else upstream.contiguous(),
+        *inputs.arguments(per_token, backward=True),
+        *(per_row, sums, upstream_sum, through),
+    )
+    if family == "affine":
+        return _add(upstream_sum, through), [sums[0], sums[1].mul_(rho)]
+    if e is None or inner is None or per_token is None or through is None:
+        return upstream_sum, [sums[0].mul_(rho)]
+
+    def outer(left: Tensor, right: Tensor) -> Tensor:
+        """Over the tokens of each slot, the sum of left [N, I] times right [N, J]."""
+        left, right = (value.unflatten(0, (slots, -1)) for value in (left, right))
+        return left.transpose(1, 2) @ right
+
+    if family == "gated":
+        _, A, C = parameters
+        # rho (1 - tanh^2) = gain (2 - gain / rho)
+        grad_gate = through.mul_(per_token).mul_(per_token.div_(-rho).add_(2))
+        grad_inner = grad_gate @ C.T
+        grads = [sums[0], outer(e, grad_inner).div_(rho), outer(inner, grad_gate)]
+    else:
+        A, grad_inner = parameters[0], through
+        grad_bias = grad_inner.unflatten(0, (slots, -1)).sum(1)
+        grads = [outer(e, grad_inner).div_(rho), sums[1], grad_bias, sums[0].mul_(rho)]
+    return _add(upstream_sum, grad_inner @ (A.T / rho) if want_flow else None), grads
+
+
+def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return total if total is None or more is None else total.add_(more)
+
+
+def _table_gradient(flow: Tensor, call: EmbedCall) -> Tensor:
+    """The gradient of the table, or of the embeddings themselves, from that of each token."""
+    if call.ids is None:
+        return flow.to(call.table.dtype).view(call.table.shape)
+    grad_table = torch.zeros(call.table.shape, dtype=call.table.dtype)
+    ids = call.ids.reshape(-1).contiguous()
+    torch.ops.fastperturb_cpp.scatter_rows(grad_table, flow, ids, ids.argsort(stable=True))
+    return grad_table
