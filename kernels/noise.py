@@ -1,0 +1,160 @@
+"""The noise contract of `fastperturb.noise` as Triton device functions.
+
+    w = Philox-4x32-10(key = seed (low, high), counter = (r // 4, t, m, b) mod 2^32)
+    uniform     sqrt(3) (2u - 1),  u = (w + 1/2) 2^-32
+    rademacher  +1 if the top bit of w is 0, else -1
+    gaussian    sqrt(-2 ln u0) (cos, sin)(2 pi u1) on lanes (0, 1) and (2, 3)
+
+The words are exact. Each 32 x 32 product is written as one 64-bit multiplication, of which
+both halves are used: that compiles to one wide multiply where separate high and low halves
+(`tl.philox`) take two, and the multiplies are most of the cost.
+
+FAST=True takes logarithm, root, cosine and sine from the special function unit. Its cosine and
+sine are good to 2^-20.9 on [-pi, pi], its logarithm to 2^-22 except near u = 1, where five
+terms of the series take over, so fast gaussians stay within 4e-6 of the definition too.
+FAST=False calls libm, which the interpreter needs and which is slow on a GPU: its argument
+reduction lives in local memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language import core  # tl.mul and tl.add exist from 3.6 on
+
+_UNIT = tl.constexpr(2.0**-32)
+_TWO_PI = tl.constexpr(6.283185307179586)
+_MINUS_TWO_LN2 = tl.constexpr(-1.3862943611198906)
+_SQRT3 = tl.constexpr(1.7320508075688772)
+# Below this distance of u from 1 the series is as good as fp32 and the hardware logarithm is not.
+_NEAR_ONE = tl.constexpr(2.0**-6)
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """The four words of the counters, int32 or uint32 tensors of one shape; seed is int64."""
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0, c1 = c0.to(tl.uint32, bitcast=True), c1.to(tl.uint32, bitcast=True)
+    c2, c3 = c2.to(tl.uint32, bitcast=True), c3.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(10):
+        product0 = core.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
+        product2 = core.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
+        c0 = (product2 >> 32).to(tl.uint32) ^ c1 ^ low
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ high
+        c1, c3 = product2.to(tl.uint32), product0.to(tl.uint32)
+        low = core.add(low, 0x9E3779B9, sanitize_overflow=False)
+        high = core.add(high, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def draw(seed, quad, t, m, b, LATENT: tl.constexpr, FAST: tl.constexpr):
+    """The latents r = 4 quad + (0, 1, 2, 3) of counters of one shape, four fp32 tensors."""
+    w0, w1, w2, w3 = philox(seed, quad, t, m, b)
+    if LATENT == "gaussian":
+        z0, z1 = _box_muller(w0, w1, FAST)
+        z2, z3 = _box_muller(w2, w3, FAST)
+    elif LATENT == "uniform":
+        z0, z1 = _uniform(w0, FAST), _uniform(w1, FAST)
+        z2, z3 = _uniform(w2, FAST), _uniform(w3, FAST)
+    else:
+        tl.static_assert(LATENT == "rademacher", "unknown latent")
+        z0, z1, z2, z3 = _rademacher(w0), _rademacher(w1), _rademacher(w2), _rademacher(w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def tile(
+    seed,
+    quad,  # [Q] int32
+    LIMIT: tl.constexpr,  # latents from this one on are 0; 0 for no limit
+    t,  # [X] int32
+    m,  # [X] int32, the pair's number if antithetic
+    b,  # [X] int32
+    factor,  # [X] fp32: the sign, or 0 for a token that stays
+    LATENT: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """factor z [X, 4 Q] of X tokens, all four lanes of each draw side by side."""
+    X: tl.constexpr = t.shape[0]
+    Q: tl.constexpr = quad.shape[0]
+    c0 = tl.broadcast_to(quad[None, :], [X, Q])
+    c1 = tl.broadcast_to(t[:, None], [X, Q])
+    c2 = tl.broadcast_to(m[:, None], [X, Q])
+    c3 = tl.broadcast_to(b[:, None], [X, Q])
+    z0, z1, z2, z3 = draw(seed, c0, c1, c2, c3, LATENT, FAST)
+    even = tl.join(_scaled(z0, factor, quad, 0, LIMIT), _scaled(z2, factor, quad, 2, LIMIT))
+    odd = tl.join(_scaled(z1, factor, quad, 1, LIMIT), _scaled(z3, factor, quad, 3, LIMIT))
+    return tl.reshape(tl.join(even, odd), [X, 4 * Q])
+
+
+@triton.jit
+def _scaled(z, factor, quad, LANE: tl.constexpr, LIMIT: tl.constexpr):
+    z = z * factor[:, None]
+    if LIMIT != 0:
+        z = tl.where((4 * quad + LANE < LIMIT)[None, :], z, 0.0)
+    return z
+
+
+@triton.jit
+def pair_and_sign(m, ANTITHETIC: tl.constexpr):
+    """The sample number that keys the draw, and the sign of the latent: 2j + 1 is minus 2j."""
+    if ANTITHETIC:
+        return m & -2, (1 - 2 * (m & 1)).to(tl.float32)
+    return m, tl.full(m.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _unit(word, FAST: tl.constexpr):
+    if FAST:  # one fused operation
+        return word.to(tl.float32) * _UNIT + _UNIT * 0.5
+    else:
+        return (word.to(tl.float32) + 0.5) * _UNIT
+
+
+@triton.jit
+def _uniform(word, FAST: tl.constexpr):
+    return (2.0 * _unit(word, FAST) - 1.0) * _SQRT3
+
+
+@triton.jit
+def _rademacher(word):
+    return 1.0 - 2.0 * (word >> 31).to(tl.float32)
+
+
+@triton.jit
+def _box_muller(radius_word, angle_word, FAST: tl.constexpr):
+    signed = radius_word.to(tl.int32, bitcast=True)
+    upper = signed < 0
+    # u on the lower half, 1 - u on the upper (its word is ~w): where fp32 is finest.
+    distance = _unit(signed ^ (signed >> 31), FAST)
+    # A signed angle word keeps |angle| <= pi, where fp32 is twice as fine.
+    turn = angle_word.to(tl.int32, bitcast=True).to(tl.float32)
+    if FAST:
+        angle = turn * (_TWO_PI * _UNIT) + (_TWO_PI * _UNIT * 0.5)
+        u = tl.where(upper, 1.0 - distance, distance)
+        series = distance * (2.0 + distance * (1.0 + distance * (2.0 / 3.0 + distance * 0.5)))
+        near_one = upper & (distance < _NEAR_ONE)
+        squared = tl.where(near_one, series, _approx("lg2", u) * _MINUS_TWO_LN2)
+        radius = _approx("sqrt", squared)
+        return radius * _approx("cos", angle), radius * _approx("sin", angle)
+    else:
+        angle = (turn + 0.5) * (_TWO_PI * _UNIT)
+        log_u = tl.where(upper, _log1m(distance), tl.log(distance))
+        radius = tl.sqrt(tl.maximum(-2.0 * log_u, 0.0))
+        return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def _log1m(x):
+    """ln(1 - x) for x in [0, 1/2]; where 1 - x rounds, log(y) x / (1 - y) undoes the rounding."""
+    y = 1.0 - x
+    return tl.where(y == 1.0, -x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, 1.0 - y)))
+
+
+@triton.jit
+def _approx(NAME: tl.constexpr, x):
+    return tl.inline_asm_elementwise(
+        NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )

@@ -1,0 +1,304 @@
+"""The Triton perturb_embed against torch in fp64, judged by the error of naive torch.
+
+Runs on a GPU, or with TRITON_INTERPRET=1 on the CPU in fp32 and fp16 (see test_interpreter.py):
+the interpreter truncates bf16.
+"""
+
+import os
+import zlib
+
+import pytest
+import torch
+
+from fastperturb import noise
+from fastperturb.config import TRANSFORMS, PerturbConfig
+from fastperturb.kernels import perturb_embed as kernels
+from fastperturb.kernels import perturb_embed_tiles as tiles
+from fastperturb.ops import torch_embed
+from fastperturb.ops.embed import EmbedCall
+from fastperturb.transforms import FAMILIES, make_transform
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16)
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+# Latents may differ by 4e-6; a 16-bit result of one element has no naive error to compare with.
+EPS = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = {  # M B T D R H
+    "ragged": (3, 2, 5, 24, 5, 7),
+    "ones": (2, 1, 1, 1, 1, 1),
+    "two tiles of tokens": (1, 2, 17, 20, 16, 16),
+}
+BIG = {
+    "several blocks of everything": (2, 1, 3, 264, 70, 70),
+    "tiles of tokens and columns": (2, 3, 23, 272, 16, 64),
+    "one long row": (3, 1, 67, 40, 3, 20),
+}
+VARIANTS = ("plain", "sequence", "explicit")
+
+
+def make_call(family, dtype, shape, variant="plain", vocab=13):
+    """A call on the CPU in `dtype`; `variant` chooses its law, its numbers and its mask."""
+    torch.manual_seed(zlib.crc32(f"{family} {dtype} {shape} {variant}".encode()))
+    M, B, T, D, R, H = shape
+    latent, scope = {"plain": ("gaussian", "token"), "sequence": ("uniform", "sequence")}.get(
+        variant, ("rademacher", "token")
+    )
+    config = PerturbConfig(
+        transform=family, latent=latent, scope=scope, latent_dim=R, hidden_dim=H, init_scale=0.6
+    )
+    transform = make_transform(config, D, embed_rms=0.7)
+    if family == "gated":
+        torch.nn.init.normal_(transform.C, std=H**-0.5)
+    table = (0.7 * torch.randn(vocab, D)).to(dtype)
+    ids = torch.randint(0, vocab, (B, T))
+    antithetic = variant == "sequence" and M % 2 == 0
+    samples, rows, positions, mask = M, None, None, None
+    if variant != "plain":
+        mask = torch.rand(B, T) < 0.7
+    if variant == "explicit":
+        samples = torch.randint(0, 2**32, (M, B))
+        rows = torch.randint(0, 2**40, (T, 2 * B))[:, ::2].T
+        positions = torch.randint(0, 2**20, (B, 2 * T))[:, ::2]
+    numbers = noise.counters(
+        samples, rows, positions, (B, T), antithetic=antithetic, device=torch.device("cpu")
+    )
+    return EmbedCall(
+        None if variant == "sequence" else ids,
+        table[ids] if variant == "sequence" else table,
+        [value.detach() for value in transform.effective_parameters()],
+        transform.embed_rms,
+        torch.tensor(-8613303245920329199),
+        *numbers,
+        mask,
+        family,
+        latent,
+        scope,
+        antithetic,
+    )
+
+
+def moved(call, device):
+    def move(value):
+        if isinstance(value, list):
+            return [move(each) for each in value]
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return EmbedCall(*map(move, call))
+
+
+def run(function, grad, call, *options):
+    """One of the kernels' functions, over uninitialised memory filled with NaN."""
+    torch.use_deterministic_algorithms(True)  # which fills it, and refuses unordered sums
+    try:
+        inputs = [moved(call, DEVICE), *options]
+        result = function(*inputs) if grad is None else function(grad.to(DEVICE), *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [each.cpu() for each in result] if isinstance(result, list) else result.cpu()
+
+
+def in_fp64(call):
+    parameters = [value.double() for value in call.parameters]
+    return call._replace(
+        table=call.table.double(), parameters=parameters, embed_rms=call.embed_rms.double()
+    )
+
+
+def naive(call, grad):
+    """Output and gradients of [table, *parameters] as a user would write them in the dtype."""
+    dtype = call.table.dtype
+    table = call.table.clone().requires_grad_()
+    parameters = [value.to(dtype).requires_grad_() for value in call.parameters]
+    e = table if call.ids is None else torch.nn.functional.embedding(call.ids, table)
+    z = torch_embed._latent(call).to(dtype)
+    out = FAMILIES[call.family].formula(e, z, call.embed_rms.to(dtype), *parameters)
+    if call.mask is not None:
+        out = torch.where(call.mask[..., None], out, e)
+    return out.detach(), torch.autograd.grad(out, [table, *parameters], grad)
+
+
+def assert_close(ours, oracle, naive, what):
+    assert ours.shape == oracle.shape
+    error, limit = [(value.double() - oracle).abs().max() for value in (ours, naive)]
+    eps = EPS[naive.dtype] * oracle.abs().max()
+    assert error <= 2 * limit + eps, f"{what}: error {error:.2e}, naive {limit:.2e}, eps {eps:.2e}"
+
+
+def check(family, dtype, shape, variant):
+    call = make_call(family, dtype, shape, variant)
+    out = run(kernels.perturb_embed, None, call)
+    grad = torch.randn(out.shape).to(dtype)
+    exact = in_fp64(call)
+    naive_out, naive_grads = naive(call, grad)
+    assert out.dtype == dtype
+    assert_close(out, torch_embed.perturb_embed(exact), naive_out, "output")
+    if call.mask is not None:
+        still = call.table if call.ids is None else call.table[call.ids]
+        assert torch.equal(out[:, ~call.mask], still[~call.mask].expand(len(out), -1, -1))
+
+    expected = torch_embed.perturb_embed_backward(grad.double(), exact, True)
+    names = ["table", *(f"parameter {i}" for i in range(len(call.parameters)))]
+    for want_table in (True, False):
+        grads = run(kernels.perturb_embed_backward, grad, call, want_table)
+        assert grads[0].numel() == (call.table.numel() if want_table else 0)
+        first = 0 if want_table else 1
+        for each in zip(grads[first:], expected[first:], naive_grads[first:], names[first:]):
+            assert_close(*each)
+        assert [value.dtype for value in grads[1:]] == [torch.float32] * (len(grads) - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_output_and_gradients_are_as_good_as_naive_torch(family, shape, variant, dtype):
+    check(family, dtype, shape, variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ("plain", "explicit"))
+@pytest.mark.parametrize("shape", BIG.values(), ids=BIG)
+@pytest.mark.parametrize("family", TRANSFORMS)
+@(pytest.mark.slow if INTERPRETED else pytest.mark.gpu)
+def test_several_tiles_are_as_good_as_naive_torch(family, shape, variant, dtype):
+    check(family, dtype, shape, variant)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="too big to interpret")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("family", TRANSFORMS)
+@pytest.mark.gpu
+def test_a_real_size_is_as_good_as_naive_torch(family, dtype):
+    check(family, dtype, (4, 2, 200, 4096, 16, 64), "plain")
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gradient(family):
+    call = make_call(family, torch.float32, (3, 2, 9, 24, 5, 7), "explicit")
+    grad = torch.randn(3, 2, 9, 24)
+    each = run(kernels.perturb_embed_per_sample_grad, grad, call)
+    whole = run(kernels.perturb_embed_backward, grad, call, False)[1:]
+    expected = torch_embed.perturb_embed_per_sample_grad(grad.double(), in_fp64(call))
+    for psi, total, truth in zip(each, whole, expected):
+        torch.testing.assert_close(
+            psi.double(), truth, rtol=0, atol=2e-5 * float(truth.abs().max())
+        )
+        torch.testing.assert_close(
+            psi.sum((0, 1)), total, rtol=0, atol=2e-5 * float(total.abs().max())
+        )
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_the_same_seed_gives_the_same_bits_run_after_run(family):
+    call = make_call(family, DTYPES[1], (2, 2, 20, 24, 5, 7), "plain")
+    grad = torch.randn(2, 2, 20, 24).to(DTYPES[1])
+    first, again = [run(kernels.perturb_embed_backward, grad, call, True) for _ in range(2)]
+    for one, other in zip(first, again):
+        assert torch.equal(one, other)
+    assert torch.equal(
+        run(kernels.perturb_embed, None, call), run(kernels.perturb_embed, None, call)
+    )
+
+
+def test_strided_gradients_tables_and_masks_give_what_contiguous_ones_do():
+    call = make_call("affine", torch.float32, (2, 2, 5, 24, 5, 7), "explicit")
+    grad = torch.randn(2, 2, 24, 5)
+    strided = call._replace(
+        table=torch.stack([call.table, call.table], -1)[..., 0],
+        mask=torch.stack([call.mask, ~call.mask], -1)[..., 0],
+        ids=call.ids.T.contiguous().T,
+    )
+    assert not strided.table.is_contiguous() and not strided.mask.is_contiguous()
+    plain = run(kernels.perturb_embed_backward, grad.mT.contiguous(), call, True)
+    for one, other in zip(run(kernels.perturb_embed_backward, grad.mT, strided, True), plain):
+        assert torch.equal(one, other)
+    padded = torch.cat([call.table, call.table], 1)[:, : call.table.shape[1]]
+    out = run(kernels.perturb_embed, None, call._replace(table=padded))
+    assert torch.equal(out, run(kernels.perturb_embed, None, call))
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(family):
+    call = make_call(family, torch.float32, (2, 2, 5, 24, 5, 7), "plain")
+    B, T = 0, 5
+    empty = call._replace(
+        ids=call.ids[:B],
+        samples=call.samples[:, :B],
+        rows=call.rows[:B],
+        positions=call.positions[:B],
+    )
+    assert run(kernels.perturb_embed, None, empty).shape == (2, B, T, 24)
+    grad = torch.empty(2, B, T, 24)
+    for gradient in run(kernels.perturb_embed_backward, grad, empty, True):
+        assert gradient.numel() and (gradient == 0).all()
+    for psi in run(kernels.perturb_embed_per_sample_grad, grad, empty):
+        assert psi.shape[:2] == (2, B)
+
+
+def test_parameters_in_the_tables_dtype_get_gradients_in_it():
+    call = make_call("mlp", DTYPES[1], SHAPES["ragged"], "plain")
+    rounded = call._replace(parameters=[value.to(DTYPES[1]) for value in call.parameters])
+    widened = call._replace(parameters=[value.float() for value in rounded.parameters])
+    grad = torch.randn(3, 2, 5, 24).to(DTYPES[1])
+    ours = run(kernels.perturb_embed_backward, grad, rounded, False)[1:]
+    for one, other in zip(ours, run(kernels.perturb_embed_backward, grad, widened, False)[1:]):
+        assert torch.equal(one, other.to(DTYPES[1]))
+
+
+def test_an_fp64_table_is_refused_by_name():
+    call = make_call("lowrank", torch.float64, SHAPES["ragged"], "plain")
+    with pytest.raises(TypeError, match="table must have one of the dtypes"):
+        kernels.perturb_embed(call)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the next test does it in full")
+def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
+    """Lazily mapped tensors: the table's last row, and the second sample's first rows."""
+    D, vocab = 4096, 2**19 + 8
+    N, elements = 2**19 + 16, (2**19 + 16) * D
+    dtype = torch.float16
+    table = torch.from_file(str(tmp_path / "table"), shared=True, size=vocab * D, dtype=dtype)
+    table = table.view(vocab, D)
+    table[-1] = torch.randn(D)
+    out = torch.from_file(str(tmp_path / "out"), shared=True, size=2 * elements, dtype=dtype)
+    small = make_call("lowrank", dtype, (2, 1, 4, D, 16, 16), "plain")
+    ids = torch.full((1, 4), vocab - 1)
+    expected = torch_embed.perturb_embed(small._replace(ids=ids, table=table))
+    numbers = noise.counters(2, None, None, (1, N), antithetic=False, device=torch.device("cpu"))
+    call = small._replace(
+        ids=torch.full((1, N), vocab - 1),
+        table=table,
+        samples=numbers[0],
+        rows=numbers[1],
+        positions=numbers[2],
+    )
+    launch = tiles.launch
+    monkeypatch.setattr(tiles, "launch", lambda k, grid, *a, **o: launch(k, (1,), *a, **o))
+    kernels._Plan(call).forward(out.view(2, 1, N, D))
+    assert elements > 2**31 and vocab * D > 2**31
+    ours = out.view(2, N, D)[:, :4, :64]
+    torch.testing.assert_close(ours, expected[:, 0, :, :64], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs the memory of a GPU")
+@pytest.mark.gpu
+def test_tensors_of_more_than_2_to_the_31_elements():
+    D, T, tail = 4096, 2**18 + 24, 24
+    M, dtype = 3, torch.bfloat16
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB")
+    call = moved(make_call("lowrank", dtype, (M, 1, T, D, 16, 16), "plain"), DEVICE)
+    part = call._replace(
+        ids=call.ids[:, -tail:], rows=call.rows[:, -tail:], positions=call.positions[:, -tail:]
+    )
+    out = kernels.perturb_embed(call)
+    assert out.numel() > 2**31
+    assert torch.equal(out[:, :, -tail:], kernels.perturb_embed(part))
+    grad = torch.zeros_like(out)
+    grad[:, :, -tail:] = torch.randn(M, 1, tail, D, device=DEVICE)
+    del out
+    whole = kernels.perturb_embed_backward(grad, call, False)[1]
+    expected = kernels.perturb_embed_backward(grad[:, :, -tail:], part, False)[1]
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
