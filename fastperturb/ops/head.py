@@ -9,7 +9,7 @@ would cost a synchronisation. Weight and bias get gradients only where they requ
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +36,36 @@ def linear_logprob(
     return torch.ops.fastperturb.linear_logprob(
         hidden, weight, target, bias, float(logit_scale), softcap, valid_vocab, ignore_index
     )
+
+
+@overload
+def linear_quadratic(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+    return_log_probs: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_quadratic(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+    return_log_probs: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_quadratic(
