@@ -57,7 +57,7 @@ def understand(model: nn.Module) -> CausalLM:
             f"model {type(base).__name__} is not supported: how it turns hidden states into "
             f"logits is not known; supported are {', '.join(_HEADS)} and PEFT models of these"
         )
-    if type(base).forward is not known.forward:
+    if type(base).forward is not known.forward or "forward" in vars(base):
         raise ValueError(
             f"model {type(base).__name__} overrides the forward of {known.__name__}, so its "
             f"head is not known; wrap a {known.__name__} itself"
@@ -85,11 +85,21 @@ def understand(model: nn.Module) -> CausalLM:
 def _without_adapters(model: Any) -> Any:
     if not type(model).__module__.startswith("peft."):
         return model
-    kind = model.active_peft_config
-    if kind.is_prompt_learning:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is not supported; wrap a PeftModel")
+    config = model.active_peft_config
+    if config.is_prompt_learning:
         raise ValueError(
-            f"PEFT type {kind.peft_type.value} adds virtual tokens in the PEFT model's own "
+            f"PEFT type {config.peft_type.value} adds virtual tokens in the PEFT model's own "
             "forward, which the engine does not run; use an adapter that lives inside the "
             "layers, such as LoRA"
+        )
+    if type(model.base_model).forward is not BaseTuner.forward:
+        raise ValueError(
+            f"PEFT type {config.peft_type.value} adds to the loss in its own forward, which the "
+            "engine does not run; use an adapter that lives inside the layers, such as LoRA"
         )
     return model.get_base_model()

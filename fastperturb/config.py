@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +55,9 @@ class PerturbConfig:
             _require_choice(name, getattr(self, name), choices)
         for name in ("latent_dim", "hidden_dim", "num_samples"):
             _require_count(name, getattr(self, name))
-        for name in ("backward_samples", "chunk_size"):
-            if getattr(self, name) is not None:
-                _require_count(name, getattr(self, name), or_none=True)
+        if self.chunk_size is not None:
+            _require_count("chunk_size", self.chunk_size, or_none=True)
+        check_backward_samples(self.backward_samples, self.num_samples)
         if not isinstance(self.antithetic, bool):
             raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
         _require_scale("init_scale", self.init_scale, positive=True)
@@ -79,11 +79,6 @@ class PerturbConfig:
                 "use estimator='iwae' or 'resample', or another plan of "
                 f"{tuple(plan for plan in PLANS if plan != 'resample')}"
             )
-        if self.backward_samples is not None and self.backward_samples > self.num_samples:
-            raise ValueError(
-                f"backward_samples must not exceed num_samples={self.num_samples}, "
-                f"got {self.backward_samples!r}"
-            )
         check_draws(self.estimator, self.num_samples, antithetic=self.antithetic)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,11 +88,12 @@ class PerturbConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerturbConfig:
         """A config from plain data; a key that is no field is refused, never ignored."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a mapping of PerturbConfig's keys, got {values!r}")
         fields = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in fields:
-                close = difflib.get_close_matches(str(key), fields, n=1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                hint = suggestion(str(key), fields)
                 raise ValueError(f"PerturbConfig has no key {key!r}{hint}; keys are {fields}")
         return cls(**values)
 
@@ -132,10 +128,26 @@ def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -
         )
 
 
+def check_backward_samples(backward_samples: int | None, num_samples: int) -> None:
+    """Refuse a K that is no number of samples to send backward, or more than there are."""
+    if backward_samples is None:
+        return
+    _require_count("backward_samples", backward_samples, or_none=True)
+    if backward_samples > num_samples:
+        raise ValueError(
+            f"backward_samples must not exceed num_samples={num_samples}, got {backward_samples!r}"
+        )
+
+
+def suggestion(name: str, choices: Collection[str]) -> str:
+    """The end of an error about an unknown name: the closest choice, if any is close."""
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = suggestion(str(value), choices)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}{hint}")
 
 

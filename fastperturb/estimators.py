@@ -4,7 +4,7 @@ Every estimator but `quadratic` reduces to one scalar weight for each (sample, o
 gradient of the value is sum_m weights[m] grad l[m]. With L_M = log mean exp l:
 
     jensen     mean l                                 1/M               bias does not vanish
-    iwae       L_M                                    softmax(l)        bias -Var(p)/(2 M p^2)
+    iwae       L_M                                    softmax(l)        bias ~ -Var(p)/(2 M p^2)
     jvi        M L_M - (M-1) mean_j L_{M-1}^(-j)      may be negative   O(1/M^2)
     jvi_clip   the same value                         clipped at 0 and renormalised
     resample   L_M                                    softmax(l), on K draws only, reweighted
@@ -17,14 +17,17 @@ standard literature; jvi_clip and this resample are our constructions.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastperturb.config import ESTIMATORS, check_draws
+from fastperturb.config import ESTIMATORS, check_backward_samples, check_draws
 
 # Stands for the log-prob of an impossible outcome, so that weights stay finite.
 _LOWEST = -1e30
@@ -67,8 +70,7 @@ def combine(
         kept = default_backward_samples(num_samples, backward_samples)
         uniforms = torch.rand(kept, batch, generator=generator, device=log_probs.device)
         return resample(log_probs, uniforms, mask=mask)
-    lowered = _lowered(log_probs)
-    return _finish(log_probs, *_EQUATIONS[estimator](lowered), mask)
+    return _finish(log_probs, *_at_peak(_EQUATIONS[estimator], _lowered(log_probs)), mask)
 
 
 def resample(
@@ -76,8 +78,7 @@ def resample(
 ) -> tuple[Tensor, Tensor]:
     """`combine` for resample, with the uniforms [K, B] on (0, 1) that choose its K samples."""
     mask = _check_log_probs(log_probs, mask)
-    lowered = _lowered(log_probs)
-    value, weights = _iwae(lowered)
+    value, weights = _iwae(_lowered(log_probs))
     drawn, proposal = draw_samples(weights, uniforms, mask=mask)
     counts = torch.zeros_like(proposal).scatter_add_(
         0, drawn, torch.ones_like(drawn, dtype=proposal.dtype)
@@ -110,7 +111,10 @@ def default_backward_samples(num_samples: int, backward_samples: int | None) -> 
 
     A step costs 2M + 4K forwards' worth and its gradient's second moment falls like 1 + 1/K.
     """
-    return backward_samples or max(1, round(math.sqrt(num_samples / 2)))
+    check_backward_samples(backward_samples, num_samples)
+    if backward_samples is None:
+        return max(1, round(math.sqrt(num_samples / 2)))
+    return backward_samples
 
 
 @dataclass(frozen=True)
@@ -193,8 +197,10 @@ class Telescope:
         ):
             if draws > needed:
                 break
-            term = _sumo if self.estimator == "sumo" else _mlmc
-            level_value, level_weights = term(lowered[:draws], probability)
+            term = _sumo
+            if self.estimator == "mlmc":
+                term = functools.partial(_mlmc, probability=probability)
+            level_value, level_weights = _at_peak(term, lowered[:draws])
             chosen = level == index
             value = torch.where(chosen, level_value, value)
             weights[:draws] = torch.where(chosen, level_weights, weights[:draws])
@@ -236,6 +242,7 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
         return (grad * weights).to(ctx.dtype), None, None
@@ -246,6 +253,19 @@ def _finish(
 ) -> tuple[Tensor, Tensor]:
     value, weights = value.where(mask, 0.0), weights.where(mask, 0.0)
     return _WithGradient.apply(log_probs, value, weights), weights
+
+
+def _at_peak(
+    equation: Callable[[Tensor], tuple[Tensor, Tensor]], log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An equation's value and weights, from differences to the largest log-prob.
+
+    A constant added to all l is added to every value and leaves every weight. Sequences have
+    log-probs in the thousands, whose products with M would lose what fp32 keeps of them.
+    """
+    peak = log_probs.amax(0)
+    value, weights = equation(log_probs - peak)
+    return value + peak, weights
 
 
 def _log_mean_exp(log_probs: Tensor) -> Tensor:
@@ -286,7 +306,7 @@ def _log_sum_exp_of_others(values: Tensor) -> Tensor:
     return torch.logaddexp(before, after)
 
 
-def _sumo(log_probs: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+def _sumo(log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """M L_M - sum_{k<M} L_k: the telescope summed by parts, with P(K >= k) = 1/k."""
     draws = log_probs.shape[0]
     running = log_probs.logcumsumexp(0)  # log sum exp of the first k

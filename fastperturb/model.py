@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from fastperturb import estimators, noise, ops
+from fastperturb import checks, estimators, noise, ops
 from fastperturb.architectures import CausalLM, understand
 from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.ops import reference
@@ -74,12 +74,17 @@ class PerturbedLM(nn.Module):
                 f"plan={config.plan!r} is not implemented in this version; "
                 "use plan='batched' (which 'auto' means for now)"
             )
+        if config.chunk_size is not None:
+            raise ValueError(
+                f"chunk_size={config.chunk_size} has no meaning before plan='chunked' is "
+                "implemented; leave it None"
+            )
         parts = understand(model)
         self.base = model
         self.config = config
         rms, embed_dim = _embedding_rms(parts.embed)
         self.transform = make_transform(config, embed_dim, embed_rms=rms)
-        self.transform.to(parts.head.weight.device)
+        self.transform.to(rms.device)
         self._exact = False
 
     @contextlib.contextmanager
@@ -116,16 +121,15 @@ class PerturbedLM(nn.Module):
         """
         parts = understand(self.base)
         embeddings = self._embeddings(parts.embed, input_ids, inputs_embeds)
-        batch, length = embeddings.shape[:2]
-        for name, value in (
-            ("attention_mask", attention_mask),
-            ("position_ids", position_ids),
-            ("labels", labels),
-            ("perturb_mask", perturb_mask),
-        ):
-            _check_layout(name, value, batch, length)
+        batch = len(embeddings)
+        checks.like(embeddings, "attention_mask", attention_mask, checks.MASKS)
+        checks.like(embeddings, "position_ids", position_ids, (torch.int64,))
+        checks.like(embeddings, "labels", labels, (torch.int64,))
+        checks.like(embeddings, "perturb_mask", perturb_mask, (torch.bool,))
         if labels is not None:
-            _check_labels(labels, parts.head.weight.shape[0])
+            vocab = parts.head.weight.shape[0]
+            checks.range("labels", labels[labels != IGNORED], vocab, f"be {IGNORED} (no label) or ")
+        checks.no_packing_under_flash_attention(parts.trunk, position_ids)
         draws = self._draw(seed, rows, num_samples, embeddings)
         moved, shift = self._perturb(embeddings, draws, attention_mask, position_ids, perturb_mask)
         hidden = parts.trunk(
@@ -134,27 +138,34 @@ class PerturbedLM(nn.Module):
             position_ids=_repeat(position_ids, draws.count),
             use_cache=False,
         ).last_hidden_state.unflatten(0, (draws.count, batch))  # (M, B, T, D)
-        output = PerturbedOutput(shift=shift)
+        logits = None
         if return_logits:
-            output.logits = _mean_logits(hidden, parts.head.weight, parts.head_options)
+            logits = _mean_logits(hidden, parts.head.weight, parts.head_options)
         if labels is None:
-            return output
+            return PerturbedOutput(shift=shift, logits=logits)
         log_probs, quadratic = self._head(parts, hidden, labels, draws)
-        self._estimate(output, log_probs, quadratic, labels, draws, num_items_in_batch)
-        return output
+        estimates = self._estimate(log_probs, quadratic, labels, draws, num_items_in_batch)
+        return PerturbedOutput(**estimates, log_probs=log_probs, shift=shift, logits=logits)
 
     def _embeddings(
         self, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> Tensor:
-        if input_ids is not None and inputs_embeds is None:
-            if input_ids.ndim != 2:
-                raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
-            return embed(input_ids)
-        if inputs_embeds is None or input_ids is not None:
+        if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"give either input_ids or inputs_embeds, got {given}")
-        if inputs_embeds.ndim != 3:
-            raise ValueError(f"inputs_embeds must be [B, T, D], got {list(inputs_embeds.shape)}")
+        if input_ids is not None:
+            checks.tensor("input_ids", input_ids, "[B, T]", (torch.int64, torch.int32))
+            table: Any = embed.weight
+            checks.range("input_ids", input_ids, table.shape[0])
+            return embed(input_ids)
+        assert inputs_embeds is not None
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        checks.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", floats)
+        if inputs_embeds.shape[-1] != self.transform.embed_dim:
+            raise ValueError(
+                f"inputs_embeds must be {self.transform.embed_dim} wide, as the model's "
+                f"embeddings are, got {list(inputs_embeds.shape)}"
+            )
         return inputs_embeds
 
     def _draw(
@@ -242,26 +253,27 @@ class PerturbedLM(nn.Module):
 
     def _estimate(
         self,
-        output: PerturbedOutput,
         log_probs: Tensor,  # [M, B, T-1]
         quadratic: Tensor | None,
         labels: Tensor,
         draws: _Draws,
         num_items_in_batch: int | Tensor | None,
-    ) -> None:
-        """Fill in the loss and what is known about the samples."""
+    ) -> dict[str, Tensor]:
+        """The loss, and what is known about the samples."""
         mask = labels[:, 1:] != IGNORED
-        count = mask.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
+        count = _label_count(mask, num_items_in_batch)
         outcomes = log_probs
         if self.config.marginal == "sequence":
             outcomes, mask = log_probs.sum(-1), mask.any(-1)
         value = draws.combine(outcomes, mask, self.config) if quadratic is None else quadratic
-        output.loss = -value.sum() / count
         with torch.no_grad():
-            output.log_marginal = estimators.combine(outcomes, "iwae", mask=mask)[0]
-            effective = estimators.effective_samples(outcomes)
-            output.ess = effective.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
-        output.log_probs = log_probs
+            log_marginal = estimators.combine(outcomes, "iwae", mask=mask)[0]
+            effective = estimators.effective_samples(outcomes).where(mask, 0.0)
+        return {
+            "loss": -value.sum() / count,
+            "log_marginal": log_marginal,
+            "ess": effective.sum() / mask.sum().clamp_min(1),
+        }
 
 
 @dataclass(frozen=True)
@@ -288,15 +300,17 @@ class _Draws:
 
 
 @torch.no_grad()
-def _embedding_rms(embed: Any) -> tuple[float, int]:
+def _embedding_rms(embed: Any) -> tuple[Tensor, int]:
     """Root mean square over all that the embedding puts out, scaling included; and its width."""
-    total, count, width = 0.0, 0, 0
+    if embed.weight.is_meta:
+        raise ValueError("model is on the meta device: load its weights before wrapping it")
+    total, count, width = torch.zeros((), device=embed.weight.device), 0, 0
     for ids in torch.arange(embed.weight.shape[0], device=embed.weight.device).split(4096):
         chunk = embed(ids).float()
-        total += chunk.square().sum().item()
+        total += chunk.square().sum()
         count += chunk.numel()
         width = chunk.shape[-1]
-    return math.sqrt(total / count), width
+    return (total / count).sqrt(), width
 
 
 @torch.no_grad()
@@ -319,21 +333,11 @@ def _repeat(per_row: Tensor | None, draws: int) -> Tensor | None:
     return None if per_row is None else per_row.repeat(draws, 1)
 
 
-def _check_layout(name: str, value: Tensor | None, batch: int, length: int) -> None:
-    if value is not None and value.shape != (batch, length):
-        raise ValueError(
-            f"{name} must be [B, T] = {[batch, length]}, got {value.dtype} {list(value.shape)}"
-        )
-
-
-def _check_labels(labels: Tensor, vocab: int) -> None:
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if labels.device.type != "cpu":
-        return
-    wrong = (labels != IGNORED) & ((labels < 0) | (labels >= vocab))
-    if wrong.any():
-        raise IndexError(
-            f"labels must be {IGNORED} (no label) or lie in [0, {vocab}), "
-            f"got {int(labels[wrong][0])}"
-        )
+def _label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """What divides the loss; a global batch without labels has a loss of 0, not 0 / 0."""
+    if num_items_in_batch is None:
+        return mask.sum().clamp_min(1)
+    count = torch.as_tensor(num_items_in_batch, device=mask.device)
+    if count.numel() != 1 or count.is_complex():
+        raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")
+    return count.reshape(()).clamp_min(1)

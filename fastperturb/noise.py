@@ -15,6 +15,7 @@ every backend; this file is the definition that the C++ and Triton versions are 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,8 @@ def counters(
     """The numbers m [M, B], b [B, T] and t [B, T] of a call, validated and broadcast (views)."""
     batch, length = shape
     if isinstance(samples, Tensor):
-        allowed = [[samples.shape[0] if samples.ndim else 0], [*samples.shape[:1], batch]]
+        M = samples.shape[0] if samples.ndim else "M"
+        allowed = [[M], [M, batch]]
         _require_numbers("samples", samples, allowed, device, "[M] or [M, B]")
     elif isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples must be a number M or an int64 tensor, got {samples!r}")
@@ -152,7 +154,7 @@ def counters(
 
 
 def _require_numbers(
-    name: str, value: Tensor, shapes: list[list[int]], device: torch.device, wanted: str
+    name: str, value: Tensor, shapes: list[list[Any]], device: torch.device, wanted: str
 ) -> None:
     if value.dtype != torch.int64 or list(value.shape) not in shapes or value.device != device:
         sizes = " or ".join(str(shape) for shape in shapes)

@@ -4,11 +4,12 @@ Every mistake in the file is an error that names the file, the key and what was 
 """
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fastperturb.config import suggestion
 
 
 def load(path: Path, options_class: type) -> Any:
@@ -28,9 +29,7 @@ def load(path: Path, options_class: type) -> Any:
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
     """The end of an error about an unknown name: the closest choice, and all of them."""
-    close = difflib.get_close_matches(name, choices, n=1)
-    meant = f", did you mean {close[0]!r}?" if close else "."
-    return f"{meant} Choices: {', '.join(choices)}"
+    return f"{suggestion(name, choices)}. Choices: {', '.join(choices)}"
 
 
 def _options(content: Any, options_class: type, where: str) -> Any:

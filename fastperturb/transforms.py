@@ -25,6 +25,9 @@ from fastperturb.config import PerturbConfig
 
 # Enough probes to know a scale to a few percent, few enough to forget their cost.
 _PROBE_TOKENS = 256
+# The floor amplifies a shift by no more than this: one that is exactly zero has no direction to
+# lift, and stays zero until a gradient gives it one.
+_MOST_LIFT = 1e3
 
 
 def diagonal(e: Tensor, z: Tensor, rho: Tensor, s: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class Transform(nn.Module):
         parameters = [getattr(self, name) for name in self.parameter_names]
         if self.min_scale == 0:
             return parameters
-        lift = (self.min_scale / self.scale()).clamp_min(1.0)
+        lift = (self.min_scale / self.scale()).clamp(1.0, _MOST_LIFT)
         return [
             value * lift if name in self.outer else value
             for name, value in zip(self.parameter_names, parameters, strict=True)
@@ -98,7 +101,7 @@ class Transform(nn.Module):
     def scale(self) -> Tensor:
         """sqrt(E |T(e, z) - e|^2 / D) / rho of the stored parameters, before any floor."""
         squares = sum(getattr(self, name).square().sum() for name in self.outer)
-        return torch.sqrt(squares / self.embed_dim)
+        return _root(squares / self.embed_dim)
 
     def _probe(self, width: int, *, row: int, latent: str = "gaussian") -> Tensor:
         """Fixed draws [probes, width], to average over what has no closed form."""
@@ -155,7 +158,7 @@ class Gated(Transform):
 
     def scale(self) -> Tensor:
         gain = 1 + torch.tanh(self._probe(self.embed_dim, row=0) @ self.A @ self.C)
-        return torch.sqrt(gain.square().mean(0) @ self.U.square().sum(0) / self.embed_dim)
+        return _root(gain.square().mean(0) @ self.U.square().sum(0) / self.embed_dim)
 
 
 class Affine(Transform):
@@ -192,7 +195,12 @@ class MLP(Transform):
         x = self._probe(self.embed_dim, row=0)
         z = self._probe(self.latent_dim, row=1, latent=self.latent)
         one = torch.ones_like(self.embed_rms)
-        return (mlp(x, z, one, self.A, self.B, self.b, self.C) - x).square().mean().sqrt()
+        return _root((mlp(x, z, one, self.A, self.B, self.b, self.C) - x).square().mean())
+
+
+def _root(mean_square: Tensor) -> Tensor:
+    """A root whose gradient at 0 is 0 and not infinite."""
+    return mean_square.clamp_min(1e-24).sqrt()
 
 
 FAMILIES = {family.family: family for family in (Diagonal, LowRank, Gated, Affine, MLP)}
@@ -202,6 +210,8 @@ def make_transform(
     config: PerturbConfig, embed_dim: int, *, embed_rms: float | Tensor = 1.0
 ) -> Transform:
     """The transform of `config.transform` for embeddings `embed_dim` wide."""
+    if not isinstance(config, PerturbConfig):
+        raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
     if isinstance(embed_dim, bool) or not isinstance(embed_dim, int) or embed_dim < 1:
         raise ValueError(f"embed_dim must be a positive int, got {embed_dim!r}")
     rms = float(embed_rms)

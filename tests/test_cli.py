@@ -65,7 +65,7 @@ def test_usage_lists_every_command(
 def test_an_unknown_command_gets_the_closest_and_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["docter"]) == 2
     assert capsys.readouterr().err == (
-        "fastperturb: error: unknown command 'docter', did you mean 'doctor'? "
+        "fastperturb: error: unknown command 'docter' (did you mean 'doctor'?). "
         "Choices: demo, doctor\n"
     )
 
@@ -117,7 +117,7 @@ def test_a_typo_in_the_config_file_is_one_line_too(
     config.write_text("overwrit: true\n")
     assert cli.main(["copy", "--config", str(config)]) == 2
     assert capsys.readouterr().err == (
-        f"fastperturb: error: {config}: unknown option 'overwrit', did you mean 'overwrite'? "
+        f"fastperturb: error: {config}: unknown option 'overwrit' (did you mean 'overwrite'?). "
         "Choices: output_dir, overwrite\n"
     )
 

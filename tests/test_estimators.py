@@ -116,6 +116,27 @@ def test_values_and_weights_stay_finite(estimator, extreme):
     assert torch.isfinite(value).all() and torch.isfinite(weights).all()
 
 
+@pytest.mark.parametrize("estimator", REDUCIBLE)
+def test_whole_sequences_of_log_probs_keep_their_precision_in_fp32(estimator):
+    torch.manual_seed(0)
+    log_p = 3 * torch.randn(64, 40).double() - 6000
+    exact, exact_weights = combine(
+        log_p.float().double(), estimator, generator=torch.Generator().manual_seed(1)
+    )
+    value, weights = combine(log_p.float(), estimator, generator=torch.Generator().manual_seed(1))
+    assert (value - exact).abs().max() < 2e-3  # an ulp of 6000 is 5e-4
+    assert (weights - exact_weights).abs().max() < 1e-4 * exact_weights.abs().max()
+
+
+def test_second_derivatives_are_refused_instead_of_wrong():
+    log_p = draws(4, 3)
+    (gradient,) = torch.autograd.grad(
+        combine(log_p, "iwae")[0].square().sum(), log_p, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("estimator", ["jensen", "iwae", "jvi", "jvi_clip", "sumo", "mlmc"])
 def test_equal_log_probs_are_their_own_marginal(estimator):
     value, weights = combine(torch.full((4, 2, 3), -5.0), estimator)
@@ -309,6 +330,8 @@ def test_effective_samples_count_the_samples_that_matter():
         ({"log_probs": torch.zeros(4)}, r"log_probs must be floating point \[M, B, T\]"),
         ({"log_probs": torch.zeros(4, 2, 3, dtype=torch.int64)}, "log_probs must be floating"),
         ({"log_probs": torch.zeros(1, 2, 3), "estimator": "jvi"}, "must be at least 2"),
+        ({"estimator": "resample", "backward_samples": 0}, "backward_samples must be a positive"),
+        ({"estimator": "resample", "backward_samples": 9}, "must not exceed num_samples=4, got 9"),
         ({"mask": torch.ones(2, 3)}, r"mask must be bool \[2, 3\]"),
         ({"mask": torch.ones(3, 2, dtype=torch.bool)}, r"mask must be bool \[2, 3\]"),
     ],

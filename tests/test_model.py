@@ -334,6 +334,20 @@ def test_a_batch_without_labels_in_it_has_zero_loss_and_gradient():
     assert all(g is None or (g == 0).all() for g in gradients(out.loss, lm))
 
 
+@pytest.mark.parametrize("count", [0, torch.tensor(0), None])
+def test_a_global_batch_without_labels_has_zero_loss(count):
+    lm = wrap(base_model(), PerturbConfig())
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+    assert lm(**inputs, num_items_in_batch=count).loss == 0
+
+
+def test_the_loss_comes_first_as_in_every_hugging_face_output():
+    out = wrap(base_model(), PerturbConfig())(**batch(), return_logits=True)
+    assert out[0] is out.loss
+    assert list(out) == ["loss", "log_marginal", "log_probs", "ess", "shift", "logits"]
+
+
 @pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
 def test_half_precision_trunks_train_the_fp32_transform(mode):
     model = base_model()
@@ -418,6 +432,20 @@ def lora_on_the_head():
     return peft.get_peft_model(base_model(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
 
 
+def adalora():
+    peft = pytest.importorskip("peft", reason="PEFT tests need peft")
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, target_modules=["q_proj"]
+    )
+    return peft.get_peft_model(base_model(), config)
+
+
+def changed_instance():
+    model = base_model()
+    model.forward = lambda *args, **kwargs: None
+    return model
+
+
 def hooked_head():
     model = base_model()
     model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -449,8 +477,22 @@ def hooked_head():
         (prompt_tuned, "PROMPT_TUNING adds virtual tokens"),
         (lora_on_the_head, r"LM head of LlamaForCausalLM is a peft\..*Linear"),
         (hooked_head, "carries forward hooks"),
+        (adalora, "PEFT type ADALORA adds to the loss"),
+        (changed_instance, "LlamaForCausalLM overrides the forward"),
+        (lambda: base_model().to("meta"), "model is on the meta device"),
     ],
-    ids=["opt", "classifier", "no lm", "overridden", "prompt tuning", "lora head", "hooked head"],
+    ids=[
+        "opt",
+        "classifier",
+        "no lm",
+        "overridden",
+        "prompt tuning",
+        "lora head",
+        "hooked head",
+        "adalora",
+        "changed instance",
+        "meta",
+    ],
 )
 def test_a_model_that_is_not_understood_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
@@ -464,11 +506,20 @@ def test_a_model_that_is_not_understood_is_refused_by_name(make, message):
         ({"num_samples": 2.0}, TypeError, "num_samples must be a positive int, got 2.0"),
         ({"labels": torch.full((3, 9), 97)}, IndexError, r"labels must be .*\[0, 97\), got 97"),
         ({"labels": torch.zeros(3, 8).long()}, ValueError, r"labels must be \[B, T\] = \[3, 9\]"),
-        ({"labels": torch.zeros(3, 9)}, ValueError, "labels must be int64"),
+        ({"labels": torch.zeros(3, 9)}, ValueError, r"labels must be \[B, T\] of torch.int64, got"),
+        ({"labels": [[1] * 9] * 3}, TypeError, "labels must be a tensor .*got list"),
+        ({"position_ids": torch.zeros(3, 9).int()}, ValueError, "position_ids must be .*int32"),
+        ({"perturb_mask": torch.ones(3, 9)}, ValueError, "perturb_mask must be .*torch.bool, got"),
+        ({"input_ids": torch.full((3, 9), 97)}, IndexError, r"input_ids must lie in \[0, 97\)"),
+        ({"input_ids": torch.zeros(3, 9)}, ValueError, "input_ids must be .*got torch.float32"),
+        ({"input_ids": torch.zeros(0, 9).long()}, ValueError, "input_ids must hold at least one"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(3, 9, 8)}, ValueError, "32 wide"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be one num"),
         ({"attention_mask": torch.ones(2, 9)}, ValueError, r"attention_mask must be \[B, T\]"),
         ({"input_ids": torch.zeros(9).long()}, ValueError, r"input_ids must be \[B, T\]"),
         ({"input_ids": None}, ValueError, "either input_ids or inputs_embeds, got neither"),
         ({"inputs_embeds": torch.zeros(3, 9, 32)}, ValueError, "got both"),
+        ({"attention_mask": torch.ones(3, 9, device="meta")}, ValueError, "attention_mask .* meta"),
         ({"perturb_mask": torch.ones(3, 8).bool()}, ValueError, r"perturb_mask must be"),
         ({"rows": torch.arange(2)}, ValueError, r"rows must be int64 \[B\] or \[B, T\]"),
         ({"seed": 1.5}, ValueError, "seed must be an int"),
@@ -484,6 +535,9 @@ def test_a_call_cannot_ask_for_draws_the_estimator_cannot_use():
     quadratic = wrap(base_model(), PerturbConfig(estimator="quadratic"))
     with pytest.raises(ValueError, match="num_samples must be at least 2 for estimator='quad"):
         quadratic(**batch(), num_samples=1)
+    resampling = wrap(base_model(), PerturbConfig(estimator="resample", backward_samples=4))
+    with pytest.raises(ValueError, match="backward_samples must not exceed num_samples=2, got 4"):
+        resampling(**batch(), num_samples=2)
     antithetic = wrap(base_model(), PerturbConfig(antithetic=True))
     with pytest.raises(ValueError, match="num_samples must be even with antithetic=True"):
         antithetic(**batch(), num_samples=3)
@@ -500,6 +554,19 @@ def test_training_by_plain_jvi_is_refused_and_evaluating_by_it_is_not():
 def test_plans_of_a_later_version_are_refused_by_name(plan):
     with pytest.raises(ValueError, match=f"plan='{plan}' is not implemented in this version"):
         wrap(base_model(), PerturbConfig(plan=plan))
+
+
+def test_a_chunk_size_is_refused_until_a_plan_uses_it():
+    with pytest.raises(ValueError, match="chunk_size=2 has no meaning"):
+        wrap(base_model(), PerturbConfig(chunk_size=2))
+
+
+def test_packing_under_flash_attention_is_refused_instead_of_read_as_one_document():
+    lm = wrap(base_model(), PerturbConfig(num_samples=2))
+    lm.base.config._attn_implementation = "flash_attention_2"
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="packed position_ids under attn_implementation='flash"):
+        lm(input_ids=batch()["input_ids"][:1], position_ids=packed)
 
 
 def test_a_config_that_is_no_config_is_refused():

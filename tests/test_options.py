@@ -90,9 +90,9 @@ def test_an_empty_file_changes_nothing(file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("learning_rat: 1", "unknown option 'learning_rat', did you mean 'learning_rate'?"),
+        ("learning_rat: 1", "unknown option 'learning_rat' (did you mean 'learning_rate'?)"),
         ("zzz: 1", "unknown option 'zzz'. Choices: output_dir, steps, learning_rate, overwrite"),
-        ("inner: {draw: 1}", "inner: unknown option 'draw', did you mean 'draws'?"),
+        ("inner: {draw: 1}", "inner: unknown option 'draw' (did you mean 'draws'?)"),
         ("steps: many", "steps: expected int, got 'many'"),
         ("steps: 1.5", "steps: expected int, got 1.5"),
         ("steps: true", "steps: expected int, got True"),

@@ -112,6 +112,19 @@ def test_the_floor_keeps_the_gradient_of_the_direction():
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
+def test_a_shift_of_exactly_zero_under_a_floor_stays_finite(family):
+    transform = transform_of(family, min_scale=0.1)
+    with torch.no_grad():
+        for name in transform.outer:
+            getattr(transform, name).zero_()
+    e = torch.randn(3, 24)
+    moved = transform(e, torch.randn(3, transform.latent_dim))
+    moved.square().sum().backward()
+    assert torch.equal(moved, e)
+    assert all(torch.isfinite(value.grad).all() for value in transform.parameters())
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
 def test_repr_tells_family_shapes_law_and_scale(family):
     text = repr(transform_of(family, scope="sequence", min_scale=0.1))
     for part in (*PARAMETERS[family], "gaussian", "sequence", "scale=0.2", "min_scale=0.1"):

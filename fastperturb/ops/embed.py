@@ -6,6 +6,7 @@ kept between the passes.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -90,16 +91,18 @@ def perturb_embed_per_sample_grad(
     with torch.no_grad(), dispatch.full_precision(grad.device):
         psi = run(grad, call)
     if transform.min_scale > 0:
-        psi = _through_the_floor(call.parameters, transform, psi)
+        psi = _through_the_floor(transform, psi)
     return dict(zip(transform.parameter_names, psi, strict=True))
 
 
-def _through_the_floor(
-    effective: list[Tensor], transform: Transform, psi: list[Tensor]
-) -> list[Tensor]:
+def _through_the_floor(transform: Transform, psi: list[Tensor]) -> list[Tensor]:
     """From gradients of the effective parameters to those of the stored ones."""
-    stored = [getattr(transform, name) for name in transform.parameter_names]
     M, B = psi[0].shape[:2]
+    # A copy, because the caller's may be frozen, and gradients may be off.
+    transform = copy.deepcopy(transform).requires_grad_()
+    with torch.enable_grad():
+        effective = transform.effective_parameters()
+    stored = [getattr(transform, name) for name in transform.parameter_names]
     pulled = torch.autograd.grad(
         effective, stored, [each.flatten(0, 1) for each in psi], is_grads_batched=True
     )
@@ -153,6 +156,8 @@ def _call(
 
 
 def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -> Tensor:
+    if not isinstance(transform, Transform):
+        raise TypeError(f"transform must come from make_transform, got {type(transform).__name__}")
     if table is None:
         source, name, layout = ids, "embeddings (ids with table=None)", "[B, T, D]"
     else:

@@ -259,6 +259,17 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_alone(family, sou
             torch.testing.assert_close(psi[name][m, b], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_per_sample_gradients_need_neither_grad_mode_nor_trainable_parameters():
+    transform = transform_of("mlp", min_scale=0.5)
+    arguments, _ = inputs("embeddings")
+    upstream = torch.randn(3, 2, 7, 12, dtype=torch.float64)
+    expected = ops.perturb_embed_per_sample_grad(upstream, *arguments, transform, 5, 3)
+    transform.requires_grad_(False)
+    with torch.no_grad():
+        psi = ops.perturb_embed_per_sample_grad(upstream, *arguments, transform, 5, 3)
+    assert all(torch.equal(psi[name], expected[name]) for name in expected)
+
+
 def test_a_per_sample_gradient_of_the_wrong_shape_is_refused():
     (ids, table), _ = inputs("ids")
     with pytest.raises(ValueError, match=r"grad must be .* \[M, B, T, D\] = \[3, 2, 7, 12\]"):

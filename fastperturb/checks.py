@@ -1,0 +1,55 @@
+"""What the wrapper refuses at its door: each error names the argument, what came, what is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32)
+
+
+def tensor(name: str, value: object, layout: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
+    if value.ndim != layout.count(",") + 1 or value.dtype not in dtypes:
+        raise ValueError(
+            f"{name} must be {layout} of {' or '.join(map(str, dtypes))}, "
+            f"got {value.dtype} {list(value.shape)}"
+        )
+    if value.numel() == 0:
+        raise ValueError(f"{name} must hold at least one token, got {list(value.shape)}")
+
+
+def like(embeddings: Tensor, name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse what does not lie [B, T] beside the embeddings."""
+    if value is None:
+        return
+    tensor(name, value, "[B, T]", dtypes)
+    assert isinstance(value, Tensor)
+    if value.shape != embeddings.shape[:2] or value.device != embeddings.device:
+        raise ValueError(
+            f"{name} must be [B, T] = {list(embeddings.shape[:2])} on {embeddings.device}, "
+            f"got {list(value.shape)} on {value.device}"
+        )
+
+
+def range(name: str, numbers: Tensor, size: int, also: str = "") -> None:
+    """Refuse numbers of no word, where looking at them costs no sync."""
+    if numbers.device.type != "cpu" or numbers.numel() == 0:
+        return
+    wrong = numbers[(numbers < 0) | (numbers >= size)]
+    if wrong.numel():
+        raise IndexError(f"{name} must {also}lie in [0, {size}), got {int(wrong[0])}")
+
+
+def no_packing_under_flash_attention(trunk: Any, position_ids: Tensor | None) -> None:
+    attention = str(getattr(trunk.config, "_attn_implementation", None))
+    if position_ids is None or not attention.startswith("flash"):
+        return
+    if (position_ids.diff(dim=1) < 0).any():
+        raise ValueError(
+            f"packed position_ids under attn_implementation={attention!r} are taken for one "
+            "document where there are several rows, as M samples are; use 'sdpa'"
+        )

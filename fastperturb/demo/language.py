@@ -1,0 +1,113 @@
+"""The synthetic language: its embeddings, its exact truth and samples from it.
+
+V = 144 tokens lie on a 12 x 12 grid over [-1, 1]^2. A token's embedding is its position (a, b)
+along two random orthonormal axes, the noisy one and the precise one, plus a small random id. A
+prefix of two tokens (u, v) yields y with probability p_a(y_a) p_b(y_b), where N(c) is the softmax
+over the grid of -(y - c)^2 / (2 * 0.09^2):
+
+    p_b = N((u_b + v_b) / 2)
+    p_a = E N(g((u_a + n1 + v_a + n2) / 2)),    n1, n2 ~ N(0, 0.3^2)
+    g(s) = 0.9 clip(0.3 s if s < 0 else 1.2 s, -1, 1)
+
+The truth moves the prefix along the noisy axis before it is used, so prefixes with a below 0.1
+tell of g beyond 0.1. Both factors depend on a midpoint of grid points alone: of those there are
+2 * 12 - 1, and the truth is a pair of tables. The seed chooses the axes and the ids.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIDE = 12
+VOCAB = SIDE * SIDE  # token = 12 * (index along the noisy axis) + (index along the precise one)
+EMBED_DIM = 16
+NOISE_SD = 0.3
+RESPONSE_SD = 0.09
+ID_SD = 0.03
+
+# Training prefixes have both tokens within SUPPORT along the noisy axis.
+SUPPORT = (-1.0, 0.1)
+REGIONS = {"in_support": SUPPORT, "band1": (0.2, 0.45), "band2": (0.45, 0.7)}
+
+
+def grid() -> Tensor:
+    """The positions along one axis: [12], fp64."""
+    return torch.linspace(-1, 1, SIDE, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Language:
+    """What a seed chooses. The truth about prefixes does not depend on it."""
+
+    axes: Tensor  # [2, D] orthonormal: noisy, precise
+    embeddings: Tensor  # [V, D]
+
+
+def make_language(generator: torch.Generator) -> Language:
+    square = torch.randn(EMBED_DIM, EMBED_DIM, dtype=torch.float64, generator=generator)
+    axes = torch.linalg.qr(square).Q[:, :2].T  # (2, D)
+    positions = torch.cartesian_prod(grid(), grid())  # (V, 2)
+    ids = ID_SD * torch.randn(VOCAB, EMBED_DIM, dtype=torch.float64, generator=generator)
+    return Language(axes=axes.float(), embeddings=(positions @ axes + ids).float())
+
+
+def link(position: Tensor) -> Tensor:
+    """g: gentle on the negative side, steep on the positive one."""
+    slope = torch.where(position < 0, 0.3, 1.2)
+    return 0.9 * (slope * position).clamp(-1, 1)
+
+
+def respond(centre: Tensor) -> Tensor:
+    """N(c): centre [...] to probabilities over the grid [..., 12]."""
+    return torch.softmax(-(grid() - centre[..., None]).square() / (2 * RESPONSE_SD**2), dim=-1)
+
+
+def truth_tables() -> tuple[Tensor, Tensor]:
+    """p_a and p_b by the sum of the two tokens' grid indices: [23, 12] each."""
+    midpoints = torch.linspace(-1, 1, 2 * SIDE - 1, dtype=torch.float64)
+    # The midpoint's noise is one Gaussian; a fine sum over +-8 sd is exact to 1e-6.
+    steps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    mass = torch.softmax(-0.5 * steps.square(), dim=0)
+    moved = midpoints[:, None] + NOISE_SD / math.sqrt(2) * steps  # (23, steps)
+    noisy = (mass[:, None] * respond(link(moved))).sum(1)
+    return noisy, respond(midpoints)
+
+
+def truth(prefixes: Tensor) -> Tensor:
+    """The exact law of y after each prefix: [N, 2] to [N, V], fp64."""
+    noisy, precise = _factors(prefixes)
+    return (noisy[:, :, None] * precise[:, None, :]).flatten(1)
+
+
+def sample(prefixes: Tensor, generator: torch.Generator) -> Tensor:
+    """One y after each prefix: [N, 2] to [N]."""
+    noisy, precise = (
+        torch.multinomial(law, 1, generator=generator)[:, 0] for law in _factors(prefixes)
+    )
+    return noisy * SIDE + precise
+
+
+def _factors(prefixes: Tensor) -> tuple[Tensor, Tensor]:
+    noisy, precise = truth_tables()
+    return noisy[(prefixes // SIDE).sum(1)], precise[(prefixes % SIDE).sum(1)]
+
+
+def tokens_between(low: float, high: float) -> Tensor:
+    """The tokens whose position along the noisy axis lies in [low, high]."""
+    position = grid().repeat_interleave(SIDE)
+    return ((position >= low) & (position <= high)).nonzero()[:, 0]
+
+
+def draw_prefixes(tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random prefixes [N, 2] of these tokens."""
+    return tokens[torch.randint(len(tokens), (count, 2), generator=generator)]
+
+
+def some_prefixes(tokens: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
+    """Every prefix [N, 2] of these tokens, or a random choice of `at_most` different ones."""
+    prefixes = torch.cartesian_prod(tokens, tokens)
+    return prefixes[torch.randperm(len(prefixes), generator=generator)[:at_most]]

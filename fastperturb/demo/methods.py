@@ -1,0 +1,56 @@
+"""What the demo compares: every method is the same net, data and steps with another noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastperturb.config import PerturbConfig
+
+# Isotropic noise is tried at these scales (sd in grid units, where the truth's is 0.3 along one
+# axis), and the demo reports the one that is best out of support: an oracle's choice.
+SWEEP = (0.07, 0.1, 0.15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train. `scale`: the noise's sd per embedding dimension (at first, if learned)."""
+
+    name: str
+    transform: str | None = None  # None: the exact prefix
+    estimator: str = "iwae"
+    num_samples: int = 16
+    scale: float = 0.2
+
+    @property
+    def learned(self) -> bool:
+        return self.transform == "lowrank"
+
+    def config(self, embed_rms: float) -> PerturbConfig:
+        """The library's configuration, whose scales are relative to the embeddings'."""
+        assert self.transform is not None, "an exact prefix has no perturbation to configure"
+        return PerturbConfig(
+            transform=self.transform,
+            latent_dim=4,
+            estimator=self.estimator,
+            num_samples=self.num_samples,
+            init_scale=self.scale / embed_rms,
+        )
+
+
+def _learned(name: str, estimator: str, num_samples: int) -> Method:
+    return Method(name=name, transform="lowrank", estimator=estimator, num_samples=num_samples)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(name="exact", estimator="jensen", num_samples=1),
+        Method(name="jensen", transform="diagonal", estimator="jensen", scale=0.15),
+        Method(name="fixed", transform="diagonal"),
+        _learned("learned", "iwae", 16),
+        _learned("learned_iwae_m4", "iwae", 4),
+        _learned("learned_jvi_clip_m4", "jvi_clip", 4),
+        _learned("learned_quadratic_m2", "quadratic", 2),
+        _learned("learned_mlmc", "mlmc", 16),
+    )
+}
