@@ -1,4 +1,4 @@
-"""What the wrapper refuses at its door: each error names the argument, what came, what is wanted."""
+"""What the wrapper refuses at its door: errors name the argument, what came and what is wanted."""
 
 from __future__ import annotations
 
