@@ -60,8 +60,8 @@ class PerturbedLM(nn.Module):
     PerturbConfig; transform: the learned T(e, z), in fp32 beside the embedding.
     """
 
-    # The Trainer scales the loss of a model that takes num_items_in_batch by itself, and
-    # counts shifted labels for this loss type.
+    # For Hugging Face's Trainer: the loss divides by num_items_in_batch itself, and that count
+    # is of shifted labels. (Its plain class still fails, since it writes to model.config.)
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
 
