@@ -11,9 +11,9 @@ own pieces: PerturbConfig, make_transform, ops, estimators. Means over three see
     fixed, best scale 0.1      16        0.105     0.31     0.67   0.10 / 0.10
     learned                    16        0.048     0.21     0.48   0.15 / 0.03
     learned_iwae_m4             4        0.078     0.74     1.77   0.05 / 0.02
-    learned_jvi_clip_m4         4        0.056     0.34     0.67   0.14 / 0.04
+    learned_jvi_clip_m4         4        0.056     0.35     0.69   0.13 / 0.04
     learned_quadratic_m2        2        0.062     0.36     1.00   0.27 / 0.04
-    learned_mlmc              1.8        0.066     0.28     0.77   0.21 / 0.02
+    learned_mlmc              1.8        0.068     0.31     0.83   0.21 / 0.02
 
 What it took, and what it taught:
 
