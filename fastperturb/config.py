@@ -62,11 +62,6 @@ class PerturbConfig:
             raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
         _require_scale("init_scale", self.init_scale, positive=True)
         _require_scale("min_scale", self.min_scale, positive=False)
-        if self.min_scale > self.init_scale:
-            raise ValueError(
-                f"min_scale must not exceed init_scale, got min_scale={self.min_scale!r} "
-                f"and init_scale={self.init_scale!r}"
-            )
         if self.estimator == "quadratic" and self.marginal == "sequence":
             raise ValueError(
                 "marginal='sequence' has no estimator='quadratic': the quadratic equation needs "

@@ -61,11 +61,6 @@ def test_a_useless_initial_scale_is_refused(value):
         PerturbConfig(init_scale=value)
 
 
-def test_a_floor_above_the_start_is_refused():
-    with pytest.raises(ValueError, match="min_scale must not exceed init_scale"):
-        PerturbConfig(init_scale=0.1, min_scale=0.2)
-
-
 def test_antithetic_needs_pairs():
     with pytest.raises(ValueError, match="num_samples must be even with antithetic=True.*got 5"):
         PerturbConfig(antithetic=True, num_samples=5)

@@ -101,6 +101,12 @@ def test_the_floor_lifts_a_shrunken_shift_and_leaves_a_large_one(family):
     assert measured_scale(floored, "gaussian") == pytest.approx(0.1, rel=0.12)
 
 
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_a_floor_above_the_start_lifts_at_once(family):
+    transform = transform_of(family, init_scale=0.1, min_scale=0.3, embed_dim=96)
+    assert measured_scale(transform, "gaussian") == pytest.approx(0.3, rel=0.1)
+
+
 def test_the_floor_keeps_the_gradient_of_the_direction():
     transform = transform_of("lowrank", init_scale=0.2, min_scale=0.2)
     with torch.no_grad():
