@@ -5,6 +5,7 @@ benchmarks. A stage that fails is recorded and the others still run; the exit st
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ from bench import harness, perturb_embed
 from fastperturb import doctor, runs
 
 TESTS = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+# Most of the tests' time is compiling kernels, which the machine's cores can share.
+if importlib.util.find_spec("xdist"):
+    TESTS += ["-n", "8"]
 SANITIZERS = ("memcheck", "racecheck")
 
 
