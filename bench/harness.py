@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastperturb import runs
 
@@ -23,6 +25,7 @@ class Variant:
     provider: str
     mode: str  # forward, backward or full
     run: Callable[[], Any]
+    opaque: bool = False  # whether it runs as one call whose inner traffic nobody sees
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Row:
     op: str
     provider: str
     mode: str
-    metric: str  # milliseconds, or extra_mib: the peak above what was allocated before
+    # milliseconds; extra_mib: the peak above what was allocated before; bytes_ratio: bytes that
+    # go in and out of all its calls, over the least possible
+    metric: str
     x: dict[str, Any]
     p20: float
     p50: float
@@ -47,11 +52,15 @@ def measure(
     variants: Sequence[Variant],
     *,
     x: dict[str, Any],
+    least_bytes: dict[str, int],
     device: torch.device,
     repeats: int,
     warmup: int = 3,
 ) -> list[Row]:
-    """Time every variant `repeats` times, interleaved, and its peak extra memory once."""
+    """Time every variant `repeats` times, interleaved; its memory and its traffic once.
+
+    least_bytes: by mode, what any implementation must read and write.
+    """
     times: list[list[float]] = [[] for _ in variants]
     gc.disable()  # a collection in the middle of a timing would be charged to that variant
     for repeat in range(-warmup, repeats):
@@ -64,12 +73,15 @@ def measure(
     rows = []
     for variant, taken in zip(variants, times, strict=True):
         label = {"op": op, "provider": variant.provider, "mode": variant.mode, "x": x, **where}
-        p20, _, _, p80 = statistics.quantiles(taken, n=5)
+        p20, _, _, p80 = statistics.quantiles(taken, n=5, method="inclusive")
         rows.append(
             Row(metric="milliseconds", p20=p20, p50=statistics.median(taken), p80=p80, **label)
         )
         extra = _extra_mib(variant.run, device)
         rows.append(Row(metric="extra_mib", p20=extra, p50=extra, p80=extra, **label))
+        if not variant.opaque:
+            ratio = _moved_bytes(variant.run) / least_bytes[variant.mode]
+            rows.append(Row(metric="bytes_ratio", p20=ratio, p50=ratio, p80=ratio, **label))
     return rows
 
 
@@ -106,6 +118,36 @@ def _extra_mib(run: Callable[[], Any], device: torch.device) -> float:
     return peak / 2**20
 
 
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of the tensors that go in and out of every call but views.
+
+    A fused op is one call: what it moves inside is said, and bounded, in its own docstring.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.__name__:
+            tensors = [
+                x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)
+            ]
+            distinct = {(x.data_ptr(), x.numel()): x for x in tensors}
+            self.bytes += sum(
+                min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+                for x in distinct.values()
+            )
+        return result
+
+
+def _moved_bytes(run: Callable[[], Any]) -> int:
+    with _Traffic() as traffic:
+        run()
+    return traffic.bytes
+
+
 def show(rows: Sequence[Row], *, baseline: str, floor: str) -> None:
     """One x's medians, their ratio to the naive code and to the physical limit."""
     first = rows[0]
@@ -121,7 +163,9 @@ def show(rows: Sequence[Row], *, baseline: str, floor: str) -> None:
             extra = medians[row.provider, row.mode, "extra_mib"]
             spread = f"{row.p50:.3f} [{row.p20:.3f}, {row.p80:.3f}]"
             ratios = f"{naive / row.p50:>9.2f}x{row.p50 / limit:>10.2f}"
-            print(f"{row.mode:10}{row.provider:12}{spread:28}{ratios}{extra:>10.1f}")
+            traffic = medians.get((row.provider, row.mode, "bytes_ratio"))
+            moved = "" if traffic is None else f"{traffic:>8.1f}"
+            print(f"{row.mode:10}{row.provider:12}{spread:28}{ratios}{extra:>10.1f}{moved}")
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -49,10 +49,13 @@ GPU_CASES = (
 
 def rows(device: torch.device, *, repeats: int) -> Iterator[list[Row]]:
     for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
+        row = case.B * case.T * case.D * getattr(torch, case.dtype).itemsize
+        forward = (1 + case.M) * row  # the embeddings in, the output out
         yield measure(
             "perturb_embed",
             variants(case, device),
             x=vars(case),
+            least_bytes={"forward": forward, "full": forward + case.M * row},
             device=device,
             repeats=repeats,
         )
@@ -88,8 +91,10 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
 
     found = []
     for name, (forward, parameters) in providers.items():
-        found.append(Variant(name, "forward", torch.no_grad()(forward)))
-        found.append(Variant(name, "full", _with_backward(name, forward, parameters, upstream)))
+        full = _with_backward(name, forward, parameters, upstream)
+        opaque = name in ("torch", "compiled")
+        found.append(Variant(name, "forward", torch.no_grad()(forward), opaque))
+        found.append(Variant(name, "full", full, opaque))
     out = torch.empty_like(upstream)
     found.append(Variant("floor", "forward", lambda: torch.empty_like(upstream).fill_(1.0)))
     found.append(
