@@ -4,9 +4,9 @@ The kernels compute in fp32, so fp64 stays with torch. What depends on a token a
 and mlp's hidden layer, is a GEMM that torch does; csrc/perturb_embed.h has the rest. The same bits
 come out for any number of threads, but for what torch's GEMMs bring to gated and mlp.
 
-Measured (bench/results/perturb_embed_cpu*.json): on fresh memory lowrank runs at the floor of
-writing the output and reading its gradient. Where both stay in cache that floor is four times
-lower and lowrank takes 2.3 of it, since its products alone, 4 M N R D flops in all, need about
+Measured (bench/results/perturb_embed_cpu*.json): on fresh memory lowrank takes 1.1 of the floor of
+writing the output and reading its gradient. Where both stay in cache that floor is five times
+lower and lowrank takes 2.4 of it, since its products alone, 4 M N R D flops in all, need about
 as long as the floor at this CPU's peak. Diagonal is bound by Philox and Box-Muller, gated by
 torch's GEMMs around the kernels, mlp by 4 times lowrank's flops.
 """
