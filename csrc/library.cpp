@@ -1,7 +1,8 @@
 // The operators of `torch.ops.fastperturb_cpp`, against torch's stable ABI.
 //
-// They check nothing that fastperturb/ops/cpp.py guarantees: CPU tensors, contiguous but for the
-// upstream gradient and the rows of the table, counters and ids in int64, weights in fp32.
+// They check nothing that their callers in fastperturb/ops/cpp_*.py guarantee: CPU tensors,
+// contiguous but for the upstream gradient and the rows of the table, counters and ids in int64,
+// weights, logits and what is known of them in fp32.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "combine.h"
+#include "head.h"
 #include "perturb_embed.h"
 
 namespace fastperturb {
@@ -57,6 +60,14 @@ Law parse_law(const std::string& name) {
   if (name == "uniform") return Law::uniform;
   STD_TORCH_CHECK(name == "rademacher", "no latent law called ", name);
   return Law::rademacher;
+}
+
+Estimator parse_estimator(const std::string& name) {
+  if (name == "jensen") return Estimator::jensen;
+  if (name == "iwae") return Estimator::iwae;
+  if (name == "jvi") return Estimator::jvi;
+  STD_TORCH_CHECK(name == "jvi_clip", "no estimator called ", name);
+  return Estimator::jvi_clip;
 }
 
 Family parse_family(const std::string& name) {
@@ -129,6 +140,62 @@ void scatter_rows_op(Tensor table, Tensor rows, Tensor ids, Tensor order) {
                table.size(1), dtype_of(table), table.mutable_data_ptr());
 }
 
+void combine_op(Tensor value, Tensor log_marginal, Tensor effective_samples, Tensor weights,
+                Tensor log_probs, Tensor mask, std::string estimator, bool sequence) {
+  const Combination problem = {parse_estimator(estimator),
+                               log_probs.size(0),
+                               log_probs.size(1),
+                               log_probs.size(2),
+                               read<float>(log_probs),
+                               log_probs.stride(0),
+                               log_probs.stride(1),
+                               read<bool>(mask),
+                               write(value),
+                               write(log_marginal),
+                               write(effective_samples),
+                               write(weights)};
+  if (sequence) combine_sequences(problem);
+  else combine_tokens(problem);
+}
+
+Products make_products(const Tensor& products) {
+  const bool is_many = products.dim() == 3;
+  return {write(products), is_many ? products.size(0) : 1, products.size(is_many),
+          products.size(is_many + 1)};
+}
+
+Logits make_logits(int64_t start, const OptionalTensor& bias, double scale, double softcap) {
+  return {start, read<float>(bias), static_cast<float>(scale), static_cast<float>(softcap)};
+}
+
+void head_gather_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                    double softcap, Tensor target, Tensor peak, Tensor others, Tensor at_target,
+                    OptionalTensor spread, bool weigh, OptionalTensor total) {
+  gather(make_products(products), make_logits(start, bias, scale, softcap), read<int64_t>(target),
+         {write(peak), write(others), write(at_target), write(spread)}, weigh, write(total),
+         total ? total->size(1) : 0);
+}
+
+void head_pull_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                  double softcap, Tensor target, Tensor lse, Tensor upstream) {
+  pull(make_products(products), make_logits(start, bias, scale, softcap), read<int64_t>(target),
+       read<float>(lse), read<float>(upstream));
+}
+
+void head_couple_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                    double softcap, Tensor lse, Tensor row_weights, Tensor crossed) {
+  couple(make_products(products), make_logits(start, bias, scale, softcap), read<float>(lse),
+         read<float>(row_weights), write(crossed));
+}
+
+void head_quadratic_pull_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                            double softcap, Tensor target, Tensor lse, Tensor row_weights,
+                            Tensor dots, Tensor upstream) {
+  quadratic_pull(make_products(products), make_logits(start, bias, scale, softcap),
+                 read<int64_t>(target), read<float>(lse), read<float>(row_weights),
+                 read<float>(dots), read<float>(upstream));
+}
+
 // For the tests: the words of counters [n, 4], and the latents of words [n, 4].
 void philox_op(Tensor words, Tensor counters, Tensor seed) {
   const uint64_t key = static_cast<uint64_t>(*read<int64_t>(seed));
@@ -173,6 +240,23 @@ STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
       "str family, str latent, bool sequence, bool antithetic, bool per_row, "
       "Tensor(a!)[] grad_weights, Tensor(b!)? upstream_sum, Tensor(c!)? through_shift) -> ()");
   m.def("scatter_rows(Tensor(a!) table, Tensor rows, Tensor ids, Tensor order) -> ()");
+  m.def(
+      "combine(Tensor(a!) value, Tensor(b!) log_marginal, Tensor(c!) effective_samples, "
+      "Tensor(d!) weights, Tensor log_probs, Tensor mask, str estimator, bool sequence) -> ()");
+  m.def(
+      "head_gather(Tensor(a!) products, int start, Tensor? bias, float scale, float softcap, "
+      "Tensor target, Tensor(b!) peak, Tensor(c!) others, Tensor(d!) at_target, "
+      "Tensor(e!)? spread, bool weigh, Tensor(f!)? total) -> ()");
+  m.def(
+      "head_pull(Tensor(a!) products, int start, Tensor? bias, float scale, float softcap, "
+      "Tensor target, Tensor lse, Tensor upstream) -> ()");
+  m.def(
+      "head_couple(Tensor products, int start, Tensor? bias, float scale, float softcap, "
+      "Tensor lse, Tensor row_weights, Tensor(a!) crossed) -> ()");
+  m.def(
+      "head_quadratic_pull(Tensor(a!) products, int start, Tensor? bias, float scale, "
+      "float softcap, Tensor target, Tensor lse, Tensor row_weights, Tensor dots, "
+      "Tensor upstream) -> ()");
   m.def("philox(Tensor(a!) words, Tensor counters, Tensor seed) -> ()");
   m.def("latents(Tensor(a!) latents, Tensor words, str latent) -> ()");
 }
@@ -181,6 +265,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastperturb_cpp, CPU, m) {
   m.impl("forward", TORCH_BOX(&fastperturb::forward_op));
   m.impl("backward", TORCH_BOX(&fastperturb::backward_op));
   m.impl("scatter_rows", TORCH_BOX(&fastperturb::scatter_rows_op));
+  m.impl("combine", TORCH_BOX(&fastperturb::combine_op));
+  m.impl("head_gather", TORCH_BOX(&fastperturb::head_gather_op));
+  m.impl("head_pull", TORCH_BOX(&fastperturb::head_pull_op));
+  m.impl("head_couple", TORCH_BOX(&fastperturb::head_couple_op));
+  m.impl("head_quadratic_pull", TORCH_BOX(&fastperturb::head_quadratic_pull_op));
   m.impl("philox", TORCH_BOX(&fastperturb::philox_op));
   m.impl("latents", TORCH_BOX(&fastperturb::latents_op));
 }

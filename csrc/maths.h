@@ -69,6 +69,38 @@ inline float exp_of_negative(float x) {
   return p * bit_cast<float>(scale);
 }
 
+// e^x for x near or below 0, in all lanes; 0 below -87, at -inf too.
+inline Vec exp_or_zero(Vec x) {
+  const Vec lowest = Vec{} - 87.0f;
+  const Vec kept = x < lowest ? lowest : x;
+  const Vec shifted = kept * 1.44269504f + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  Vec r = kept - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const WordVec scale = (bit_cast<WordVec>(shifted) + 127) << 23;
+  return x < lowest ? Vec{} : p * bit_cast<Vec>(scale);
+}
+
+// tanh x: a polynomial in x near 0, from e^-2|x| beyond (Cephes tanhf).
+inline Vec hyperbolic_tangent(Vec x) {
+  const Vec size = x < 0.0f ? -x : x;
+  const Vec fall = exp_or_zero(-2.0f * size);
+  const Vec far = (1.0f - fall) / (1.0f + fall);
+  const Vec square = x * x;
+  Vec near = -5.70498872745e-3f * square + 2.06390887954e-2f;
+  near = near * square - 5.37397155531e-2f;
+  near = near * square + 1.33314422036e-1f;
+  near = near * square - 3.33332819422e-1f;
+  near = near * square * x + x;
+  return size > 0.625f ? (x < 0.0f ? -far : far) : near;
+}
+
 // erf x: a polynomial in x near 0, 1 - exp(polynomial) beyond (N. Juffa's coefficients).
 inline float error_function(float x) {
   const float size = __builtin_fabsf(x);

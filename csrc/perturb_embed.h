@@ -17,9 +17,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "latents.h"
+#include "parallel.h"
 
 namespace fastperturb {
 
@@ -66,8 +66,5 @@ void backward(const Problem& problem, const Upstream& upstream, const Gradients&
 // sorts the ids. Rows of the table that no id names are left alone.
 void scatter_rows(const float* rows, const int64_t* ids, const int64_t* order, int64_t count,
                   int64_t dim, DType dtype, void* table);
-
-// body(begin, end) over [0, count), on torch's threads.
-void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body);
 
 }  // namespace fastperturb

@@ -1,6 +1,7 @@
 """`fastperturb doctor`: what runs on this machine, which implementation, and is it right?"""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fastperturb import ops, runs
-from fastperturb.config import PerturbConfig
+from fastperturb.config import MARGINALS, PerturbConfig
 from fastperturb.ops import dispatch, reference
+from fastperturb.ops.combine import COMBINABLE
 from fastperturb.transforms import FAMILIES, make_transform
 
 # fp32 against fp64 on sums of a few hundred terms: rounding stays far below, a bug far above.
@@ -171,9 +173,12 @@ class Inputs:
 
 def outcome(module: ModuleType, op: str, inputs: Inputs) -> dict[str, list[Tensor]]:
     """Values of `module`'s op on small inputs, and gradients under a random upstream one."""
-    cases = (
-        _embed_cases(module, inputs) if op == "perturb_embed" else _head_cases(module, op, inputs)
-    )
+    if op == "perturb_embed":
+        cases = _embed_cases(module, inputs)
+    elif op == "combine":
+        cases = _combine_cases(inputs)
+    else:
+        cases = _head_cases(module, op, inputs)
     values: list[Tensor] = []
     gradients: list[Tensor] = []
     for value, leaves in cases:
@@ -211,6 +216,16 @@ def _head_cases(
         hidden, weight, target, bias=bias, logit_scale=0.8, softcap=20.0, valid_vocab=V - 10
     )
     yield value, [hidden, weight, bias]
+
+
+def _combine_cases(inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Each estimator and marginal. In fp64 the op is its own reference: the estimators' torch."""
+    M, B, T = 8, 3, 40
+    mask = inputs.below(4, B, T) > 0
+    for estimator, marginal in itertools.product(COMBINABLE, MARGINALS):
+        log_probs = (2 * inputs.normal(M, B, T) - 6).requires_grad_()
+        combined = ops.combine(log_probs, mask, estimator, marginal=marginal)
+        yield torch.stack(combined[:3]), [log_probs]
 
 
 def show(report: dict[str, Any], console: Any) -> None:

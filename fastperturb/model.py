@@ -23,6 +23,7 @@ from fastperturb import checks, estimators, noise, ops
 from fastperturb.architectures import CausalLM, understand
 from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.ops import reference
+from fastperturb.ops.combine import COMBINABLE
 from fastperturb.transforms import make_transform
 
 IGNORED = -100
@@ -262,17 +263,26 @@ class PerturbedLM(nn.Module):
         """The loss, and what is known about the samples."""
         mask = labels[:, 1:] != IGNORED
         count = _label_count(mask, num_items_in_batch)
-        outcomes = log_probs
-        if self.config.marginal == "sequence":
-            outcomes, mask = log_probs.sum(-1), mask.any(-1)
-        value = draws.combine(outcomes, mask, self.config) if quadratic is None else quadratic
-        with torch.no_grad():
-            log_marginal = estimators.combine(outcomes, "iwae", mask=mask)[0]
-            effective = estimators.effective_samples(outcomes).where(mask, 0.0)
+        marginal = self.config.marginal
+        combinable = draws.estimator in COMBINABLE
+        combined = ops.combine(
+            log_probs if combinable else log_probs.detach(),
+            mask,
+            draws.estimator if combinable else "iwae",
+            marginal=marginal,
+        )
+        value = combined.value
+        if quadratic is not None:
+            value = quadratic
+        elif not combinable and marginal == "sequence":
+            value = draws.combine(log_probs.sum(-1), mask.any(-1), self.config)
+        elif not combinable:
+            value = draws.combine(log_probs, mask, self.config)
+        outcomes = mask if marginal == "token" else mask.any(-1)
         return {
             "loss": -value.sum() / count,
-            "log_marginal": log_marginal,
-            "ess": effective.sum() / mask.sum().clamp_min(1),
+            "log_marginal": combined.log_marginal,
+            "ess": combined.effective_samples.sum() / outcomes.sum().clamp_min(1),
         }
 
 
@@ -288,15 +298,13 @@ class _Draws:
     level: Tensor | None = None
 
     def combine(self, outcomes: Tensor, mask: Tensor, config: PerturbConfig) -> Tensor:
-        """The estimator's value; whatever it draws itself comes from the seed too."""
+        """The value of a telescope or of resample, whose own draws come from the seed too."""
         if self.telescope is not None and self.level is not None:
             return self.telescope.combine(outcomes, self.level, mask=mask)[0]
-        if self.estimator == "resample":
-            kept = estimators.default_backward_samples(self.count, config.backward_samples)
-            first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
-            uniforms = noise.auxiliary_uniforms(self.seed, kept, first_rows)
-            return estimators.resample(outcomes, uniforms, mask=mask)[0]
-        return estimators.combine(outcomes, self.estimator, mask=mask)[0]
+        kept = estimators.default_backward_samples(self.count, config.backward_samples)
+        first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
+        uniforms = noise.auxiliary_uniforms(self.seed, kept, first_rows)
+        return estimators.resample(outcomes, uniforms, mask=mask)[0]
 
 
 @torch.no_grad()

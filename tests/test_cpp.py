@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastperturb import noise
 from fastperturb.config import LATENTS, PerturbConfig
-from fastperturb.ops import cpp, extension, reference, torch_embed
+from fastperturb.ops import cpp_embed, dispatch, extension, reference, torch_embed
 from fastperturb.ops.embed import EmbedCall
 from fastperturb.transforms import FAMILIES, Transform, make_transform
 
@@ -41,7 +41,7 @@ def library() -> None:
         extension._compiler()
     except RuntimeError as error:
         pytest.skip(str(error))
-    assert cpp.prepare(), cpp.availability()
+    assert extension.prepare(), extension.availability()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_kernel_gives_each_element_the_latent_of_its_numbers(
     call = make_call(transform, None, torch.zeros(B, T, D), antithetic=antithetic, **numbers)
     call = call._replace(parameters=[torch.ones(D)])
     z = noise.latent(call.seed, (M, B, T, D), scope=scope, antithetic=antithetic, **numbers)
-    assert (cpp.perturb_embed(call) - z).abs().max() <= 4e-6
+    assert (cpp_embed.perturb_embed(call) - z).abs().max() <= 4e-6
 
 
 def make_call(
@@ -174,7 +174,7 @@ def check(call: EmbedCall, transform: Transform, grad: Tensor) -> None:
     exact = truth(call, transform, grad)
     ours, theirs = (
         [module.perturb_embed(call), *module.perturb_embed_backward(grad, call, True)]
-        for module in (cpp, torch_embed)
+        for module in (cpp_embed, torch_embed)
     )
     for value, other, right in zip(ours, theirs, exact, strict=True):
         assert value.dtype == other.dtype
@@ -255,7 +255,7 @@ def test_an_output_too_big_for_the_cache_is_right_too(family: str) -> None:
     transform = random_transform(family, D, 5, 9)
     table, ids = torch.randn(20, D), torch.randint(20, (B, T))
     call = make_call(transform, ids, table, samples=M, mask=torch.rand(B, T) < 0.8)
-    out, expected = cpp.perturb_embed(call), torch_embed.perturb_embed(call)
+    out, expected = cpp_embed.perturb_embed(call), torch_embed.perturb_embed(call)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -268,11 +268,11 @@ def test_without_tokens_outputs_are_empty_and_gradients_zero(
     transform = random_transform(family, 12, 3, 4)
     ids, table = torch.zeros(shape, dtype=torch.int64), torch.randn(5, 12)
     call, grad = make_call(transform, ids, table), torch.zeros(4, *shape, 12)
-    assert cpp.perturb_embed(call).shape == grad.shape
-    grads = cpp.perturb_embed_backward(grad, call, True)
+    assert cpp_embed.perturb_embed(call).shape == grad.shape
+    grads = cpp_embed.perturb_embed_backward(grad, call, True)
     for value, like in zip(grads, [table, *call.parameters], strict=True):
         assert torch.equal(value, torch.zeros_like(like))
-    psi = cpp.perturb_embed_per_sample_grad(grad, call)
+    psi = cpp_embed.perturb_embed_per_sample_grad(grad, call)
     for value, like in zip(psi, call.parameters, strict=True):
         assert torch.equal(value, torch.zeros(4, shape[0], *like.shape))
 
@@ -288,9 +288,9 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
     mask = torch.rand(B, T) < 0.7
     call = make_call(transform, ids, table, antithetic=True, mask=mask)
     grad = torch.randn(M, B, T, D)
-    psi = cpp.perturb_embed_per_sample_grad(grad, call)
+    psi = cpp_embed.perturb_embed_per_sample_grad(grad, call)
     each = torch_embed.perturb_embed_per_sample_grad(grad, call)
-    _, *total = cpp.perturb_embed_backward(grad, call, False)
+    _, *total = cpp_embed.perturb_embed_backward(grad, call, False)
     for ours, theirs, summed in zip(psi, each, total, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.sum((0, 1)), summed, rtol=1e-4, atol=1e-4)
@@ -304,7 +304,7 @@ def test_the_same_bits_come_out_every_time_and_for_any_number_of_threads(family:
     call, grad = make_call(transform, ids, table), torch.randn(M, B, T, D)
 
     def run() -> list[Tensor]:
-        return [cpp.perturb_embed(call), *cpp.perturb_embed_backward(grad, call, True)]
+        return [cpp_embed.perturb_embed(call), *cpp_embed.perturb_embed_backward(grad, call, True)]
 
     before = torch.get_num_threads()
     try:
@@ -321,30 +321,30 @@ def test_the_same_bits_come_out_every_time_and_for_any_number_of_threads(family:
 
 
 def test_fp64_stays_with_torch() -> None:
-    transform = random_transform("lowrank", 12, 3, 4).double()
-    call = make_call(transform, None, torch.randn(2, 3, 12, dtype=torch.float64))
-    assert torch.equal(cpp.perturb_embed(call), torch_embed.perturb_embed(call))
+    run = dispatch.implementation("perturb_embed", torch.device("cpu"), torch.float64)
+    assert run is torch_embed
 
 
 # Another process: what the kernels say of themselves, and whether they give torch's answer.
 PROBE = """
 import json, warnings, torch
 from fastperturb import noise
-from fastperturb.ops import cpp, torch_embed
+from fastperturb.ops import dispatch, extension, torch_embed
 from fastperturb.ops.embed import EmbedCall
 torch.set_num_threads(1)
-before = cpp.availability()
+before = extension.availability()
 numbers = noise.counters(2, None, None, (1, 3), antithetic=False, device=torch.device("cpu"))
 call = EmbedCall(None, torch.randn(1, 3, 8), [torch.randn(2, 8)], torch.tensor(1.0),
                  torch.tensor(5), *numbers, None, "lowrank", "gaussian", "token", False)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    out = cpp.perturb_embed(call)
-    cpp.perturb_embed_backward(torch.randn_like(out), call, True)
+    for _ in range(2):
+        run = dispatch.implementation("perturb_embed", call.table.device, call.table.dtype)
+    out = run.perturb_embed(call)
 stand_in = torch_embed.perturb_embed(call)
 print(json.dumps({
     "before": before,
-    "after": cpp.availability(),
+    "after": extension.availability(),
     "warnings": [str(each.message) for each in seen],
     "is_torchs": torch.equal(out, stand_in),
     "is_right": torch.allclose(out, stand_in, atol=1e-5),
@@ -463,4 +463,4 @@ def test_required_kernels_are_chosen_even_where_they_cannot_run(
 def test_a_wrong_switch_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPERTURB_EXT", "yes")
     with pytest.raises(ValueError, match=r"FASTPERTURB_EXT must be one of .*require.*'yes'"):
-        cpp.availability()
+        extension.availability()

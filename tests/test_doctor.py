@@ -74,6 +74,7 @@ def test_a_wrong_op_fails_the_check_and_the_status(
         "perturb_embed": True,
         "linear_logprob": False,
         "linear_quadratic": True,
+        "combine": True,
     }
 
 

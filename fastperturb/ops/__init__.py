@@ -1,9 +1,12 @@
-"""The three ops of the engine: one schema each, the implementation chosen in `dispatch`."""
+"""The ops of the engine: one schema each, the implementation chosen in `dispatch`."""
 
+from fastperturb.ops.combine import Combined, combine
 from fastperturb.ops.embed import perturb_embed, perturb_embed_per_sample_grad
 from fastperturb.ops.head import linear_logprob, linear_quadratic
 
 __all__ = [
+    "Combined",
+    "combine",
     "linear_logprob",
     "linear_quadratic",
     "perturb_embed",

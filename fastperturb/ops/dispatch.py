@@ -1,7 +1,8 @@
 """Which implementation of an op runs: one choice, by device and availability.
 
-An implementation is a module with the functions `OP` and `OP_backward` for its ops, called with
-the arguments of the registered op. They are listed in order of preference.
+An implementation is a module: for perturb_embed, one with the functions that `embed` calls; for
+the heads, one with the row passes that `head_blocks` calls between its GEMMs; for combine, one
+with the function of that name.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 from fastperturb.ops import extension
 
-_TRITON = {"perturb_embed": "fastperturb.kernels.perturb_embed"}
-_CPP = {"perturb_embed": "fastperturb.ops.cpp"}
+_TRITON = {
+    "perturb_embed": "fastperturb.kernels.perturb_embed",
+    "combine": "fastperturb.kernels.combine",
+}
+_CPP = {
+    "perturb_embed": "fastperturb.ops.cpp_embed",
+    "linear_logprob": "fastperturb.ops.cpp_rows",
+    "linear_quadratic": "fastperturb.ops.cpp_rows",
+    "combine": "fastperturb.ops.cpp_combine",
+}
 _TORCH = {
     "perturb_embed": "fastperturb.ops.torch_embed",
-    "linear_logprob": "fastperturb.ops.torch_head",
-    "linear_quadratic": "fastperturb.ops.torch_head",
+    "linear_logprob": "fastperturb.ops.torch_rows",
+    "linear_quadratic": "fastperturb.ops.torch_rows",
+    "combine": "fastperturb.ops.torch_combine",
 }
 OPS = tuple(_TORCH)
 
@@ -75,9 +84,9 @@ def _cpp(op: str, device: torch.device) -> Candidate:
     return Candidate("cpp", *extension.availability(), _CPP[op])
 
 
-def implementation(op: str, like: Tensor) -> ModuleType:
-    """The module that runs `op` on tensors like this one; fp64 is for proofs, and torch's."""
-    device, only = like.device, "torch" if like.dtype == torch.float64 else _only
+def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that runs `op` on tensors of this dtype; fp64 is for proofs, and torch's."""
+    only = "torch" if dtype == torch.float64 else _only
     candidates = [each for each in explain(op, device) if only in (None, each.name)]
     for candidate in candidates:
         if candidate.module is None:

@@ -7,6 +7,7 @@ kept between the passes.
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ def perturb_embed_per_sample_grad(
             f"grad must be floating point [M, B, T, D] = {list(shape)} on {call.table.device}, "
             f"got {grad.dtype} {list(grad.shape)} on {grad.device}"
         )
-    run = dispatch.implementation("perturb_embed", call.table).perturb_embed_per_sample_grad
+    run = _implementation(call.table).perturb_embed_per_sample_grad
     with torch.no_grad(), dispatch.full_precision(grad.device):
         psi = run(grad, call)
     if transform.min_scale > 0:
@@ -179,6 +180,10 @@ def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -
     return source
 
 
+def _implementation(table: Tensor) -> ModuleType:
+    return dispatch.implementation("perturb_embed", table.device, table.dtype)
+
+
 @torch.library.custom_op("fastperturb::perturb_embed", mutates_args=())
 def _op(
     ids: Tensor | None,
@@ -200,7 +205,7 @@ def _op(
     options = (family, latent, scope, antithetic)
     call = EmbedCall(ids, table, parameters, embed_rms, *numbers, mask, *options)
     with dispatch.full_precision(table.device):
-        return dispatch.implementation("perturb_embed", table).perturb_embed(call)
+        return _implementation(table).perturb_embed(call)
 
 
 @torch.library.custom_op("fastperturb::perturb_embed_backward", mutates_args=())
@@ -224,7 +229,7 @@ def _op_backward(
     numbers = (seed, samples, rows, positions)
     options = (family, latent, scope, antithetic)
     call = EmbedCall(ids, table, parameters, embed_rms, *numbers, mask, *options)
-    run = dispatch.implementation("perturb_embed", table).perturb_embed_backward
+    run = _implementation(table).perturb_embed_backward
     with dispatch.full_precision(table.device):
         return run(grad, call, want_table)
 

@@ -109,8 +109,9 @@ def linear_quadratic(
     softcap: float | None = None,
     valid_vocab: int | None = None,
     ignore_index: int = -100,
+    row_weights: Tensor | None = None,  # [M, N]
 ) -> Tensor:  # [N]
-    """2/M sum_m p_m(y) - 1/(M(M-1)) sum_{i != j} <p_i, p_j>, summed pair by pair."""
+    """2/M sum_m r_m p_m(y) - 1/(M(M-1)) sum_{i != j} r_i r_j <p_i, p_j>, summed pair by pair."""
     scores = logits(
         hidden,
         weight,
@@ -123,6 +124,8 @@ def linear_quadratic(
     kept = target != ignore_index
     index = target.where(kept, 0)
     probs = torch.softmax(scores, dim=-1)  # (M, N, V)
+    if row_weights is not None:
+        probs = probs * row_weights.detach().to(probs)[..., None]
     hit = probs.gather(2, index.expand(num_samples, -1)[..., None])[..., 0]
     inner = torch.einsum("inv,jnv->nij", probs, probs)
     cross = inner.sum((1, 2)) - inner.diagonal(dim1=1, dim2=2).sum(1)

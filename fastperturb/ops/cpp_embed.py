@@ -1,6 +1,6 @@
 """`perturb_embed` by the C++ kernels of `csrc/`, for CPUs.
 
-The kernels compute in fp32, so fp64 stays with torch. What depends on a token alone, gated's gain
+The kernels compute in fp32. What depends on a token alone, gated's gain
 and mlp's hidden layer, is a GEMM that torch does; csrc/perturb_embed.h has the rest. The same bits
 come out for any number of threads, but for what torch's GEMMs bring to gated and mlp.
 
@@ -19,24 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastperturb.ops import torch_embed
 from fastperturb.ops.embed import EmbedCall
-from fastperturb.ops.extension import availability, prepare
-
-__all__ = [
-    "availability",
-    "perturb_embed",
-    "perturb_embed_backward",
-    "perturb_embed_per_sample_grad",
-    "prepare",
-]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
-    if not _takes(call):
-        return torch_embed.perturb_embed(call)
     shape = (call.samples.shape[0], *call.positions.shape, call.table.shape[-1])
     out = call.table.new_empty(shape)
     if out.numel():
@@ -53,8 +39,6 @@ def perturb_embed_backward(
     want_table: bool,
 ) -> list[Tensor]:
     """The gradients of [table, *parameters]; the table's is empty unless wanted."""
-    if not _takes(call):
-        return torch_embed.perturb_embed_backward(grad, call, want_table)
     if grad.numel() == 0:
         grad_table = torch.zeros_like(call.table) if want_table else call.table.new_empty(0)
         return [grad_table, *(torch.zeros_like(value) for value in call.parameters)]
@@ -69,8 +53,6 @@ def perturb_embed_per_sample_grad(
     call: EmbedCall,
 ) -> list[Tensor]:
     """Each parameter's gradient from one (sample, row) alone: [M, B, ...]."""
-    if not _takes(call):
-        return torch_embed.perturb_embed_per_sample_grad(grad, call)
     M, B = call.samples.shape
     results = [value.new_zeros((M, B, *value.shape)) for value in call.parameters]
     if grad.numel():
@@ -81,10 +63,6 @@ def perturb_embed_per_sample_grad(
             for result, value in zip(results, grads, strict=True):
                 result[m] = value
     return results
-
-
-def _takes(call: EmbedCall) -> bool:
-    return call.table.dtype in _DTYPES and prepare()
 
 
 @dataclass

@@ -1,0 +1,132 @@
+"""The row passes of the heads (`head_blocks`) in torch: what the other implementations compute.
+
+Each takes a block of products hidden W^T, [n, v] or [M, n, v], contiguous and in at least fp32,
+and makes the logits l = softcap * tanh((products + bias) * scale / softcap) of it. What it writes
+for the next GEMM, `weights` or `out`, may be the products' own memory; nothing else changes them.
+`slope` is dl / d(products * scale), 1 without a softcap. Targets [n] are numbers of words; many
+do not lie in the block. Row statistics are [n] or [M, n] and contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastperturb.ops.head_blocks import Logits, Running
+
+
+def gather(
+    products: Tensor,  # [n, v]
+    options: Logits,
+    target: Tensor,  # [n]
+    running: Running,
+    weights: Tensor | None,  # [n, v]
+    total: Tensor | None,  # [n, D]
+) -> None:
+    """Take a block into what is known of its rows, in place.
+
+    weights becomes slope * exp(l - peak), with the new peak, and 0 at the target. total is
+    rescaled to the new peak.
+    """
+    logits, slope = _logits(products, options)
+    peak, others, at_target, spread = running
+    lowest = torch.finfo(logits.dtype).min
+    new_peak = torch.maximum(peak, logits.amax(1))
+    rescale = torch.exp(peak - new_peak)
+    q = torch.exp(logits - new_peak[:, None])
+    if spread is not None:
+        # What the old peak stood for is spread further by the step to the new one. The sum of
+        # all q so far includes the target's.
+        met = torch.exp(at_target - peak).nan_to_num(0.0)
+        moved = rescale * (spread + (peak - new_peak).clamp_min(lowest) * (others + met))
+        spread.copy_(moved + (q * (logits - new_peak[:, None]).clamp_min(lowest)).sum(1))
+    here, index = _in_block(target, options.start, logits.shape[1])
+    at_target.copy_(logits.gather(1, index)[:, 0].where(here, at_target))
+    q.scatter_(1, index, q.gather(1, index).where(~here[:, None], 0.0))
+    others.mul_(rescale).add_(q.sum(1))
+    peak.copy_(new_peak)
+    if weights is not None:
+        weights.copy_(q if slope is None else q * slope)
+    if total is not None:
+        total.mul_(rescale[:, None])
+
+
+def pull(
+    products: Tensor,  # [n, v]
+    options: Logits,
+    target: Tensor,  # [n]
+    lse: Tensor,  # [n]
+    upstream: Tensor,  # [n]
+    out: Tensor,  # [n, v]
+) -> None:
+    """out = upstream * scale * slope * (e_y - p)."""
+    logits, slope = _logits(products, options)
+    grad = torch.exp(logits - lse[:, None]).neg_()
+    _add_at_target(grad, target, options.start, 1.0)
+    grad *= (options.scale * upstream)[:, None]
+    out.copy_(grad if slope is None else grad * slope)
+
+
+def couple(
+    products: Tensor,  # [M, n, v]
+    options: Logits,
+    lse: Tensor,  # [M, n]
+    row_weights: Tensor,  # [M, n]
+    crossed: Tensor,  # [M, n]
+) -> None:
+    """crossed += the block's part of <p_k, S - r_k p_k>, S = sum_k r_k p_k."""
+    p = torch.exp(_logits(products, options)[0] - lse[..., None])
+    crossed += (p * _others(p, row_weights)).sum(-1)
+
+
+def quadratic_pull(
+    products: Tensor,  # [M, n, v]
+    options: Logits,
+    target: Tensor,  # [n]
+    lse: Tensor,  # [M, n]
+    row_weights: Tensor,  # [M, n]
+    dots: Tensor,  # [M, n]
+    upstream: Tensor,  # [n]
+    out: Tensor,  # [M, n, v]
+) -> None:
+    """out = upstream * scale * slope * p_k * (g_k - dots_k)."""
+    M = len(products)
+    logits, slope = _logits(products, options)
+    p = torch.exp(logits - lse[..., None])
+    g = _others(p, row_weights).mul_(row_weights[..., None]).mul_(-2 / (M * (M - 1)))
+    _add_at_target(g, target, options.start, 2 / M * row_weights)
+    grad = p * (g - dots[..., None]) * (options.scale * upstream)[:, None]
+    out.copy_(grad if slope is None else grad * slope)
+
+
+def _logits(products: Tensor, options: Logits) -> tuple[Tensor, Tensor | None]:
+    """The logits, and their slope unless it is 1."""
+    logits = products if options.bias is None else products + options.bias
+    if options.scale != 1.0:
+        logits = logits * options.scale
+    if options.softcap is None:
+        return logits, None
+    bent = torch.tanh(logits / options.softcap)
+    return options.softcap * bent, 1 - bent.square()
+
+
+def _others(p: Tensor, row_weights: Tensor) -> Tensor:
+    """S - r_k p_k."""
+    weighted = p * row_weights[..., None]
+    return weighted.sum(0) - weighted
+
+
+def _in_block(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whether each target lies in the block, and its column [n, 1], 0 where it does not."""
+    here = (target >= start) & (target < start + width)
+    return here, (target - start).where(here, 0)[:, None]
+
+
+def _add_at_target(grad: Tensor, target: Tensor, start: int, value: float | Tensor) -> None:
+    """grad [.., n, v] += value [.., n] at each row's target, where that is in the block."""
+    here, index = _in_block(target, start, grad.shape[-1])
+    added = (here * value).to(grad.dtype).expand(grad.shape[:-1])[..., None]
+    grad.scatter_add_(-1, index.expand(*grad.shape[:-1], 1), added)

@@ -1,0 +1,246 @@
+"""combine on GPUs: M log-probs of every outcome to a value, its weights and what is known.
+
+The equations are in `fastperturb.ops.combine`. A program holds the log-probs of BN outcomes as a
+tile [BM, BN], BM the power of two from M on, with outcomes on the fast axis, so that what is
+read and written is dense; or sums one sequence's [M, T] first and holds [BM, 1]. It reads M floats
+of a labelled outcome once and writes M + 3: the kernels move what must move, in one launch.
+
+Sequences are summed, and differences between their sums taken, in fp64: fp32 keeps of a sum of
+thousands less than the samples differ by.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The log-prob of an impossible outcome, so that weights stay finite.
+_LOWEST = tl.constexpr(-1e30)
+# A thread holds up to 16 log-probs, which leaves room for the jackknife's other tiles.
+WARPS, _TILE = 8, 4096
+# The parts of a launch that vary from batch to batch: specialising on them would recompile.
+_VARYING = ["M", "B", "N", "T", "stride_m", "stride_b", "stride_t"]
+
+
+@triton.jit
+def _bounded(b_l, b_m, M):
+    """Log-probs [BM, BN] with a floor; samples from M on are left out of every sum and maximum."""
+    b_l = tl.where(b_l < _LOWEST, _LOWEST, b_l)
+    return tl.where(b_m < M, b_l, float("-inf"))
+
+
+@triton.jit
+def _weights(b_l, b_m, M, ESTIMATOR: tl.constexpr):
+    """From log-probs [BM, BN]: value, iwae's value and effective samples [BN], weights [BM, BN].
+
+    b_m [BM, 1] numbers the samples. Both values are differences to the largest log-prob.
+    """
+    count = M.to(tl.float32)
+    b_peak = tl.max(b_l, 0)[None, :]
+    b_w = tl.exp(b_l - b_peak)
+    b_total = tl.sum(b_w, 0)
+    b_w = b_w / b_total[None, :]
+    b_marginal = tl.log(b_total) - tl.log(count)
+    b_effective = 1.0 / tl.sum(b_w * b_w, 0)
+    b_value = b_marginal
+    if ESTIMATOR == "jensen":
+        b_real = b_m < M
+        b_value = tl.sum(tl.where(b_real, b_l - b_peak, 0.0), 0) / count
+        b_w = tl.where(b_real, 1.0 / count, 0.0) + tl.zeros_like(b_l)
+    elif ESTIMATOR != "iwae":
+        tl.static_assert(ESTIMATOR == "jvi" or ESTIMATOR == "jvi_clip", "unknown estimator")
+        share = (count - 1.0) / count
+        b_first = b_m == tl.argmax(b_l, 0)[None, :]
+        # 1 - w of the peak is a sum over the others, from the largest of which they are measured.
+        b_others = tl.where(b_first, float("-inf"), b_l)
+        b_second = tl.max(b_others, 0)[None, :]
+        b_rest = tl.exp(b_others - b_second)
+        b_rest_total = tl.sum(b_rest, 0)
+        b_log_rest = tl.sum(b_second - b_peak, 0) + tl.log(b_rest_total) - tl.log(b_total)
+        b_minor = tl.where(b_first, 0.0, b_w)
+        b_odds = b_minor / (1.0 - b_minor)
+        b_pull = tl.sum(b_odds, 0)[None, :] - b_odds
+        b_logs = tl.sum(tl.log(1.0 - b_minor), 0) + b_log_rest
+        b_value = b_marginal + (count - 1.0) * tl.log(share) - share * b_logs
+        b_lead = tl.where(b_first, 2.0 - 1.0 / count, 3.0 - 2.0 / count)
+        b_w = b_w * (b_lead - share * b_pull) - share * b_rest / b_rest_total[None, :]
+        if ESTIMATOR == "jvi_clip":
+            b_w = tl.where(b_w < 0.0, 0.0, b_w)
+            b_w = b_w / tl.sum(b_w, 0)[None, :]
+    return b_value, b_marginal, b_effective, b_w
+
+
+@triton.jit
+def _store(
+    value_ptr,
+    log_marginal_ptr,
+    effective_ptr,
+    weights_ptr,
+    b_value,
+    b_marginal,
+    b_effective,
+    b_w,
+    b_labelled,
+    b_m,
+    b_n,
+    M,
+    N,
+):
+    """What is not labelled gets 0."""
+    b_live = b_n < N
+    tl.store(value_ptr + b_n, tl.where(b_labelled, b_value, 0.0), mask=b_live)
+    tl.store(log_marginal_ptr + b_n, tl.where(b_labelled, b_marginal, 0.0), mask=b_live)
+    tl.store(effective_ptr + b_n, tl.where(b_labelled, b_effective, 0.0), mask=b_live)
+    b_offset = b_m.to(tl.int64) * N + b_n[None, :]
+    b_w = tl.where(b_labelled[None, :], b_w, 0.0)
+    tl.store(weights_ptr + b_offset, b_w, mask=(b_m < M) & b_live[None, :])
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def token_kernel(
+    value_ptr,  # [N], N = B T; so are the next two
+    log_marginal_ptr,
+    effective_ptr,
+    weights_ptr,  # [M, N]
+    log_probs_ptr,  # [M, B, T]
+    mask_ptr,  # [N]
+    M,
+    N,
+    T,
+    stride_m,
+    stride_b,
+    stride_t,
+    ESTIMATOR: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    b_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_m = tl.arange(0, BM)[:, None]
+    b_labelled = tl.load(mask_ptr + b_n, mask=b_n < N, other=0) != 0
+    b_offset = (b_n // T).to(tl.int64) * stride_b + (b_n % T).to(tl.int64) * stride_t
+    b_offset = b_m.to(tl.int64) * stride_m + b_offset[None, :]
+    b_known = (b_m < M) & b_labelled[None, :]
+    b_l = _bounded(tl.load(log_probs_ptr + b_offset, mask=b_known, other=0.0), b_m, M)
+    b_peak = tl.max(b_l, 0)
+    b_value, b_marginal, b_effective, b_w = _weights(b_l, b_m, M, ESTIMATOR)
+    _store(
+        value_ptr,
+        log_marginal_ptr,
+        effective_ptr,
+        weights_ptr,
+        b_value + b_peak,
+        b_marginal + b_peak,
+        b_effective,
+        b_w,
+        b_labelled,
+        b_m,
+        b_n,
+        M,
+        N,
+    )
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def sequence_kernel(
+    value_ptr,  # [B]; so are the next two
+    log_marginal_ptr,
+    effective_ptr,
+    weights_ptr,  # [M, B]
+    log_probs_ptr,  # [M, B, T]
+    mask_ptr,  # [B, T]
+    M,
+    B,
+    T,
+    stride_m,
+    stride_b,
+    stride_t,
+    ESTIMATOR: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    b_m = tl.arange(0, BM)[:, None]
+    b_sums = tl.zeros([BM, BT], tl.float64)
+    b_any = tl.zeros([BT], tl.int1)
+    for start in range(0, T, BT):
+        b_t = start + tl.arange(0, BT)
+        b_labelled = tl.load(mask_ptr + b * T + b_t, mask=b_t < T, other=0) != 0
+        b_offset = b_m.to(tl.int64) * stride_m + b_t.to(tl.int64)[None, :] * stride_t
+        b_known = (b_m < M) & b_labelled[None, :]
+        b_l = tl.load(log_probs_ptr + b * stride_b + b_offset, mask=b_known, other=0.0)
+        b_sums += b_l.to(tl.float64)
+        b_any = b_any | b_labelled
+    b_sum = _bounded(tl.sum(b_sums, 1)[:, None], b_m, M)
+    b_peak = tl.max(b_sum, 0)
+    b_l = (b_sum - b_peak[None, :]).to(tl.float32)
+    b_value, b_marginal, b_effective, b_w = _weights(b_l, b_m, M, ESTIMATOR)
+    _store(
+        value_ptr,
+        log_marginal_ptr,
+        effective_ptr,
+        weights_ptr,
+        (b_value + b_peak).to(tl.float32),
+        (b_marginal + b_peak).to(tl.float32),
+        b_effective,
+        b_w,
+        tl.max(b_any.to(tl.int32), 0) != 0,
+        b_m,
+        b + tl.arange(0, 1),
+        M,
+        B,
+    )
+
+
+class Launch(NamedTuple):
+    """A kernel and what it is started with, so that a test can compile what would be launched."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+
+def combine(
+    log_probs: Tensor,  # [M, B, T] fp32
+    mask: Tensor,  # [B, T]
+    estimator: str,
+    marginal: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = log_probs.shape if marginal == "token" else log_probs.shape[:2]
+    value, log_marginal, effective = (log_probs.new_empty(shape[1:]) for _ in range(3))
+    outputs = value, log_marginal, effective, log_probs.new_empty(shape)
+    kernel, programs, arguments = plan(outputs, log_probs, mask, estimator, marginal)
+    if programs:
+        with torch.cuda.device_of(log_probs):  # Triton launches on the current device
+            kernel[(programs,)](**arguments, num_warps=WARPS)
+    return outputs
+
+
+def plan(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    log_probs: Tensor,
+    mask: Tensor,
+    estimator: str,
+    marginal: str,
+) -> Launch:
+    M, B, T = log_probs.shape
+    names = ("value_ptr", "log_marginal_ptr", "effective_ptr", "weights_ptr")
+    strides = zip(("stride_m", "stride_b", "stride_t"), log_probs.stride(), strict=True)
+    BM = triton.next_power_of_2(M)
+    arguments = {
+        **dict(zip(names, outputs, strict=True)),
+        "log_probs_ptr": log_probs,
+        "mask_ptr": mask.contiguous().view(torch.uint8),
+        "M": M,
+        "T": T,
+        **dict(strides),
+        "ESTIMATOR": estimator,
+        "BM": BM,
+    }
+    if marginal == "sequence":
+        return Launch(sequence_kernel, B, arguments | {"B": B, "BT": max(1, _TILE // BM)})
+    BN = max(1, min(128, _TILE // BM))
+    return Launch(token_kernel, triton.cdiv(B * T, BN), arguments | {"N": B * T, "BN": BN})
