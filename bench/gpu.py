@@ -6,6 +6,7 @@ benchmarks. A stage that fails is recorded and the others still run; the exit st
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import harness, perturb_embed
+from bench import harness, heads, perturb_embed
 from fastperturb import doctor, runs
 
 TESTS = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
@@ -87,7 +88,10 @@ def sanitize(tool: str) -> dict[str, Any]:
 
 def benchmarks() -> dict[str, Any]:
     rows: list[harness.Row] = []
-    for measured in perturb_embed.rows(torch.device("cuda"), repeats=50):
+    device = torch.device("cuda")
+    for measured in itertools.chain(
+        perturb_embed.rows(device, repeats=50), heads.rows(device, repeats=10)
+    ):
         harness.show(measured, baseline="naive", floor="floor")
         rows += measured
     return {"ok": True, "rows": harness.as_json(rows)}

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastperturb import runs
+from fastperturb.ops import dispatch
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,19 @@ def measure(
             ratio = _moved_bytes(variant.run) / least_bytes[variant.mode]
             rows.append(Row(metric="bytes_ratio", p20=ratio, p50=ratio, p80=ratio, **label))
     return rows
+
+
+def by(implementation: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    """Wraps a call so that every op in it, forward and backward, runs by this implementation."""
+
+    def wrap(run: Callable[[], Any]) -> Callable[[], Any]:
+        def chosen() -> Any:
+            with dispatch.only(implementation):
+                return run()
+
+        return chosen
+
+    return wrap
 
 
 def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Row, Variant, measure
+from bench.harness import Row, Variant, by, measure
 from fastperturb import PerturbConfig, ops
 from fastperturb.config import TRANSFORMS
 from fastperturb.ops import dispatch, reference
@@ -85,16 +85,16 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     for candidate in dispatch.explain("perturb_embed", device):
         if candidate.usable:
             check(candidate.name, case, transform, embeddings, upstream, seed)
-            providers[candidate.name] = (_by(candidate.name, ours), leaves)
+            providers[candidate.name] = (ours, leaves)
     providers["naive"] = (naive, list(plain.parameters()))
     providers["compiled"] = (torch.compile(naive), list(plain.parameters()))
 
     found = []
     for name, (forward, parameters) in providers.items():
-        full = _with_backward(name, forward, parameters, upstream)
-        opaque = name in ("torch", "compiled")
-        found.append(Variant(name, "forward", torch.no_grad()(forward), opaque))
-        found.append(Variant(name, "full", full, opaque))
+        calls = {"forward": torch.no_grad()(forward), "full": _full(forward, parameters, upstream)}
+        for mode, run in calls.items():
+            chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
+            found.append(Variant(name, mode, chosen, opaque=name in ("torch", "compiled")))
     out = torch.empty_like(upstream)
     found.append(Variant("floor", "forward", lambda: torch.empty_like(upstream).fill_(1.0)))
     found.append(
@@ -104,26 +104,10 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     return found
 
 
-def _by(name: str, forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with dispatch.only(name):
-            return forward()
-
-    return run
-
-
-def _with_backward(
-    name: str, forward: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor
+def _full(
+    forward: Callable[[], Tensor], leaves: list[Tensor], upstream: Tensor
 ) -> Callable[[], Any]:
-    ours = name in ("triton", "cpp", "torch")
-
-    def run() -> Any:
-        if not ours:
-            return torch.autograd.grad(forward(), leaves, upstream)
-        with dispatch.only(name):
-            return torch.autograd.grad(forward(), leaves, upstream)
-
-    return run
+    return lambda: torch.autograd.grad(forward(), leaves, upstream)
 
 
 def check(

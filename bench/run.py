@@ -4,11 +4,12 @@ It needs torch alone, so that it also runs on a GPU machine that has nothing els
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
 
-from bench import harness, perturb_embed
+from bench import harness, heads, perturb_embed
 from fastperturb import runs
 
 
@@ -16,7 +17,10 @@ def run(output_dir: Path, *, overwrite: bool, repeats: int) -> None:
     folder = runs.open_output_dir(output_dir, overwrite=overwrite)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[harness.Row] = []
-    for measured in perturb_embed.rows(device, repeats=repeats):
+    for measured in itertools.chain(
+        perturb_embed.rows(device, repeats=repeats),
+        heads.rows(device, repeats=max(5, repeats // 4)),  # a hundred times longer each
+    ):
         harness.show(measured, baseline="naive", floor="floor")
         rows += measured
     payload = {**runs.provenance(), "rows": harness.as_json(rows)}

@@ -37,11 +37,12 @@ import torch
 from torch import Tensor
 
 from fastperturb.ops import reference
+from fastperturb.ops.gemm import add_product, product
 
 # A block of logits takes this many bytes and has at most so many rows. On a CPU it stays in the
-# last level of cache, where the GEMMs run a third faster than on rows of 50,257 words. On a GPU
-# it is large enough to fill the machine and small beside what is kept (not measured yet).
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 192 * 2**20}
+# last level of cache, so that both GEMMs and the row pass between them find it there. On a GPU it
+# is large enough to fill the machine and small beside what is kept (not measured yet).
+BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 192 * 2**20}
 BLOCK_ROWS = {"cpu": 1024, "cuda": 2048}
 # What the quadratic equation holds: the logits of all M copies of a few tokens over all words.
 HELD_BYTES = {"cpu": 96 * 2**20, "cuda": 384 * 2**20}
@@ -166,18 +167,17 @@ def linear_logprob(
     log_probs, hit = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
     entropy = torch.empty_like(lse) if want_entropy else None
     pull = torch.empty_like(inputs) if want_pull else None
-    space = _Space(lse)
     for part in head.row_parts(len(inputs)):
         h, y = inputs[part].to(dtype), target[part]
         running = Running.start(len(h), lse, entropy=want_entropy)
         total = lse.new_zeros(h.shape) if want_pull else None
         for block in head.blocks(len(h)):
             weight = block.weight(dtype)
-            products = space.product(h, weight.T)
+            products = product(h, weight.T)
             weights = _for_gemm(products, dtype) if want_pull else None
             head.rows.gather(products, block.logits, y, running, weights, total)
             if total is not None and weights is not None:
-                total = _add_product(total, weights, weight)
+                total = add_product(total, weights, weight)
         log_probs[part], log_sums, sums = running.finish()
         lse[part] = running.peak + log_sums
         hit[part] = running.at_target >= running.peak
@@ -234,22 +234,24 @@ def linear_quadratic(
     log_probs, dots, values = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse[0])
     pull = torch.empty_like(inputs) if want_pull else None
     r = _row_weights(row_weights, labels, lse)
-    space = _Space(lse)
+    # Replaced one by one, so that each takes the memory of the one before: freed all at once, it
+    # would go back to the system, to be faulted in again.
+    held: list[Tensor] = []
     for part in head.held_parts(M, len(target)):
         h = inputs[:, part].to(dtype).flatten(0, 1)
         shape = M, part.stop - part.start
         y, each_y, weights = target[part], target[part].repeat(M), r[:, part].contiguous()
         running = Running.start(len(h), lse)
-        blocks: list[tuple[Block, Tensor]] = []
-        for block in head.blocks(len(h)):
-            weight, first = block.weight(dtype), block.words.start
-            products = space.product(h, weight.T, first=first, words=head.valid_vocab)
-            head.rows.gather(products, block.logits, each_y, running, None, None)
-            blocks.append((block, products.view(*shape, block.width)))
+        blocks = head.blocks(len(h))
+        held += [lse.new_empty(0)] * (len(blocks) - len(held))
+        for index, block in enumerate(blocks):
+            held[index] = product(h, block.weight(dtype).T)
+            head.rows.gather(held[index], block.logits, each_y, running, None, None)
+            held[index] = held[index].view(*shape, block.width)
         part_log_probs, log_sums, _ = (value.view(shape) for value in running.finish())
         part_lse = running.peak.view(shape) + log_sums
         crossed = torch.zeros_like(part_lse)  # <p_k, S - r_k p_k>
-        for block, products in blocks:
+        for block, products in zip(blocks, held, strict=False):
             head.rows.couple(products, block.logits, part_lse, weights, crossed)
         at_target = 2 / M * part_log_probs.exp()
         part_dots = weights * (at_target - 2 / (M * (M - 1)) * crossed)
@@ -258,11 +260,11 @@ def linear_quadratic(
         if pull is None:
             continue
         total, upstream = lse.new_zeros(h.shape), torch.ones_like(values[part])
-        for block, products in blocks:
+        for block, products in zip(blocks, held, strict=False):
             out = _for_gemm(products, dtype)
             given = y, part_lse, weights, part_dots, upstream
             head.rows.quadratic_pull(products, block.logits, *given, out)
-            total = _add_product(total, out.flatten(0, 1), block.weight(dtype))
+            total = add_product(total, out.flatten(0, 1), block.weight(dtype))
         pull[:, part] = total.view(*shape, -1).to(pull.dtype)
     return Quadratic(
         labels.spread(values, dim=0),
@@ -317,18 +319,17 @@ def _gradients(
     rows = [inputs[..., part, :].to(dtype).flatten(0, -2) for part in parts]
     grad_rows = [like.new_zeros(h.shape) for h in rows] if want_hidden else []
     most_rows = max((len(h) for h in rows), default=0)
-    space = _Space(like)
     for block in head.blocks(most_rows):
         block_weight = block.weight(dtype)
         grad_block = like.new_zeros(block_weight.shape) if want_weight else None
         for index, (part, h) in enumerate(zip(parts, rows, strict=True)):
-            products = space.product(h, block_weight.T)
+            products = product(h, block_weight.T)
             out = _for_gemm(products, dtype)
             pull(products, block.logits, part, out)
             if want_hidden:
-                grad_rows[index] = _add_product(grad_rows[index], out, block_weight)
+                grad_rows[index] = add_product(grad_rows[index], out, block_weight)
             if grad_block is not None:
-                grad_block = _add_product(grad_block, out.T, h)
+                grad_block = add_product(grad_block, out.T, h)
             if grad_bias is not None:
                 grad_bias[block.words] += out.sum(0, dtype=like.dtype)
         if grad_weight is not None and grad_block is not None:
@@ -380,36 +381,6 @@ class _Labels:
         if self.ignored is None or self.chosen is not None:
             return upstream
         return upstream.masked_fill_(self.ignored, 0.0)
-
-
-class _Space:
-    """Memory for one block of products after another, or for all words' blocks side by side.
-
-    On a CPU fresh memory costs more to touch than the row passes take, so one piece serves all.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.data = like.new_empty(0)
-
-    def product(self, left: Tensor, right: Tensor, *, first: int = 0, words: int = 0) -> Tensor:
-        """left @ right in at least fp32, `first` columns into the memory for `words` of them."""
-        if self.data.device.type != "cpu":
-            if left.dtype == self.data.dtype:
-                return torch.mm(left, right)
-            return torch.mm(left, right, out_dtype=self.data.dtype)
-        rows, width = len(left), right.shape[1]
-        needed = rows * max(words, width)
-        if len(self.data) < needed:
-            self.data = self.data.new_empty(needed)
-        out = self.data[rows * first : rows * (first + width)].view(rows, width)
-        return torch.mm(left, right, out=out)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in place where that can be."""
-    if total.dtype == left.dtype:
-        return total.addmm_(left, right)
-    return torch.addmm(total, left, right, out_dtype=total.dtype)
 
 
 def _for_gemm(products: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,202 @@
+"""The vocabulary heads against naive torch, other fused heads and the GEMMs they cannot avoid.
+
+    naive        F.linear and cross-entropy (quadratic: softmaxes and their sums), autograd
+    compiled     the same under torch.compile
+    torch_lce    torch's own chunked F.linear_cross_entropy; its sum only, all rows alike
+    liger, cce   liger-kernel's and cut-cross-entropy's heads, where they are installed, on GPUs
+    logprob      beside the quadratic op: linear_logprob on the same rows
+    floor        the bare GEMMs of all rows at once, as torch.mm does them: one forward, two for a
+                 frozen head's full pass, three for one that trains
+    gemms        the same as our heads do them
+
+Every implementation of the op is checked against the oracle before it is timed.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.harness import Row, Variant, by, measure
+from fastperturb import ops
+from fastperturb.ops import dispatch, gemm, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: rows of hidden, D wide, against V words; M > 1: the quadratic op on M N rows."""
+
+    rows: int
+    D: int
+    V: int
+    M: int
+    frozen: bool
+    dtype: str
+
+    @property
+    def op(self) -> str:
+        return "linear_logprob" if self.M == 1 else "linear_quadratic"
+
+    @property
+    def tokens(self) -> int:
+        return self.rows // self.M
+
+
+CPU_CASES = (
+    Case(2048, 256, 50257, 1, True, "float32"),
+    Case(2048, 256, 50257, 8, True, "float32"),
+    Case(2048, 256, 50257, 1, False, "float32"),
+    Case(2048, 256, 50257, 1, True, "bfloat16"),
+)
+GPU_CASES = (
+    Case(8192, 4096, 128256, 1, True, "bfloat16"),
+    Case(32768, 4096, 128256, 1, True, "bfloat16"),
+    Case(8192, 1024, 128256, 1, True, "bfloat16"),
+    Case(8192, 4096, 128256, 8, True, "bfloat16"),
+    Case(8192, 4096, 128256, 1, False, "bfloat16"),
+)
+
+
+def rows(device: torch.device, *, repeats: int) -> Iterator[list[Row]]:
+    for case in GPU_CASES if device.type == "cuda" else CPU_CASES:
+        size = getattr(torch, case.dtype).itemsize
+        least = (case.rows + case.V) * case.D * size
+        yield measure(
+            case.op,
+            variants(case, device),
+            x=asdict(case),
+            least_bytes={"forward": least, "full": least + case.rows * case.D * size},
+            device=device,
+            repeats=repeats,
+        )
+
+
+def variants(case: Case, device: torch.device) -> list[Variant]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    dtype = getattr(torch, case.dtype)
+    hidden = torch.randn(case.rows, case.D, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(case.V, case.D, device=device) / case.D**0.5).to(dtype)
+    weight.requires_grad_(not case.frozen)
+    target = torch.randint(case.V, (case.tokens,), device=device)
+    upstream = torch.randn(case.tokens, device=device)
+    leaves = [hidden] if case.frozen else [hidden, weight]
+
+    def ours() -> Tensor:
+        if case.M == 1:
+            return ops.linear_logprob(hidden, weight, target)
+        return ops.linear_quadratic(hidden.view(case.M, case.tokens, case.D), weight, target)
+
+    def naive() -> Tensor:
+        return _naive(hidden, weight, target, case.M)
+
+    def full(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(), leaves, upstream)
+
+    forwards: dict[str, Callable[[], Tensor]] = {}
+    for candidate in dispatch.explain(case.op, device):
+        if candidate.usable:
+            check(candidate.name, case, hidden, weight, target)
+            forwards[candidate.name] = ours
+    forwards["naive"] = naive
+    forwards["compiled"] = torch.compile(naive)
+    found = []
+    for name, forward in forwards.items():
+        for mode, run in {"forward": torch.no_grad()(forward), "full": full(forward)}.items():
+            chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
+            found.append(Variant(name, mode, chosen, opaque=True))
+    others = {}
+    if case.M == 1:
+        others = _peers(hidden, weight, target, upstream, leaves)
+    else:
+        each, every = target.repeat(case.M), upstream.repeat(case.M)
+        others["logprob"] = lambda: torch.autograd.grad(
+            ops.linear_logprob(hidden, weight, each), leaves, every
+        )
+    found += [Variant(name, "full", run, opaque=True) for name, run in others.items()]
+    return found + _floors(hidden.detach(), weight.detach(), case.frozen)
+
+
+def _naive(hidden: Tensor, weight: Tensor, target: Tensor, M: int) -> Tensor:
+    logits = F.linear(hidden, weight).float()
+    if M == 1:
+        return -F.cross_entropy(logits, target, reduction="none")
+    p = logits.unflatten(0, (M, -1)).softmax(-1)
+    hit = p.gather(2, target.expand(M, -1)[..., None])[..., 0].mean(0)
+    cross = (p.sum(0).square() - p.square().sum(0)).sum(-1)
+    return 2 * hit - cross / (M * (M - 1))
+
+
+def _peers(
+    hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, leaves: list[Tensor]
+) -> dict[str, Callable[[], Any]]:
+    """Other people's heads that run here."""
+    found: dict[str, Callable[[], Any]] = {}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch_lce"] = lambda: torch.autograd.grad(
+            F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options), leaves
+        )
+    if hidden.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction as Liger,
+        )
+
+        def liger() -> Any:
+            loss = Liger.apply(
+                hidden, weight, target, None, None, -100, 0.0, 0.0, "sum", None, False
+            )
+            return torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, leaves)
+
+        found["liger"] = liger
+    if hidden.device.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cce"] = lambda: torch.autograd.grad(
+            linear_cross_entropy(hidden, weight, target, reduction="none"), leaves, upstream
+        )
+    return found
+
+
+def _floors(hidden: Tensor, weight: Tensor, frozen: bool) -> list[Variant]:
+    logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    found = []
+    for name, multiply in (("floor", torch.mm), ("gemms", gemm.product)):
+        # What a GEMM of hidden makes need not be fresh memory, where it says so.
+        into = {"out": logits} if name == "floor" else {}
+
+        def forward(multiply: Any = multiply, into: Any = into) -> None:
+            multiply(hidden, weight.T, **into)
+
+        def full(forward: Any = forward, multiply: Any = multiply) -> None:
+            forward()
+            multiply(logits, weight)
+            if not frozen:
+                multiply(logits.T, hidden)
+
+        found += [Variant(name, "forward", forward), Variant(name, "full", full)]
+    return found
+
+
+def check(name: str, case: Case, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    """Refuse to time an implementation whose numbers are wrong."""
+    few = 16
+    part = hidden.detach().view(case.M, case.tokens, case.D)[:, :few].contiguous()
+    part = (part[0] if case.M == 1 else part).requires_grad_()
+    upstream = torch.randn(few, device=hidden.device)
+    fixed = weight.detach()
+    with dispatch.only(name):
+        ours = getattr(ops, case.op)(part, fixed, target[:few])
+        (gradient,) = torch.autograd.grad(ours, part, upstream)
+    exact = part.detach().float().requires_grad_()
+    right = getattr(reference, case.op)(exact, fixed.float(), target[:few])
+    (expected,) = torch.autograd.grad(right, exact, upstream)
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 1e-2
+    for what, got, want in (("value", ours, right), ("gradient", gradient, expected)):
+        error = ((got.float() - want).norm() / want.norm()).item()
+        if not error <= tolerance:
+            raise AssertionError(f"{name} {case}: {what} is off by {error:.2e}, not timed")
