@@ -18,10 +18,11 @@ Backward, with g the upstream gradient, 0 for U, C, ... where a token does not m
               q = sum_m p_m (gelu'(h + z B) - gelu'(h)), db = sum q
     both      dA = (e / rho)' q, de = sum_m g + q A' / rho
 
-g is read once for up to 64 latents and 64 hidden units, and again for each further 64 of either.
-q sums over all columns and is linear in what a block of columns knows, so blocks store partial
-sums of it. All partial sums are added up in a fixed order: the same seed gives the same bits. The
-table's gradient is index_put_ with accumulate, which sorts the ids on a GPU and so has an order.
+g is read once for up to 64 latents (32 for gated, affine and in fp32) and 64 hidden units (32 in
+fp32 on Ampere), and again for each further block of either. q sums over all columns and is linear
+in what a block of columns knows, so blocks store partial sums of it. All partial sums are added up
+in a fixed order: the same seed gives the same bits. The table's gradient is index_put_ with
+accumulate, which sorts the ids on a GPU and so has an order.
 
 What it costs for M = 8, N = 8192, D = 4096, R = 16, H = 64, bf16, a frozen table, and what to
 expect of an H100 at 3.0 TB/s. PREDICTED: this code has been compiled for sm_80, sm_90 and sm_100
@@ -102,8 +103,9 @@ def perturb_embed_per_sample_grad(
 # What each parameter of a family is to the kernels, in the family's order.
 _ROLES = {"diagonal": "U", "lowrank": "U", "gated": "UAC", "affine": "UV", "mlp": "AUbC"}
 
-# (BT, BD, warps) for a 16-bit table and for fp32: the fewest instructions an element that the
-# compiler fits into registers. With the embeddings' gradient the backward keeps another tile.
+# (BT, BD, warps) for a 16-bit table and for fp32, where R <= 16 and H <= 64: the fewest
+# instructions an element that the compiler fits into registers. With the embeddings' gradient the
+# backward keeps another tile.
 _FORWARD = {
     "diagonal": ((8, 256, 4), (8, 256, 4)),
     "lowrank": ((64, 128, 8), (64, 64, 8)),
@@ -123,6 +125,39 @@ _BACKWARD = {
     ("mlp", False): ((16, 256, 8), (16, 64, 8)),
     ("mlp", True): ((16, 256, 8), (16, 64, 8)),
 }
+
+
+def _forward_tile(family: str, half: bool, R: int, H: int) -> tuple[int, int, int, int, int]:
+    """(BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256."""
+    BT, BD, warps = _FORWARD[family][0 if half else 1]
+    if family == "mlp" and not half and H > 64:
+        BT = BT // 2
+    return BT, BD, tiles.block(R, 32), tiles.block(H, 64), warps
+
+
+def _backward_tile(
+    family: str, want_table: bool, half: bool, R: int, H: int, major: int
+) -> tuple[int, int, int, int, int]:
+    """(BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256.
+
+    The gradients of U [BR, BD] and C [BH, BD] stay in registers, so more latents or hidden units
+    take a smaller tile; the smallest still moves 16 bytes a thread. Before Hopper the operands of
+    a product take registers too.
+    """
+    BT, BD, warps = _BACKWARD[family, want_table][0 if half else 1]
+    BR, BH = tiles.block(R, 64 if half else 32), tiles.block(H, 64)
+    ampere = major < 9
+    if family in ("gated", "affine") and (R > 16 or H > 128):
+        return 16, 64 if half else 32, 32, 64, 4
+    if family == "gated":  # dC of fewer rows is not the warpgroup's product, and spills
+        BD, BH = (BD // 2, 64 if half else 32) if ampere else (BD, 64)
+    if family == "mlp" and half and (R != 16 or H > 64 or ampere):  # at R = 16 it only just fits
+        BD = BD // 2
+    if family == "mlp" and not half and ampere:
+        BH = min(BH, 32)
+    return BT, BD, BR, BH, warps
+
+
 # Programs enough for a few waves; gated and mlp store more per program, so fewer.
 _PROGRAMS = {"diagonal": 1024, "lowrank": 1024, "affine": 1024, "gated": 512, "mlp": 512}
 
@@ -190,7 +225,7 @@ class _Plan:
         self.parameters = {"U_ptr": self.U, "V_ptr": self.V, "C_ptr": self.C}
 
     def forward(self, out: Tensor) -> None:
-        BT, BD, num_warps = _FORWARD[self.family][0 if self.half else 1]
+        BT, BD, BR, BH, num_warps = _forward_tile(self.family, self.half, self.R, self.H)
         BD = tiles.block(self.D, BD)
         tiles.launch(
             forward.forward_kernel,
@@ -205,8 +240,8 @@ class _Plan:
                 "FAMILY": self.family,
                 "BT": BT,
                 "BD": BD,
-                "BR": tiles.block(self.R, 32),
-                "BH": tiles.block(self.H, 64),
+                "BR": BR,
+                "BH": BH,
             },
             num_warps=num_warps,
         )
@@ -221,10 +256,9 @@ class _Plan:
         groups, segments = (self.M, self.B) if per_sample else (1, 1)
         segment = self.T if per_sample else self.N
         major = tiles.capability(self.table.device)
-        BT, BD, num_warps = _BACKWARD[self.family, want_table][0 if self.half else 1]
-        BR, BH = tiles.block(self.R, 64), tiles.block(self.H, 64)
-        if major < 9 and self.A is not None:  # before Hopper a product's operands take registers
-            BD, BH = BD // 2, BH if self.half else min(BH, 32)
+        BT, BD, BR, BH, num_warps = _backward_tile(
+            self.family, want_table, self.half, self.R, self.H, major
+        )
         BD = tiles.block(self.D, BD)
         ND, NR, NH = (triton.cdiv(*each) for each in ((self.D, BD), (self.R, BR), (self.H, BH)))
         split, splits = _split(segment, BT, ND * groups * segments, _PROGRAMS[self.family])
@@ -322,7 +356,8 @@ class _Plan:
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients of A [groups, segments, D, H] and, given sum_m g, of e [N, D]."""
         groups = grad_inner.shape[0]
-        BT, BD, BH = 32, tiles.block(self.D, 64), tiles.block(self.H, 64)
+        BT = 32 if self.H <= 64 else 16
+        BD, BH = tiles.block(self.D, 64), tiles.block(self.H, 64)
         ND = triton.cdiv(self.D, BD)
         split, splits = _split(segment, BT, ND * groups * segments, 512)
         grad_A = self._fp32(groups, segments, splits, self.D, self.H)

@@ -146,12 +146,12 @@ def backward_kernel(
             b_g = tl.load(tile_ptr + b_offset, mask=b_mask, other=0.0)
             if FAMILY == "diagonal":
                 b_z = tiles.latent_tile(
-                    seed, b_sample_ptr, tokens, block_d * BD, D, BD, LATENT, ANTITHETIC, FAST
+                    seed, b_sample_ptr, tokens, block_d * BD, BD, LATENT, ANTITHETIC, FAST
                 )
                 b_grad_s += b_g.to(tl.float32) * b_z
             else:
                 b_z = tiles.latent_tile(
-                    seed, b_sample_ptr, tokens, block_r * BR, R, BR, LATENT, ANTITHETIC, FAST
+                    seed, b_sample_ptr, tokens, block_r * BR, BR, LATENT, ANTITHETIC, FAST
                 )
             if FAMILY == "lowrank":
                 b_grad_U = tiles.dot_exact(tl.trans(b_g), b_z, b_grad_U, DTYPE)
@@ -173,7 +173,7 @@ def backward_kernel(
                     for r in range(0, R, BR):
                         b_U = tiles.matrix_tile(U_ptr, r + tl.arange(0, BR), b_h, R, H)
                         b_zr = tiles.latent_tile(
-                            seed, b_sample_ptr, tokens, r, R, BR, LATENT, ANTITHETIC, FAST
+                            seed, b_sample_ptr, tokens, r, BR, LATENT, ANTITHETIC, FAST
                         )
                         b_hidden = tiles.dot(b_zr, b_U, b_hidden, DTYPE)
                 b_value, b_slope = tiles.gelu_and_slope(b_hidden)

@@ -157,7 +157,7 @@ def forward_kernel(
         b_shift = tl.zeros([BT, BD], tl.float32)
         if FAMILY == "diagonal":
             b_z = tiles.latent_tile(
-                seed, b_sample_ptr, tokens, first_d, D, BD, LATENT, ANTITHETIC, FAST
+                seed, b_sample_ptr, tokens, first_d, BD, LATENT, ANTITHETIC, FAST
             )
             b_shift = b_s[None, :] * b_z
         elif FAMILY == "mlp":
@@ -171,7 +171,7 @@ def forward_kernel(
                     if R > BR or H > BH:
                         b_U = tiles.matrix_tile(U_ptr, r + b_r, h + b_h, R, H)
                     b_z = tiles.latent_tile(
-                        seed, b_sample_ptr, tokens, r, R, BR, LATENT, ANTITHETIC, FAST
+                        seed, b_sample_ptr, tokens, r, BR, LATENT, ANTITHETIC, FAST
                     )
                     b_hidden = tiles.dot(b_z, b_U, b_hidden, DTYPE)
                 b_change = tiles.gelu(b_hidden) - b_rest
@@ -183,9 +183,7 @@ def forward_kernel(
                     b_U = tiles.matrix_tile(U_ptr, r + b_r, b_d, R, D)
                     if FAMILY == "affine":
                         b_V = tiles.matrix_tile(V_ptr, r + b_r, b_d, R, D)
-                b_z = tiles.latent_tile(
-                    seed, b_sample_ptr, tokens, r, R, BR, LATENT, ANTITHETIC, FAST
-                )
+                b_z = tiles.latent_tile(seed, b_sample_ptr, tokens, r, BR, LATENT, ANTITHETIC, FAST)
                 if FAMILY == "affine":
                     b_shift = tiles.dot(b_z, b_V, b_shift, DTYPE)
                 b_slope = tiles.dot(b_z, b_U, b_slope, DTYPE)

@@ -95,20 +95,22 @@ def latent_tile(
     b_sample_ptr,  # [BT], where each token's sample numbers are
     tokens,  # what `token_numbers` returned
     first,
-    R: tl.constexpr,
     BR: tl.constexpr,
     LATENT: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """z [BT, BR] from latent `first` on; 0 where the token does not move and beyond R."""
+    """z [BT, BR] from latent `first` on, 0 where the token does not move.
+
+    Beyond R it meets only the zeros beyond a parameter's rows, or sums that nobody stores.
+    """
     b_moves = tokens[3]
     b_sample = tl.load(b_sample_ptr, mask=b_moves, other=0).to(tl.int32)
     b_pair, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
     quad = first // 4 + tl.arange(0, BR // 4)
     b_factor = tl.where(b_moves, b_sign, 0.0)
-    LIMIT: tl.constexpr = R if R % BR != 0 else 0
-    return noise.tile(seed, quad, LIMIT, tokens[2], b_pair, tokens[1], b_factor, LATENT, FAST)
+    NO_LIMIT: tl.constexpr = 0
+    return noise.tile(seed, quad, NO_LIMIT, tokens[2], b_pair, tokens[1], b_factor, LATENT, FAST)
 
 
 @triton.jit

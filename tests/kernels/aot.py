@@ -49,6 +49,8 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], options: dict[str, in
         elif isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif value == 1 and not parameter.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
         else:
@@ -89,8 +91,9 @@ def call_of(family: str, dtype: torch.dtype, shape: dict[str, int]) -> EmbedCall
     """The call with the sizes of `shape` and no memory behind them."""
     M, B, T, D = (shape[name] for name in "MBTD")
     config = PerturbConfig(transform=family, latent_dim=shape["R"], hidden_dim=shape["H"])
-    small = make_transform(config, 8)
-    sizes = {8: D}
+    stand_in = shape["R"] + shape["H"]  # for D, and neither R nor H
+    small = make_transform(config, stand_in)
+    sizes = {stand_in: D}
     parameters = [
         torch.empty([sizes.get(n, n) for n in value.shape], device="meta")
         for value in small.effective_parameters()
@@ -135,11 +138,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--want-table", action="store_true")
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
+    parser.add_argument("--sizes", nargs="+", default=["16x64"], help="RxH")
     parser.add_argument("--dump", type=Path, help="folder for ttgir, ptx and cubin")
     options = parser.parse_args()
-    shape = {"M": 8, "B": 8, "T": 1024, "D": 4096, "R": 16, "H": 64}
     dtype = getattr(torch, options.dtype)
-    for family, cc in itertools.product(options.families, options.cc):
+    for family, cc, size in itertools.product(options.families, options.cc, options.sizes):
+        R, H = map(int, size.split("x"))
+        shape = {"M": 8, "B": 8, "T": 1024, "D": 4096, "R": R, "H": H}
         for launched in launches(family, dtype, shape, options.want_table, cc):
             direction, kernel, arguments, launch_options = launched
             if direction not in options.directions:
@@ -151,9 +156,9 @@ def main() -> None:
                 for kind in ("ttgir", "ptx", "cubin"):
                     data = compiled.asm[kind]
                     data = data if isinstance(data, bytes) else data.encode()
-                    (options.dump / f"{family}-{name}-{cc}.{kind}").write_bytes(data)
+                    (options.dump / f"{family}-{name}-{cc}-{size}.{kind}").write_bytes(data)
             row = {"family": family, "direction": direction, "kernel": name, "cc": cc}
-            row |= {"tile": [arguments["BT"], arguments["BD"]]}
+            row |= {"size": size, "tile": [arguments["BT"], arguments["BD"]]}
             print(json.dumps(row | resources(compiled, cc)), flush=True)
 
 

@@ -4,7 +4,10 @@ Runs on a GPU, or with TRITON_INTERPRET=1 on the CPU in fp32 and fp16 (see test_
 the interpreter truncates bf16.
 """
 
+import math
+import mmap
 import os
+import tempfile
 import zlib
 
 import pytest
@@ -255,31 +258,49 @@ def test_an_fp64_table_is_refused_by_name():
 
 @pytest.mark.skipif(not INTERPRETED, reason="the next test does it in full")
 def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
-    """Lazily mapped tensors: the table's last row, and the second sample's first rows."""
-    D, vocab = 4096, 2**19 + 8
-    N, elements = 2**19 + 16, (2**19 + 16) * D
+    """Rows so wide that one program, launched alone over lazily mapped tensors, crosses 2^31.
+
+    Its tokens include the last ones of the table, of each sample of the output and the upstream
+    gradient, and of the embeddings' gradient. It sees columns 0 to 63 of D, so a call with only
+    those columns is the oracle.
+    """
+    M, N, D, columns = 2, 264, 2**23, 64
     dtype = torch.float16
-    table = torch.from_file(str(tmp_path / "table"), shared=True, size=vocab * D, dtype=dtype)
-    table = table.view(vocab, D)
-    table[-1] = torch.randn(D)
-    out = torch.from_file(str(tmp_path / "out"), shared=True, size=2 * elements, dtype=dtype)
-    small = make_call("lowrank", dtype, (2, 1, 4, D, 16, 16), "plain")
-    ids = torch.full((1, 4), vocab - 1)
-    expected = torch_embed.perturb_embed(small._replace(ids=ids, table=table))
-    numbers = noise.counters(2, None, None, (1, N), antithetic=False, device=torch.device("cpu"))
-    call = small._replace(
-        ids=torch.full((1, N), vocab - 1),
-        table=table,
-        samples=numbers[0],
-        rows=numbers[1],
-        positions=numbers[2],
-    )
+
+    def lazy(*shape, dtype=dtype):
+        size = math.prod(shape) * dtype.itemsize
+        with tempfile.TemporaryFile(dir=tmp_path) as file:
+            file.truncate(size)
+            pages = mmap.mmap(file.fileno(), size)
+        pages.madvise(mmap.MADV_RANDOM)  # else the system fills megabytes around every touch
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+    small = make_call("lowrank", dtype, (M, 1, N, columns, 1, 1), "explicit", vocab=N)
+    assert N * D > 2**31 and (N - 8) * D == 2**31
+    table, U = lazy(N, D), lazy(1, D, dtype=torch.float32)
+    table[:, :columns], U[:, :columns] = small.table, small.parameters[0]
+    ids = torch.arange(N).flip(0)[None].roll(N // 2)
+    small = small._replace(ids=ids, mask=None)
+    call = small._replace(table=table, parameters=[U])
+
+    for name, tile in (("_forward_tile", (512, columns)), ("_backward_tile", (32, columns))):
+        monkeypatch.setattr(kernels, name, lambda *_, tile=tile: (*tile, 16, 16, 4))
     launch = tiles.launch
     monkeypatch.setattr(tiles, "launch", lambda k, grid, *a, **o: launch(k, (1,), *a, **o))
-    kernels._Plan(call).forward(out.view(2, 1, N, D))
-    assert elements > 2**31 and vocab * D > 2**31
-    ours = out.view(2, N, D)[:, :4, :64]
-    torch.testing.assert_close(ours, expected[:, 0, :, :64], rtol=2e-3, atol=2e-3)
+    plan = kernels._Plan(call)
+    out, grad = lazy(M, 1, N, D), lazy(M, 1, N, D)
+    plan.forward(out)
+    exact = in_fp64(small)
+    expected = torch_embed.perturb_embed(exact)
+    torch.testing.assert_close(out[..., :columns].double(), expected, rtol=2e-3, atol=2e-3)
+
+    grad[..., :columns] = torch.randn(M, 1, N, columns)
+    grad_e, grads = plan.backward(grad, want_table=True, per_sample=False)
+    part = grad[..., :columns].double()
+    expected = torch_embed.perturb_embed_backward(part, exact, False)[1]
+    ours = grads[0][0, 0, :, :columns].double()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(grad_e[:, :columns].double(), part.sum((0, 1)), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the memory of a GPU")
