@@ -21,6 +21,8 @@ from fastperturb.ops import extension
 
 _TRITON = {
     "perturb_embed": "fastperturb.kernels.perturb_embed",
+    "linear_logprob": "fastperturb.kernels.head_rows",
+    "linear_quadratic": "fastperturb.kernels.head_rows",
     "combine": "fastperturb.kernels.combine",
 }
 _CPP = {

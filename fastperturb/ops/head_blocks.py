@@ -41,8 +41,9 @@ from fastperturb.ops.gemm import add_product, product
 
 # A block of logits takes this many bytes and has at most so many rows. On a CPU it stays in the
 # last level of cache, so that both GEMMs and the row pass between them find it there. On a GPU it
-# is large enough to fill the machine and small beside what is kept (not measured yet).
-BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 192 * 2**20}
+# is large enough to fill the machine, small beside what is kept, and at 2048 rows not too wide for
+# a row to stay in registers (not measured yet).
+BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 128 * 2**20}
 BLOCK_ROWS = {"cpu": 1024, "cuda": 2048}
 # What the quadratic equation holds: the logits of all M copies of a few tokens over all words.
 HELD_BYTES = {"cpu": 96 * 2**20, "cuda": 384 * 2**20}
@@ -210,7 +211,7 @@ def linear_logprob_backward(
     """The gradients of [hidden, weight, bias] that are wanted."""
     labels = _Labels.of(target, head.ignore_index)
     inputs, lse, upstream = (labels.select(each, dim=0) for each in (hidden, lse, grad.to(lse)))
-    upstream = labels.pulling(upstream, head.valid_vocab)
+    upstream, lse = labels.pulling(upstream, lse, head.valid_vocab)
 
     def pull(products: Tensor, logits: Logits, part: slice, out: Tensor) -> None:
         head.rows.pull(products, logits, labels.target[part], lse[part], upstream[part], out)
@@ -289,7 +290,8 @@ def linear_quadratic_backward(
     labels = _Labels.of(target, head.ignore_index)
     r = _row_weights(row_weights, labels, lse)
     inputs, lse, dots = (labels.select(each, dim=1) for each in (hidden, lse, dots))
-    upstream = labels.pulling(labels.select(grad.to(lse), dim=0), head.valid_vocab)
+    upstream = labels.select(grad.to(lse), dim=0)
+    upstream, lse = labels.pulling(upstream, lse, head.valid_vocab)
     M = len(inputs)
 
     def pull(products: Tensor, logits: Logits, part: slice, out: Tensor) -> None:
@@ -374,13 +376,17 @@ class _Labels:
         shape = *values.shape[:dim], len(self.ignored), *values.shape[dim + 1 :]
         return values.new_zeros(shape).index_copy_(dim, self.chosen, values)
 
-    def pulling(self, upstream: Tensor, valid_vocab: int) -> Tensor:
-        """Upstream gradients: NaN for a target out of range, so that its row is not missed."""
+    def pulling(self, upstream: Tensor, lse: Tensor, valid_vocab: int) -> tuple[Tensor, Tensor]:
+        """The upstream gradients [n] and lse [.., n] with which rows that must not pull do not.
+
+        A target out of range pulls with NaN, so that its row is not missed.
+        """
         in_range = (self.target >= 0) & (self.target < valid_vocab)
         upstream = upstream.where(in_range, torch.nan).contiguous()
         if self.ignored is None or self.chosen is not None:
-            return upstream
-        return upstream.masked_fill_(self.ignored, 0.0)
+            return upstream, lse
+        # Against an infinite lse every probability is 0, whatever the logits are.
+        return upstream.masked_fill_(self.ignored, 0.0), lse.masked_fill(self.ignored, torch.inf)
 
 
 def _for_gemm(products: Tensor, dtype: torch.dtype) -> Tensor:

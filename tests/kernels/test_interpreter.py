@@ -29,7 +29,9 @@ def interpret(file: str, marks: str) -> None:
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout, done.stdout
 
 
-@pytest.mark.parametrize("file", ["test_combine.py", "test_noise.py", "test_perturb_embed.py"])
+@pytest.mark.parametrize(
+    "file", ["test_combine.py", "test_head_rows.py", "test_noise.py", "test_perturb_embed.py"]
+)
 def test_the_kernels_pass_their_tests_in_the_interpreter(file):
     interpret(file, "not slow and not gpu")
 
