@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import harness, heads, perturb_embed
+from bench import harness, heads, perturb_embed, wrapper
 from fastperturb import doctor, runs
 
 TESTS = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
@@ -90,7 +90,9 @@ def benchmarks() -> dict[str, Any]:
     rows: list[harness.Row] = []
     device = torch.device("cuda")
     for measured in itertools.chain(
-        perturb_embed.rows(device, repeats=50), heads.rows(device, repeats=10)
+        perturb_embed.rows(device, repeats=50),
+        heads.rows(device, repeats=10),
+        wrapper.rows(device, repeats=5),
     ):
         harness.show(measured, baseline="naive", floor="floor")
         rows += measured

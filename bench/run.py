@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import harness, heads, perturb_embed
+from bench import harness, heads, perturb_embed, wrapper
 from fastperturb import runs
 
 
@@ -20,6 +20,7 @@ def run(output_dir: Path, *, overwrite: bool, repeats: int) -> None:
     for measured in itertools.chain(
         perturb_embed.rows(device, repeats=repeats),
         heads.rows(device, repeats=max(5, repeats // 4)),  # a hundred times longer each
+        wrapper.rows(device, repeats=max(5, repeats // 4)),
     ):
         harness.show(measured, baseline="naive", floor="floor")
         rows += measured

@@ -88,6 +88,37 @@ def resample(
     return _finish(log_probs, value, weights, mask)
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """What scoring M draws leaves to do: run the K drawn ones again, weighted.
+
+    drawn: their indices [K, B]. value: iwae's. weights: of the drawn samples' log-probs, shaped
+    like those of K draws.
+    """
+
+    drawn: Tensor
+    value: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(
+        cls, log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None
+    ) -> Resampled:
+        """From all M draws' log-probs and the uniforms [K, B] that choose among them."""
+        mask = _check_log_probs(log_probs, mask)
+        value, weights = _iwae(_lowered(log_probs))
+        drawn, law = draw_samples(weights, uniforms, mask=mask)
+        share = 1 / (len(drawn) * law.gather(0, drawn))  # (K, B)
+        ends = [1] * (weights.ndim - 2)
+        index = drawn.view(*drawn.shape, *ends).expand(-1, *weights.shape[1:])
+        weights = weights.gather(0, index) * share.view(*share.shape, *ends)
+        return cls(drawn, value.where(mask, 0.0), weights.where(mask, 0.0))
+
+    def estimate(self, log_probs: Tensor) -> Tensor:
+        """The value, whose gradient flows through the drawn samples' log-probs, run again."""
+        return _WithGradient.apply(log_probs, self.value, self.weights)
+
+
 def draw_samples(weights: Tensor, uniforms: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]:
     """K whole samples for each row, with replacement: their indices [K, B] and the law [M, B].
 

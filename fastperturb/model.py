@@ -8,23 +8,29 @@ Everything happens inside one forward of one nn.Module, with one ordinary backwa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from fastperturb import checks, estimators, noise, ops
+from fastperturb import architectures, checks, estimators, noise, ops, plans
 from fastperturb.architectures import CausalLM, understand
 from fastperturb.config import PerturbConfig, check_draws
+from fastperturb.generate import generate
 from fastperturb.ops import reference
 from fastperturb.ops.combine import COMBINABLE
 from fastperturb.transforms import make_transform
+
+if TYPE_CHECKING:
+    from fastperturb.score import Score
+    from fastperturb.standard_errors import StandardErrors
 
 IGNORED = -100
 
@@ -70,16 +76,6 @@ class PerturbedLM(nn.Module):
         super().__init__()
         if not isinstance(config, PerturbConfig):
             raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
-        if config.plan not in ("auto", "batched"):
-            raise ValueError(
-                f"plan={config.plan!r} is not implemented in this version; "
-                "use plan='batched' (which 'auto' means for now)"
-            )
-        if config.chunk_size is not None:
-            raise ValueError(
-                f"chunk_size={config.chunk_size} has no meaning before plan='chunked' is "
-                "implemented; leave it None"
-            )
         parts = understand(model)
         self.base = model
         self.config = config
@@ -87,6 +83,8 @@ class PerturbedLM(nn.Module):
         self.transform = make_transform(config, embed_dim, embed_rms=rms)
         self.transform.to(rms.device)
         self._exact = False
+        self._planner = plans.Planner()
+        self._report: plans.PlanReport | None = None
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[PerturbedLM]:
@@ -122,7 +120,6 @@ class PerturbedLM(nn.Module):
         """
         parts = understand(self.base)
         embeddings = self._embeddings(parts.embed, input_ids, inputs_embeds)
-        batch = len(embeddings)
         checks.like(embeddings, "attention_mask", attention_mask, checks.MASKS)
         checks.like(embeddings, "position_ids", position_ids, (torch.int64,))
         checks.like(embeddings, "labels", labels, (torch.int64,))
@@ -132,21 +129,30 @@ class PerturbedLM(nn.Module):
             checks.range("labels", labels[labels != IGNORED], vocab, f"be {IGNORED} (no label) or ")
         checks.no_packing_under_flash_attention(parts.trunk, position_ids)
         draws = self._draw(seed, rows, num_samples, embeddings)
-        moved, shift = self._perturb(embeddings, draws, attention_mask, position_ids, perturb_mask)
-        hidden = parts.trunk(
-            inputs_embeds=moved.flatten(0, 1),
-            attention_mask=_repeat(attention_mask, draws.count),
-            position_ids=_repeat(position_ids, draws.count),
-            use_cache=False,
-        ).last_hidden_state.unflatten(0, (draws.count, batch))  # (M, B, T, D)
-        logits = None
-        if return_logits:
-            logits = _mean_logits(hidden, parts.head.weight, parts.head_options)
-        if labels is None:
-            return PerturbedOutput(shift=shift, logits=logits)
-        log_probs, quadratic = self._head(parts, hidden, labels, draws)
-        estimates = self._estimate(log_probs, quadratic, labels, draws, num_items_in_batch)
-        return PerturbedOutput(**estimates, log_probs=log_probs, shift=shift, logits=logits)
+        batch = _Batch(
+            parts,
+            embeddings,
+            attention_mask,
+            position_ids,
+            *_moving(attention_mask, position_ids, perturb_mask),
+            labels,
+            draws,
+            return_logits,
+            self.config.marginal,
+        )
+        scored, live = self._samples(batch)
+        found: dict[str, Tensor | None] = {}
+        if labels is not None:
+            found = self._estimate(batch, scored, live, num_items_in_batch)
+        if scored.log_sum is not None:
+            found["logits"] = scored.log_sum - math.log(draws.count)
+        return PerturbedOutput(**found, shift=batch.shift(scored.travelled))
+
+    def plan_report(self) -> plans.PlanReport:
+        """Which plan the last forward took, and why."""
+        if self._report is None:
+            raise RuntimeError("there is no plan to report before the first forward")
+        return self._report
 
     def _embeddings(
         self, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -202,68 +208,101 @@ class PerturbedLM(nn.Module):
         level = telescope.sample(uniform.reshape(()))
         return _Draws(seed, rows, int(telescope.draws(level)), estimator, telescope, level)
 
-    def _perturb(
-        self,
-        embeddings: Tensor,
-        draws: _Draws,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        perturb_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The moved embeddings [M, B, T, D] and how far they moved."""
-        if self._exact:
-            return embeddings[None], embeddings.new_zeros((), dtype=torch.float32)
-        positions = position_ids
-        if attention_mask is not None:
-            real = attention_mask.bool()
-            perturb_mask = real if perturb_mask is None else perturb_mask & real
-            if positions is None:
-                positions = (real.cumsum(1) - 1).clamp_min(0)
-        moved = ops.perturb_embed(
-            embeddings,
-            None,
-            self.transform,
-            draws.seed,
-            draws.count,
-            rows=draws.rows,
-            positions=positions,
-            antithetic=self.config.antithetic,
-            perturb_mask=perturb_mask,
-        )
-        return moved, _relative_shift(moved, embeddings, perturb_mask)
+    def _samples(self, batch: _Batch) -> tuple[plans.Pass, _Live | None]:
+        """Run the draws by the configured plan: all M scored, and what resample runs again."""
+        draws, config = batch.draws, self.config
+        run = functools.partial(self._run, batch)
+        samples = torch.arange(draws.count, device=batch.embeddings.device)
+        by_default = draws.estimator == "resample" and config.plan == "auto"
+        resampling = torch.is_grad_enabled() and (by_default or config.plan == "resample")
+        if self._exact or not resampling:
+            self._report = report = self._choose(batch, run, samples)
+            if report.plan == "batched":
+                return plans.batched(run, samples), None
+            return plans.chunked(run, samples, report.chunk_size), None
+        sources = architectures.dropout_sources(self.base)
+        if sources:
+            raise ValueError(
+                f"plan='resample' runs the model twice, and dropout would differ between: "
+                f"{', '.join(sources[:3])}; set it to 0, or use another estimator and plan"
+            )
+        kept = estimators.default_backward_samples(draws.count, config.backward_samples)
+        size = min(config.chunk_size or kept, draws.count)
+        with torch.no_grad():
+            scored = plans.chunked(run, samples, size)
+        resampled = draws.resample(batch.outcomes(scored), batch.outcome_mask(), config)
+        live = plans.chunked(run, resampled.drawn, size) if size < kept else run(resampled.drawn)
+        reason = f"{draws.count} samples scored without gradient, {kept} of them run again with it"
+        self._report = plans.PlanReport("resample", size, reason)
+        return scored, _Live(resampled, live)
 
-    def _head(
-        self, parts: CausalLM, hidden: Tensor, labels: Tensor, draws: _Draws
-    ) -> tuple[Tensor, Tensor | None]:
-        """Each sample's log-probs [M, B, T-1], and the quadratic values [B * T] if asked for."""
-        M, batch, length, _ = hidden.shape
-        # The last position predicts nothing: shifting labels, not hidden, saves a copy.
-        target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    def _choose(self, batch: _Batch, run: plans.Run, samples: Tensor) -> plans.PlanReport:
+        config, count = self.config, len(samples)
+        if config.plan == "batched":
+            return plans.PlanReport("batched", count, "as configured")
+        if config.plan == "chunked" or config.chunk_size is not None:
+            size = min(config.chunk_size or 1, count)
+            return plans.PlanReport("chunked", size, "as configured")
+        tokens, device = batch.embeddings.shape[:2].numel(), samples.device
+        return self._planner.choose(run, samples, tokens, self, device)
+
+    def _run(self, batch: _Batch, samples: Tensor) -> plans.Pass:
+        """Some samples, numbered [m] or [m, B], through perturbation, trunk and head."""
+        embeddings, draws, parts = batch.embeddings, batch.draws, batch.parts
+        count, (size, length) = len(samples), embeddings.shape[:2]
+        moved = embeddings[None]
+        if not self._exact:
+            moved = ops.perturb_embed(
+                embeddings,
+                None,
+                self.transform,
+                draws.seed,
+                samples,
+                rows=draws.rows,
+                positions=batch.positions,
+                antithetic=self.config.antithetic,
+                perturb_mask=batch.moving,
+            )
+        hidden = parts.trunk(
+            inputs_embeds=moved.flatten(0, 1),
+            attention_mask=_repeat(batch.attention_mask, count),
+            position_ids=_repeat(batch.position_ids, count),
+            use_cache=False,
+        ).last_hidden_state  # (m B, T, D)
+        log_probs = log_sum = None
         weight, options = parts.head.weight, parts.head_options
-        quadratic = None
-        if draws.estimator == "quadratic":
-            quadratic, log_probs = ops.linear_quadratic(
-                hidden.flatten(1, 2), weight, target.flatten(), **options, return_log_probs=True
-            )
-            log_probs = log_probs.detach()
-        else:
-            log_probs = ops.linear_logprob(
-                hidden.flatten(0, 2), weight, target.repeat(M, 1).flatten(), **options
-            )
-        return log_probs.view(M, batch, length)[:, :, :-1], quadratic
+        is_quadratic = draws.estimator == "quadratic"
+        if batch.labels is not None and not is_quadratic:
+            target = batch.target().repeat(count)
+            log_probs = ops.linear_logprob(hidden.flatten(0, 1), weight, target, **options)
+            log_probs = log_probs.view(count, size, length)[:, :, :-1]
+        hidden = hidden.unflatten(0, (count, size))
+        if batch.return_logits:
+            log_sum = _log_sum(hidden, weight, options)
+        kept = hidden if is_quadratic else None
+        return plans.Pass(_travelled(moved, embeddings), log_probs, kept, log_sum)
 
     def _estimate(
         self,
-        log_probs: Tensor,  # [M, B, T-1]
-        quadratic: Tensor | None,
-        labels: Tensor,
-        draws: _Draws,
+        batch: _Batch,
+        scored: plans.Pass,
+        live: _Live | None,
         num_items_in_batch: int | Tensor | None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | None]:
         """The loss, and what is known about the samples."""
-        mask = labels[:, 1:] != IGNORED
-        count = _label_count(mask, num_items_in_batch)
-        marginal = self.config.marginal
+        draws, marginal, mask = batch.draws, self.config.marginal, batch.mask()
+        log_probs, quadratic = scored.log_probs, None
+        if scored.hidden is not None:
+            M, size, length, _ = scored.hidden.shape
+            quadratic, log_probs = ops.linear_quadratic(
+                scored.hidden.flatten(1, 2),
+                batch.parts.head.weight,
+                batch.target(),
+                **batch.parts.head_options,
+                return_log_probs=True,
+            )
+            log_probs = log_probs.detach().view(M, size, length)[:, :, :-1]
+        assert log_probs is not None
         combinable = draws.estimator in COMBINABLE
         combined = ops.combine(
             log_probs if combinable else log_probs.detach(),
@@ -274,16 +313,176 @@ class PerturbedLM(nn.Module):
         value = combined.value
         if quadratic is not None:
             value = quadratic
-        elif not combinable and marginal == "sequence":
-            value = draws.combine(log_probs.sum(-1), mask.any(-1), self.config)
+        elif live is not None:
+            value = live.resampled.estimate(batch.outcomes(live.found))
         elif not combinable:
-            value = draws.combine(log_probs, mask, self.config)
-        outcomes = mask if marginal == "token" else mask.any(-1)
+            value = draws.combine(batch.outcomes(scored), batch.outcome_mask(), self.config)
         return {
-            "loss": -value.sum() / count,
+            "loss": -value.sum() / _label_count(mask, num_items_in_batch),
             "log_marginal": combined.log_marginal,
-            "ess": combined.effective_samples.sum() / outcomes.sum().clamp_min(1),
+            "log_probs": log_probs,
+            "ess": combined.effective_samples.sum() / batch.outcome_mask().sum().clamp_min(1),
         }
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        mode: str = "sequence",
+        num_samples: int | None = None,
+        seed: int | Tensor | None = None,
+        rows: Tensor | None = None,
+        perturb_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Decode under the noise: token ids [B * num_return_sequences, L], prompts included.
+
+        input_ids [B, T] and attention_mask [B, T], padded on the left.
+        mode: "sequence", one draw for a whole sequence, decoded with a cache; "token", a fresh
+            draw for the whole prefix at every step, which with do_sample=True and no temperature
+            or truncation samples the token marginal exactly; "mixture", the mean of num_samples
+            draws' probabilities at every step, with a cache.
+        num_samples: M of mode="mixture", default the config's.
+        seed, rows: key the noise as in `forward`; the choice of tokens takes torch's generator.
+        perturb_mask: bool [B, T], which positions of the prompt move; generated ones always do.
+        options: as transformers' `generate` takes them: max_new_tokens, do_sample, top_p,
+            generation_config, logits_processor, stop_strings with tokenizer, streamer, ...
+        """
+        if self._exact:
+            base: Any = self.base
+            return base.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        return generate(
+            self,
+            input_ids,
+            attention_mask,
+            mode=mode,
+            num_samples=num_samples,
+            seed=seed,
+            rows=rows,
+            perturb_mask=perturb_mask,
+            **options,
+        )
+
+    def score(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        perturb_mask: Tensor | None = None,
+        *,
+        num_samples: int = 64,
+        chunk_size: int | None = None,
+        rows: Tensor | None = None,
+        seed: int | Tensor | None = None,
+    ) -> Score:
+        """Marginal log-likelihood, its Monte-Carlo error, jackknife and M-curve; no gradient.
+
+        Arguments are those of a call, but for
+        labels: by default every token that follows a real token of its document.
+        num_samples: M; `chunk_size` of them at a time (default: as many as a training step has),
+            so that memory does not grow with M but for 4 bytes a token and draw.
+        """
+        from fastperturb.score import score
+
+        inputs = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "perturb_mask": perturb_mask,
+        }
+        draws = {"num_samples": num_samples, "rows": rows, "seed": seed}
+        return score(self, inputs, draws, chunk_size)
+
+    def standard_errors(
+        self,
+        dataloader: Iterable[Mapping[str, Tensor]],
+        *,
+        parameters: Sequence[str] | None = None,
+        bread: str = "auto",
+        num_samples: int | None = None,
+        seed: int | Tensor | None = None,
+    ) -> StandardErrors:
+        """Standard errors of the transform's parameters at a solution of the estimating equation.
+
+        dataloader: batches of a call's arguments, with labels; all are kept. Examples are rows.
+        parameters: names, as ["U"]; the others are held. Default: all of the transform's.
+        bread: "information", the sandwich, which runs the data 2P times; "outer", the inverse of
+            the scores' outer products, once; "auto", information for up to 256 parameters.
+        num_samples: M of the equation; default the config's.
+        """
+        from fastperturb.standard_errors import standard_errors
+
+        return standard_errors(
+            self,
+            dataloader,
+            parameters=parameters,
+            bread=bread,
+            num_samples=num_samples,
+            seed=seed,
+        )
+
+    @contextlib.contextmanager
+    def _configured(self, **changes: Any) -> Iterator[None]:
+        """Within it these keys of the config are others."""
+        before, self.config = self.config, dataclasses.replace(self.config, **changes)
+        try:
+            yield
+        finally:
+            self.config = before
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One forward's inputs, checked and laid out."""
+
+    parts: CausalLM
+    embeddings: Tensor  # [B, T, D]
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    moving: Tensor | None  # [B, T] bool, which positions move; None: all
+    positions: Tensor | None  # [B, T], what keys the noise; None: 0, 1, ...
+    labels: Tensor | None
+    draws: _Draws
+    return_logits: bool
+    marginal: str
+
+    def target(self) -> Tensor:
+        """What each position predicts [B T]; the last one predicts nothing."""
+        assert self.labels is not None
+        # Shifting labels, not hidden states, saves a copy.
+        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+    def mask(self) -> Tensor:
+        """Which log-probs have a label [B, T-1]."""
+        assert self.labels is not None
+        return self.labels[:, 1:] != IGNORED
+
+    def outcomes(self, found: plans.Pass) -> Tensor:
+        """The log-probs of what the marginal is of: labels [m, B, T-1], or rows [m, B]."""
+        assert found.log_probs is not None
+        return found.log_probs if self.marginal == "token" else found.log_probs.sum(-1)
+
+    def outcome_mask(self) -> Tensor:
+        return self.mask() if self.marginal == "token" else self.mask().any(-1)
+
+    @torch.no_grad()
+    def shift(self, travelled: Tensor) -> Tensor:
+        """The mean of |T(e) - e| / |e| over samples and positions that move."""
+        length = self.embeddings.float().norm(dim=-1)
+        counted = length > 0 if self.moving is None else self.moving & (length > 0)
+        ratio = (travelled / self.draws.count / length).where(counted, 0.0)
+        return ratio.sum() / counted.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class _Live:
+    """The drawn samples of `resample`, run again under a gradient."""
+
+    resampled: estimators.Resampled
+    found: plans.Pass
 
 
 @dataclass(frozen=True)
@@ -301,10 +500,18 @@ class _Draws:
         """The value of a telescope or of resample, whose own draws come from the seed too."""
         if self.telescope is not None and self.level is not None:
             return self.telescope.combine(outcomes, self.level, mask=mask)[0]
+        return estimators.resample(outcomes, self._uniforms(config), mask=mask)[0]
+
+    def resample(
+        self, outcomes: Tensor, mask: Tensor, config: PerturbConfig
+    ) -> estimators.Resampled:
+        """Which of the scored draws to run again, and their weights."""
+        return estimators.Resampled.of(outcomes, self._uniforms(config), mask=mask)
+
+    def _uniforms(self, config: PerturbConfig) -> Tensor:
         kept = estimators.default_backward_samples(self.count, config.backward_samples)
         first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
-        uniforms = noise.auxiliary_uniforms(self.seed, kept, first_rows)
-        return estimators.resample(outcomes, uniforms, mask=mask)[0]
+        return noise.auxiliary_uniforms(self.seed, kept, first_rows)
 
 
 @torch.no_grad()
@@ -321,19 +528,30 @@ def _embedding_rms(embed: Any) -> tuple[Tensor, int]:
     return (total / count).sqrt(), width
 
 
+def _moving(
+    attention_mask: Tensor | None, position_ids: Tensor | None, perturb_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which positions move, and the positions that key their noise: padding does neither."""
+    if attention_mask is None:
+        return perturb_mask, position_ids
+    real = attention_mask.bool()
+    moving = real if perturb_mask is None else perturb_mask & real
+    if position_ids is None:
+        position_ids = (real.cumsum(1) - 1).clamp_min(0)
+    return moving, position_ids
+
+
 @torch.no_grad()
-def _relative_shift(moved: Tensor, embeddings: Tensor, mask: Tensor | None) -> Tensor:
-    length = embeddings.float().norm(dim=-1)
-    travelled = torch.stack([(sample - embeddings).float().norm(dim=-1) for sample in moved])
-    counted = length > 0 if mask is None else mask & (length > 0)
-    ratio = (travelled.mean(0) / length).where(counted, 0.0)
-    return ratio.sum() / counted.sum().clamp_min(1)
+def _travelled(moved: Tensor, embeddings: Tensor) -> Tensor:
+    """The sum over samples of |T(e) - e| [B, T], one sample at a time."""
+    lengths = ((sample - embeddings).float().norm(dim=-1) for sample in moved)
+    return functools.reduce(torch.add, lengths)
 
 
-def _mean_logits(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
-    """log mean_m softmax(logits of sample m), one sample's logits at a time."""
+def _log_sum(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """log sum_m softmax(logits of sample m), one sample's logits at a time."""
     samples = (reference.logits(sample, weight, **options).log_softmax(-1) for sample in hidden)
-    return functools.reduce(torch.logaddexp, samples) - math.log(len(hidden))
+    return functools.reduce(torch.logaddexp, samples)
 
 
 def _repeat(per_row: Tensor | None, draws: int) -> Tensor | None:

@@ -158,7 +158,8 @@ def test_every_estimator_and_marginal_weighs_the_samples_as_combine_does(estimat
 
 
 def test_resampling_is_the_iwae_loss_with_fewer_samples_sent_backward():
-    lm = wrap(base_model(), PerturbConfig(estimator="resample", backward_samples=1, num_samples=6))
+    options = {"estimator": "resample", "backward_samples": 1, "num_samples": 6}
+    lm = wrap(base_model(), PerturbConfig(**options, plan="batched"))
     inputs = batch()
     out = lm(**inputs, seed=5)
     with torch.no_grad():
@@ -217,7 +218,7 @@ def test_left_padding_gives_each_token_the_noise_it_has_without_padding():
 
 
 def test_a_packed_document_gets_the_noise_of_its_own_number_and_positions():
-    lm = wrap(base_model(), PerturbConfig(num_samples=2))
+    lm = wrap(base_model(), PerturbConfig(num_samples=2, plan="batched"))
     ids = batch(size=2, length=5, padding=False)["input_ids"]
     seen = []
     lm.base.base_model.register_forward_pre_hook(
@@ -548,17 +549,6 @@ def test_training_by_plain_jvi_is_refused_and_evaluating_by_it_is_not():
     with pytest.raises(ValueError, match="use estimator='jvi_clip'"):
         lm(**batch())
     assert torch.isfinite(lm.eval()(**batch()).loss)
-
-
-@pytest.mark.parametrize("plan", ["chunked", "resample"])
-def test_plans_of_a_later_version_are_refused_by_name(plan):
-    with pytest.raises(ValueError, match=f"plan='{plan}' is not implemented in this version"):
-        wrap(base_model(), PerturbConfig(plan=plan))
-
-
-def test_a_chunk_size_is_refused_until_a_plan_uses_it():
-    with pytest.raises(ValueError, match="chunk_size=2 has no meaning"):
-        wrap(base_model(), PerturbConfig(chunk_size=2))
 
 
 def test_packing_under_flash_attention_is_refused_instead_of_read_as_one_document():

@@ -11,6 +11,9 @@ otherwise the backward makes the logits again. `head_blocks` has the rest.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -256,6 +259,22 @@ def _head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options
     return Head(dispatch.implementation(op, hidden.device, dtype), weight, bias, *options)
 
 
+_pulls = threading.local()
+
+
+@contextlib.contextmanager
+def without_pull() -> Iterator[None]:
+    """For a checkpointed region's first pass, whose linear_logprob is never differentiated.
+
+    What the backward needs is made when the region runs again, so here its place stays unfilled.
+    """
+    before, _pulls.put_off = getattr(_pulls, "put_off", False), True
+    try:
+        yield
+    finally:
+        _pulls.put_off = before
+
+
 @torch.library.custom_op("fastperturb::linear_logprob", mutates_args=())
 def _logprob(
     hidden: Tensor,
@@ -272,12 +291,13 @@ def _logprob(
     _check_targets(target, valid_vocab, ignore_index)
     options = logit_scale, softcap, valid_vocab, ignore_index
     head = _head("linear_logprob", hidden, weight, bias, *options)
+    put_off = want_pull and getattr(_pulls, "put_off", False)
     with dispatch.full_precision(hidden.device):
         found = head_blocks.linear_logprob(
-            head, hidden, target, want_pull=want_pull, want_entropy=want_entropy
+            head, hidden, target, want_pull=want_pull and not put_off, want_entropy=want_entropy
         )
-    entropy, pull = _or_empty(found.entropy, hidden), _or_empty(found.pull, hidden)
-    return found.log_probs, found.lse, found.hit, entropy, pull
+    pull = hidden.new_empty(hidden.shape) if put_off else _or_empty(found.pull, hidden)
+    return found.log_probs, found.lse, found.hit, _or_empty(found.entropy, hidden), pull
 
 
 @torch.library.custom_op("fastperturb::linear_logprob_backward", mutates_args=())
