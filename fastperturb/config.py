@@ -18,6 +18,8 @@ PLANS = ("auto", "batched", "chunked", "resample")
 
 # These combine draws as if they were independent; an antithetic pair is not.
 INDEPENDENT_DRAWS = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
+# These can be mixed in one loss: their values come from all draws of one pass.
+MIXABLE = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
 # One draw leaves nothing to pair, to leave out or to telescope.
 AT_LEAST_TWO_DRAWS = ("quadratic", "jvi", "jvi_clip", "mlmc")
 
@@ -30,7 +32,8 @@ class PerturbConfig:
         (`latent_dim` is ignored by diagonal, `hidden_dim` by diagonal, lowrank and affine).
     init_scale, min_scale: root mean square of the shift over that of the embedding table,
         at the start and at the least.
-    marginal, estimator, num_samples, antithetic: the estimating equation and its M draws.
+    marginal, estimator, num_samples, antithetic: the estimating equation and its M draws. A
+        mixture of equations is a mapping from their names to their weights in the loss.
     backward_samples: the K draws that `resample` sends backward; None is round(sqrt(M / 2)).
     plan, chunk_size: how the M samples go through the trunk.
     """
@@ -41,7 +44,7 @@ class PerturbConfig:
     hidden_dim: int = 64
     scope: str = "token"
     marginal: str = "token"
-    estimator: str = "iwae"
+    estimator: str | Mapping[str, float] = "iwae"
     num_samples: int = 8
     backward_samples: int | None = None
     init_scale: float = 0.2
@@ -53,6 +56,11 @@ class PerturbConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             _require_choice(name, getattr(self, name), choices)
+        if isinstance(self.estimator, Mapping):
+            _check_mixture(self.estimator)
+            object.__setattr__(self, "estimator", dict(self.estimator))
+        else:
+            _require_choice("estimator", self.estimator, ESTIMATORS)
         for name in ("latent_dim", "hidden_dim", "num_samples"):
             _require_count(name, getattr(self, name))
         if self.chunk_size is not None:
@@ -62,7 +70,7 @@ class PerturbConfig:
             raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
         _require_scale("init_scale", self.init_scale, positive=True)
         _require_scale("min_scale", self.min_scale, positive=False)
-        if self.estimator == "quadratic" and self.marginal == "sequence":
+        if "quadratic" in self.equations and self.marginal == "sequence":
             raise ValueError(
                 "marginal='sequence' has no estimator='quadratic': the quadratic equation needs "
                 "every outcome of the marginal; use marginal='token' or another estimator of "
@@ -74,7 +82,15 @@ class PerturbConfig:
                 "use estimator='iwae' or 'resample', or another plan of "
                 f"{tuple(plan for plan in PLANS if plan != 'resample')}"
             )
-        check_draws(self.estimator, self.num_samples, antithetic=self.antithetic)
+        for name in self.equations:
+            check_draws(name, self.num_samples, antithetic=self.antithetic)
+
+    @property
+    def equations(self) -> dict[str, float]:
+        """The estimating equations and their weights in the loss."""
+        if isinstance(self.estimator, str):
+            return {self.estimator: 1.0}
+        return dict(self.estimator)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` turns back into an equal config."""
@@ -98,9 +114,19 @@ _CHOICES = {
     "latent": LATENTS,
     "scope": SCOPES,
     "marginal": MARGINALS,
-    "estimator": ESTIMATORS,
     "plan": PLANS,
 }
+
+
+def _check_mixture(estimator: Mapping[Any, Any]) -> None:
+    if not estimator:
+        raise ValueError(f"estimator must name an equation of {MIXABLE} or more, got {estimator!r}")
+    for name, weight in estimator.items():
+        if name not in MIXABLE:
+            raise ValueError(
+                f"estimator={estimator!r} mixes {name!r}; what can be mixed is {MIXABLE}"
+            )
+        _require_scale(f"the weight of {name!r} in estimator", weight, positive=True)
 
 
 def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -> None:

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from fastperturb.standard_errors import StandardErrors
 
 IGNORED = -100
+# A shift below this share of where it began is a collapse; how often a GPU's is looked at.
+_COLLAPSED, _WATCHED_STEPS = 0.01, 100
 
 
 @dataclass
@@ -44,6 +48,7 @@ class PerturbedOutput(ModelOutput):
     log_probs: each sample's log-prob of each label, [M, B, T-1], 0 where there is no label.
     ess: effective samples, the mean over labelled outcomes of 1 / sum_m w[m]^2.
     shift: mean of |T(e) - e| / |e| over samples and perturbed positions.
+    log_prob_variance: over samples, the mean of it over labelled outcomes.
     logits: log of the mean probability over samples, [B, T, V], on request.
     """
 
@@ -52,6 +57,7 @@ class PerturbedOutput(ModelOutput):
     log_probs: Tensor | None = None
     ess: Tensor | None = None
     shift: Tensor | None = None
+    log_prob_variance: Tensor | None = None
     logits: Tensor | None = None
 
 
@@ -83,6 +89,7 @@ class PerturbedLM(nn.Module):
         self.transform = make_transform(config, embed_dim, embed_rms=rms)
         self.transform.to(rms.device)
         self._exact = False
+        self._steps, self._collapsed = 0, False
         self._planner = plans.Planner()
         self._report: plans.PlanReport | None = None
 
@@ -146,7 +153,27 @@ class PerturbedLM(nn.Module):
             found = self._estimate(batch, scored, live, num_items_in_batch)
         if scored.log_sum is not None:
             found["logits"] = scored.log_sum - math.log(draws.count)
-        return PerturbedOutput(**found, shift=batch.shift(scored.travelled))
+        shift = batch.shift(scored.travelled)
+        self._watch(shift)
+        return PerturbedOutput(**found, shift=shift)
+
+    def _watch(self, shift: Tensor) -> None:
+        """Warn, once, when training has all but stopped the embeddings from moving."""
+        if self._exact or not self.training or self._collapsed:
+            return
+        self._steps += 1
+        if shift.device.type != "cpu" and self._steps % _WATCHED_STEPS:
+            return  # to look at it costs a GPU a synchronisation
+        self._collapsed = bool(0 < shift < _COLLAPSED * self.config.init_scale)
+        if self._collapsed:
+            warnings.warn(
+                f"the perturbation has collapsed: embeddings move by {float(shift):.1e} of their "
+                f"length, below {_COLLAPSED:.0%} of init_scale={self.config.init_scale}, which is "
+                "exact-prefix training again; use more samples, an equation that is unbiased with "
+                "few (quadratic, jvi_clip), or a floor (min_scale)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def plan_report(self) -> plans.PlanReport:
         """Which plan the last forward took, and why."""
@@ -183,8 +210,8 @@ class PerturbedLM(nn.Module):
         embeddings: Tensor,
     ) -> _Draws:
         """The noise of a call, and how many samples the estimator takes of it."""
-        estimator = "iwae" if self._exact else self.config.estimator
-        if estimator == "jvi" and self.training and torch.is_grad_enabled():
+        equations = {"iwae": 1.0} if self._exact else self.config.equations
+        if "jvi" in equations and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "estimator='jvi' is for evaluation: its weights can be negative and training "
                 "with them diverged; use estimator='jvi_clip', whose weights are clipped"
@@ -196,24 +223,26 @@ class PerturbedLM(nn.Module):
         if rows is None:
             rows = torch.arange(len(embeddings), device=device)
         if self._exact:
-            return _Draws(seed, rows, 1, estimator)
+            return _Draws(seed, rows, 1, equations)
         wanted = self.config.num_samples if num_samples is None else num_samples
-        check_draws(estimator, wanted, antithetic=self.config.antithetic)
-        if estimator not in ("sumo", "mlmc"):
-            return _Draws(seed, rows, wanted, estimator)
-        telescope = estimators.Telescope(estimator, wanted)
+        for name in equations:
+            check_draws(name, wanted, antithetic=self.config.antithetic)
+        first = next(iter(equations))
+        if first not in ("sumo", "mlmc"):
+            return _Draws(seed, rows, wanted, equations)
+        telescope = estimators.Telescope(first, wanted)
         # One level for the whole step: every row, micro-batch and rank agrees on it.
         one_row = torch.zeros(1, dtype=torch.int64, device=device)
         uniform = noise.auxiliary_uniforms(seed, 1, one_row)
         level = telescope.sample(uniform.reshape(()))
-        return _Draws(seed, rows, int(telescope.draws(level)), estimator, telescope, level)
+        return _Draws(seed, rows, int(telescope.draws(level)), equations, telescope, level)
 
     def _samples(self, batch: _Batch) -> tuple[plans.Pass, _Live | None]:
         """Run the draws by the configured plan: all M scored, and what resample runs again."""
         draws, config = batch.draws, self.config
         run = functools.partial(self._run, batch)
         samples = torch.arange(draws.count, device=batch.embeddings.device)
-        by_default = draws.estimator == "resample" and config.plan == "auto"
+        by_default = "resample" in draws.equations and config.plan == "auto"
         resampling = torch.is_grad_enabled() and (by_default or config.plan == "resample")
         if self._exact or not resampling:
             self._report = report = self._choose(batch, run, samples)
@@ -230,7 +259,7 @@ class PerturbedLM(nn.Module):
         size = min(config.chunk_size or kept, draws.count)
         with torch.no_grad():
             scored = plans.chunked(run, samples, size)
-        resampled = draws.resample(batch.outcomes(scored), batch.outcome_mask(), config)
+        resampled = draws.resample(batch.outcomes(scored.log_probs), batch.outcome_mask(), config)
         live = plans.chunked(run, resampled.drawn, size) if size < kept else run(resampled.drawn)
         reason = f"{draws.count} samples scored without gradient, {kept} of them run again with it"
         self._report = plans.PlanReport("resample", size, reason)
@@ -271,15 +300,14 @@ class PerturbedLM(nn.Module):
         ).last_hidden_state  # (m B, T, D)
         log_probs = log_sum = None
         weight, options = parts.head.weight, parts.head_options
-        is_quadratic = draws.estimator == "quadratic"
-        if batch.labels is not None and not is_quadratic:
+        if batch.labels is not None and set(draws.equations) != {"quadratic"}:
             target = batch.target().repeat(count)
             log_probs = ops.linear_logprob(hidden.flatten(0, 1), weight, target, **options)
             log_probs = log_probs.view(count, size, length)[:, :, :-1]
         hidden = hidden.unflatten(0, (count, size))
         if batch.return_logits:
             log_sum = _log_sum(hidden, weight, options)
-        kept = hidden if is_quadratic else None
+        kept = hidden if "quadratic" in draws.equations else None
         return plans.Pass(_travelled(moved, embeddings), log_probs, kept, log_sum)
 
     def _estimate(
@@ -291,37 +319,47 @@ class PerturbedLM(nn.Module):
     ) -> dict[str, Tensor | None]:
         """The loss, and what is known about the samples."""
         draws, marginal, mask = batch.draws, self.config.marginal, batch.mask()
-        log_probs, quadratic = scored.log_probs, None
+        log_probs = scored.log_probs
+        values = {}
         if scored.hidden is not None:
             M, size, length, _ = scored.hidden.shape
-            quadratic, log_probs = ops.linear_quadratic(
+            values["quadratic"], each = ops.linear_quadratic(
                 scored.hidden.flatten(1, 2),
                 batch.parts.head.weight,
                 batch.target(),
                 **batch.parts.head_options,
                 return_log_probs=True,
             )
-            log_probs = log_probs.detach().view(M, size, length)[:, :, :-1]
+            if log_probs is None:
+                log_probs = each.detach().view(M, size, length)[:, :, :-1]
         assert log_probs is not None
-        combinable = draws.estimator in COMBINABLE
-        combined = ops.combine(
-            log_probs if combinable else log_probs.detach(),
-            mask,
-            draws.estimator if combinable else "iwae",
-            marginal=marginal,
+        combined = {
+            name: ops.combine(log_probs, mask, name, marginal=marginal)
+            for name in draws.equations
+            if name in COMBINABLE
+        }
+        values |= {name: each.value for name, each in combined.items()}
+        if live is not None:
+            values = {
+                name: live.resampled.estimate(batch.outcomes(live.found.log_probs))
+                for name in draws.equations
+            }
+        elif "resample" in draws.equations or draws.telescope is not None:
+            (name,) = draws.equations
+            values[name] = draws.combine(
+                batch.outcomes(scored.log_probs), batch.outcome_mask(), self.config
+            )
+        total = sum(weight * values[name].sum() for name, weight in draws.equations.items())
+        combined["iwae"] = combined.get("iwae") or ops.combine(
+            log_probs.detach(), mask, "iwae", marginal=marginal
         )
-        value = combined.value
-        if quadratic is not None:
-            value = quadratic
-        elif live is not None:
-            value = live.resampled.estimate(batch.outcomes(live.found))
-        elif not combinable:
-            value = draws.combine(batch.outcomes(scored), batch.outcome_mask(), self.config)
+        labelled = batch.outcome_mask()
         return {
-            "loss": -value.sum() / _label_count(mask, num_items_in_batch),
-            "log_marginal": combined.log_marginal,
+            "loss": -total / _label_count(mask, num_items_in_batch),
+            "log_marginal": combined["iwae"].log_marginal,
             "log_probs": log_probs,
-            "ess": combined.effective_samples.sum() / batch.outcome_mask().sum().clamp_min(1),
+            "log_prob_variance": _variance(batch.outcomes(log_probs), labelled),
+            "ess": combined["iwae"].effective_samples.sum() / labelled.sum().clamp_min(1),
         }
 
     def generate(
@@ -424,6 +462,34 @@ class PerturbedLM(nn.Module):
             seed=seed,
         )
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        save_base: bool | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write everything that trained into a folder that `fastperturb.load` reads.
+
+        The transform, and the adapter by PEFT. save_base: whether to write a base without
+        adapters too; None is whether any of its parameters requires a gradient.
+        is_main_process: the other processes of a distributed run write nothing.
+        """
+        from fastperturb import saving
+
+        saving.save_pretrained(
+            self, save_directory, save_base=save_base, is_main_process=is_main_process
+        )
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload what save_pretrained writes to the Hugging Face Hub, as one commit.
+
+        options: private, token, save_base, commit_message, and those of `upload_folder`.
+        """
+        from fastperturb import saving
+
+        return saving.push_to_hub(self, repo_id, **options)
+
     @contextlib.contextmanager
     def _configured(self, **changes: Any) -> Iterator[None]:
         """Within it these keys of the config are others."""
@@ -460,10 +526,10 @@ class _Batch:
         assert self.labels is not None
         return self.labels[:, 1:] != IGNORED
 
-    def outcomes(self, found: plans.Pass) -> Tensor:
+    def outcomes(self, log_probs: Tensor | None) -> Tensor:
         """The log-probs of what the marginal is of: labels [m, B, T-1], or rows [m, B]."""
-        assert found.log_probs is not None
-        return found.log_probs if self.marginal == "token" else found.log_probs.sum(-1)
+        assert log_probs is not None
+        return log_probs if self.marginal == "token" else log_probs.sum(-1)
 
     def outcome_mask(self) -> Tensor:
         return self.mask() if self.marginal == "token" else self.mask().any(-1)
@@ -492,7 +558,7 @@ class _Draws:
     seed: Tensor
     rows: Tensor
     count: int
-    estimator: str
+    equations: dict[str, float]
     telescope: estimators.Telescope | None = None
     level: Tensor | None = None
 
@@ -546,6 +612,13 @@ def _travelled(moved: Tensor, embeddings: Tensor) -> Tensor:
     """The sum over samples of |T(e) - e| [B, T], one sample at a time."""
     lengths = ((sample - embeddings).float().norm(dim=-1) for sample in moved)
     return functools.reduce(torch.add, lengths)
+
+
+@torch.no_grad()
+def _variance(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Over samples [M, ...], the mean of it where the mask is set; 0 for one sample."""
+    variance = log_probs.float().var(0, correction=min(1, len(log_probs) - 1))
+    return variance.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
 
 
 def _log_sum(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:

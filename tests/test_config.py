@@ -91,3 +91,21 @@ def test_the_resample_plan_refuses_estimators_it_does_not_estimate():
 def test_more_backward_samples_than_samples_are_refused():
     with pytest.raises(ValueError, match="backward_samples must not exceed num_samples=4, got 5"):
         PerturbConfig(num_samples=4, backward_samples=5)
+
+
+def test_a_mixture_of_equations_is_checked_and_survives_the_round_trip():
+    config = PerturbConfig(estimator={"iwae": 1, "quadratic": 0.1})
+    assert config.equations == {"iwae": 1, "quadratic": 0.1}
+    assert PerturbConfig.from_dict(config.to_dict()) == config
+    assert PerturbConfig().equations == {"iwae": 1.0}
+    for estimator, message in [
+        ({}, "must name an equation"),
+        ({"resample": 1.0}, "mixes 'resample'; what can be mixed is"),
+        ({"iwae": 0.0}, "the weight of 'iwae' in estimator must be a finite number above 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PerturbConfig(estimator=estimator)
+    with pytest.raises(ValueError, match="quadratic equation needs every outcome"):
+        PerturbConfig(estimator={"iwae": 1.0, "quadratic": 0.1}, marginal="sequence")
+    with pytest.raises(ValueError, match="antithetic=True pairs the draws"):
+        PerturbConfig(estimator={"iwae": 1.0, "quadratic": 0.1}, antithetic=True)
