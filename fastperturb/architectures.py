@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def understand(model: nn.Module) -> CausalLM:
     for outer in (model, base):
         if _is_hooked(outer):
             raise ValueError(
-                f"model {type(outer).__name__} carries hooks (of a device_map over several devices, "
+                f"model {type(outer).__name__} carries hooks (of a device_map over devices, "
                 "offloading, FSDP or ZeRO-3, for example), which the engine would skip; load it on "
                 "one device, and hook or shard the wrapper instead"
             )
-    if type(base).forward is not known.forward or _is_patched(base, known):
+    if not _runs_the_forward_of(known, base):
         raise ValueError(
             f"model {name} overrides the forward of {known.__name__}, so its head is not known; "
             f"wrap a {known.__name__} itself (under Liger, fused_linear_cross_entropy=False)"
@@ -106,9 +106,9 @@ def understand(model: nn.Module) -> CausalLM:
 def dropout_sources(model: nn.Module) -> list[str]:
     """The modules that draw random numbers in their present mode, with their rates.
 
-    Dropout (LoRA's too, and that which attention applies as a function) and a router's jitter.
-    Each Monte-Carlo copy meets its own draws, as each row of a batch does; a plan that runs a
-    pass twice without the random state of the first must refuse them.
+    Dropout (LoRA's too, and what attention applies as a function) and a router's jitter. Each
+    Monte-Carlo copy meets its own draws, as each row of a batch does; a plan that runs a pass
+    twice without the random state of the first must refuse them.
     """
     found = []
     for name, module in model.named_modules():
@@ -141,7 +141,8 @@ def _known_class(base: nn.Module) -> Any:
         )
     raise ValueError(
         f"model {type(base).__name__} is not supported: how it turns hidden states into "
-        f"logits is not known; supported are {', '.join(_HEADS)} and PEFT models of these"
+        f"logits is not known; use one of {', '.join(_HEADS)} or a PEFT model of these, or say "
+        "what its forward does after the head in fastperturb/architectures.py"
     )
 
 
@@ -171,8 +172,10 @@ def _without_adapters(model: Any) -> Any:
     )
 
 
-def _is_patched(base: nn.Module, known: Any) -> bool:
-    return "forward" in vars(base) or known.forward.__module__ != known.__module__
+def _runs_the_forward_of(known: Any, base: nn.Module) -> bool:
+    """No subclass overrides it, no instance hides it, and nothing was patched into its class."""
+    inherited = type(base).forward is known.forward and "forward" not in vars(base)
+    return inherited and known.forward.__module__ == known.__module__
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -267,7 +270,7 @@ def _advice(head: Any) -> str:
 
 def _is_plain(weight: Tensor) -> bool:
     """Whether reading the weight gives its numbers: no quantised, sharded or other subclass."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
 
 
 def _is_sharded(weight: Tensor) -> bool:

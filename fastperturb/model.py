@@ -28,6 +28,7 @@ from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.generate import generate
 from fastperturb.ops import reference
 from fastperturb.ops.combine import COMBINABLE
+from fastperturb.prefix import Prefix
 from fastperturb.transforms import make_transform
 
 if TYPE_CHECKING:
@@ -136,16 +137,22 @@ class PerturbedLM(nn.Module):
             checks.range("labels", labels[labels != IGNORED], vocab, f"be {IGNORED} (no label) or ")
         checks.no_packing_under_flash_attention(parts.trunk, position_ids)
         draws = self._draw(seed, rows, num_samples, embeddings)
+        moving, positions = _moving(attention_mask, position_ids, perturb_mask)
+        prefix = None
+        if perturb_mask is not None and moving is not None and position_ids is None:
+            prefix = self._prefix(parts, embeddings, attention_mask, moving, draws)
         batch = _Batch(
             parts,
             embeddings,
             attention_mask,
             position_ids,
-            *_moving(attention_mask, position_ids, perturb_mask),
+            moving,
+            positions,
             labels,
             draws,
             return_logits,
             self.config.marginal,
+            prefix,
         )
         scored, live = self._samples(batch)
         found: dict[str, Tensor | None] = {}
@@ -237,6 +244,19 @@ class PerturbedLM(nn.Module):
         level = telescope.sample(uniform.reshape(()))
         return _Draws(seed, rows, int(telescope.draws(level)), equations, telescope, level)
 
+    def _prefix(
+        self,
+        parts: CausalLM,
+        embeddings: Tensor,
+        attention_mask: Tensor | None,
+        moving: Tensor,
+        draws: _Draws,
+    ) -> Prefix | None:
+        """The leading positions that no sample moves, encoded; dropout would tie samples there."""
+        if draws.count == 1 or architectures.dropout_sources(self.base):
+            return None
+        return Prefix.of(parts.trunk, embeddings, attention_mask, moving)
+
     def _samples(self, batch: _Batch) -> tuple[plans.Pass, _Live | None]:
         """Run the draws by the configured plan: all M scored, and what resample runs again."""
         draws, config = batch.draws, self.config
@@ -292,18 +312,23 @@ class PerturbedLM(nn.Module):
                 antithetic=self.config.antithetic,
                 perturb_mask=batch.moving,
             )
-        hidden = parts.trunk(
-            inputs_embeds=moved.flatten(0, 1),
-            attention_mask=_repeat(batch.attention_mask, count),
-            position_ids=_repeat(batch.position_ids, count),
-            use_cache=False,
-        ).last_hidden_state  # (m B, T, D)
+        attention_mask = _repeat(batch.attention_mask, count)
+        if batch.prefix is not None:
+            hidden = batch.prefix.hidden_states(parts.trunk, moved, attention_mask)
+        else:
+            hidden = parts.trunk(
+                inputs_embeds=moved.flatten(0, 1),
+                attention_mask=attention_mask,
+                position_ids=_repeat(batch.position_ids, count),
+                use_cache=False,
+            ).last_hidden_state  # (m B, T, D)
         log_probs = log_sum = None
         weight, options = parts.head.weight, parts.head_options
         if batch.labels is not None and set(draws.equations) != {"quadratic"}:
             target = batch.target().repeat(count)
             log_probs = ops.linear_logprob(hidden.flatten(0, 1), weight, target, **options)
-            log_probs = log_probs.view(count, size, length)[:, :, :-1]
+            # No view: FSDP2 hooks what a module returns.
+            log_probs = log_probs.view(count, size, length)[:, :, :-1].contiguous()
         hidden = hidden.unflatten(0, (count, size))
         if batch.return_logits:
             log_sum = _log_sum(hidden, weight, options)
@@ -331,7 +356,7 @@ class PerturbedLM(nn.Module):
                 return_log_probs=True,
             )
             if log_probs is None:
-                log_probs = each.detach().view(M, size, length)[:, :, :-1]
+                log_probs = each.detach().view(M, size, length)[:, :, :-1].contiguous()
         assert log_probs is not None
         combined = {
             name: ops.combine(log_probs, mask, name, marginal=marginal)
@@ -420,7 +445,7 @@ class PerturbedLM(nn.Module):
         Arguments are those of a call, but for
         labels: by default every token that follows a real token of its document.
         num_samples: M; `chunk_size` of them at a time (default: as many as a training step has),
-            so that memory does not grow with M but for 4 bytes a token and draw.
+            so that memory grows with M by some 30 bytes a token and draw, and no more.
         """
         from fastperturb.score import score
 
@@ -514,6 +539,7 @@ class _Batch:
     draws: _Draws
     return_logits: bool
     marginal: str
+    prefix: Prefix | None
 
     def target(self) -> Tensor:
         """What each position predicts [B T]; the last one predicts nothing."""

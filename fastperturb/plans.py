@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -128,11 +128,8 @@ class Planner:
 
 def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:
     """The bytes that running these samples keeps for a backward, beyond the model's own."""
-    own = {
-        value.untyped_storage().data_ptr()
-        for value in (*owners.parameters(), *owners.buffers())
-        if value.numel()
-    }
+    shards = (getattr(value, "_local_tensor", value) for value in _state(owners))
+    own = {value.untyped_storage().data_ptr() for value in shards if value.numel()}
     kept: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
@@ -149,6 +146,11 @@ def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:
         result = run(samples)  # kept alive until all is counted: memory must not be used twice
     del result
     return sum(kept.values())
+
+
+def _state(owners: nn.Module) -> Iterator[Tensor]:
+    yield from owners.parameters()
+    yield from owners.buffers()
 
 
 def free_bytes(device: torch.device) -> int:

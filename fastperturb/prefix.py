@@ -1,0 +1,69 @@
+"""Positions before the first one that moves (a fixed system prompt, say): encoded once for all M.
+
+No sample's noise reaches them, so their keys, values and last hidden states serve every sample,
+and so does one backward through them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+# A shorter prefix is not worth a pass of its own.
+_LEAST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the trunk made of the first positions of each row."""
+
+    hidden: Tensor  # [B, P, D]
+    keys_values: list[tuple[Tensor, Tensor]]  # of each layer, [B, heads, P, head_dim]
+
+    @classmethod
+    def of(
+        cls, trunk: Any, embeddings: Tensor, attention_mask: Tensor | None, moving: Tensor
+    ) -> Prefix | None:
+        """The prefix in which nothing moves [B, T], if there is one and the cache can hold it."""
+        length = int(moving.any(0).long().argmax()) if bool(moving.any()) else 0
+        if length < _LEAST_SHARE * embeddings.shape[1] or not _cacheable(trunk):
+            return None
+        out = trunk(
+            inputs_embeds=embeddings[:, :length],
+            attention_mask=None if attention_mask is None else attention_mask[:, :length],
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        kept = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        return cls(out.last_hidden_state, kept)
+
+    def hidden_states(
+        self, trunk: Any, moved: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:  # [m B, T, D]
+        """The trunk on moved embeddings [m, B, T, D], from the end of the prefix on."""
+        count, length = len(moved), self.hidden.shape[1]
+        cache = DynamicCache()
+        for index, pair in enumerate(self.keys_values):
+            cache.update(*(value.repeat(count, 1, 1, 1) for value in pair), index)
+        rest = trunk(
+            inputs_embeds=moved[:, :, length:].flatten(0, 1),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return torch.cat([self.hidden.repeat(count, 1, 1), rest], dim=1)
+
+
+def _cacheable(trunk: Any) -> bool:
+    """Whether the trunk attends to all of a plain cache, and takes one as it is now."""
+    config = trunk.config
+    kinds = getattr(config, "layer_types", None) or []
+    is_whole = all(kind == "full_attention" for kind in kinds) and not (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    )
+    checkpoints = any(getattr(each, "gradient_checkpointing", False) for each in trunk.modules())
+    return is_whole and not (checkpoints and trunk.training)
