@@ -104,7 +104,18 @@ def describe(device: torch.device) -> dict[str, Any]:
         "name": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
+        "sdpa": sdpa_kernel(device),
     }
+
+
+def sdpa_kernel(device: torch.device) -> str:
+    """Whether torch's attention takes its flash kernel for our copies, and when it does not."""
+    query = torch.empty(8, 8, 128, 64, device=device, dtype=torch.bfloat16)
+    # Query, key, value, mask, dropout, causal, grouped heads.
+    params = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
+    if torch.backends.cuda.can_use_flash_attention(params):
+        return "flash in 16 bits without padding; padded batches and fp32 take a slower kernel"
+    return "no flash kernel: use attn_implementation='flash_attention_2', or expect less speed"
 
 
 def compiler() -> dict[str, str | None]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from fastperturb import PerturbConfig, noise, ops, wrap
+from fastperturb import PerturbConfig, doctor, noise, ops, wrap
 from fastperturb.config import LATENTS, TRANSFORMS
 from fastperturb.ops import reference
 from fastperturb.transforms import make_transform
@@ -52,26 +52,56 @@ def test_perturb_embed_matches_the_oracle(family, dtype):
         assert (got - want).norm() <= tolerance * want.norm()
 
 
+@pytest.mark.parametrize("size", [(40, 64, 300), (300, 1024, 32000)], ids=["small", "real"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_heads_match_the_oracle(dtype):
-    hidden = torch.randn(3, 40, 64, device="cuda").to(dtype)
-    weight = torch.randn(300, 64, device="cuda").to(dtype)
-    target = torch.randint(300, (40,), device="cuda")
+def test_the_heads_match_the_oracle(dtype, frozen, size):
+    tokens, dim, words = size
+    hidden = torch.randn(3, tokens, dim, device="cuda").to(dtype)
+    weight = (4 * torch.randn(words, dim, device="cuda") / dim**0.5).to(dtype)
+    bias = torch.randn(words, device="cuda").to(dtype)
+    target = torch.randint(words - 9, (tokens,), device="cuda")
     target[::5] = -100
+    options = {"logit_scale": 0.9, "softcap": 20.0, "valid_vocab": words - 7}
     for ours, right, inputs in (
         (ops.linear_logprob, reference.linear_logprob, hidden[0]),
         (ops.linear_quadratic, reference.linear_quadratic, hidden),
     ):
-        leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
-        value = ours(*leaves, target)
+        leaves = [inputs.clone().requires_grad_()]
+        leaves += [value.clone().requires_grad_(not frozen) for value in (weight, bias)]
+        value = ours(*leaves[:2], target, bias=leaves[2], **options)
         upstream = torch.randn_like(value)
-        results = [value, *torch.autograd.grad(value, leaves, upstream)]
+        wanted = leaves[:1] if frozen else leaves
+        results = [value, *torch.autograd.grad(value, wanted, upstream)]
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        truth = right(*exact, target)
-        expected = [truth, *torch.autograd.grad(truth, exact, upstream.double())]
+        truth = right(*exact[:2], target, bias=exact[2], **options)
+        expected = torch.autograd.grad(truth, exact[: len(wanted)], upstream.double())
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-        for got, want in zip(results, expected, strict=True):
+        for got, want in zip(results, [truth, *expected], strict=True):
             assert (got - want).norm() <= tolerance * want.norm()
+
+
+def test_under_autocast_the_heads_multiply_in_16_bits_and_answer_in_fp32():
+    hidden = torch.randn(64, 128, device="cuda", requires_grad=True)
+    weight, target = torch.randn(500, 128, device="cuda"), torch.arange(64, device="cuda")
+    rounded = hidden.bfloat16().float(), weight.bfloat16().float()
+    expected = reference.linear_logprob(*rounded, target)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        value = ops.linear_logprob(hidden, weight, target)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3)
+    value.sum().backward()
+    assert hidden.grad.dtype == torch.float32 and torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("estimator", ["jensen", "iwae", "jvi_clip"])
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_combine_is_the_same_on_both_devices(estimator, marginal):
+    log_probs, mask = 3 * torch.randn(8, 5, 70) - 9, torch.rand(5, 70) < 0.8
+    right = ops.combine(log_probs.double(), mask, estimator, marginal=marginal)
+    ours = ops.combine(log_probs.cuda(), mask.cuda(), estimator, marginal=marginal)
+    for got, want in zip(ours, right, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_out_of_range_target_is_nan_and_stops_nobody():
@@ -81,7 +111,10 @@ def test_an_out_of_range_target_is_nan_and_stops_nobody():
     assert value[2] == 0
 
 
-def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu():
+@pytest.mark.parametrize(
+    ("plan", "chunk_size"), [("auto", None), ("batched", None), ("chunked", 3), ("resample", None)]
+)
+def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu(plan, chunk_size):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=97,
@@ -91,7 +124,8 @@ def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu():
         num_attention_heads=4,
         initializer_range=0.2,
     )
-    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig())
+    options = {"backward_samples": 2} if plan == "resample" else {"chunk_size": chunk_size}
+    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig(plan=plan, **options))
     ids = torch.randint(97, (2, 12))
     on_cpu = lm(input_ids=ids, labels=ids, seed=5).loss
     expected = torch.autograd.grad(on_cpu, lm.transform.U)[0]
@@ -100,3 +134,8 @@ def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu():
     gradient = torch.autograd.grad(on_gpu, lm.transform.U)[0].cpu()
     assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-4)
     assert (gradient - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_the_doctor_says_whether_attention_is_flash():
+    report = doctor.describe(torch.device("cuda", 0))
+    assert "flash" in report["sdpa"]
