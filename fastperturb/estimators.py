@@ -101,9 +101,7 @@ class Resampled:
     weights: Tensor
 
     @classmethod
-    def of(
-        cls, log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None
-    ) -> Resampled:
+    def of(cls, log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None) -> Resampled:
         """From all M draws' log-probs and the uniforms [K, B] that choose among them."""
         mask = _check_log_probs(log_probs, mask)
         value, weights = _iwae(_lowered(log_probs))
@@ -137,14 +135,16 @@ def draw_samples(weights: Tensor, uniforms: Tensor, *, mask: Tensor) -> tuple[Te
     return drawn.clamp_max(num_samples - 1).T, law
 
 
-def default_backward_samples(num_samples: int, backward_samples: int | None) -> int:
-    """K: as asked, or sqrt(M/2), which balances what K costs against the noise it removes.
+def default_backward_samples(
+    num_samples: int, backward_samples: int | None, draw_noise: float = 1.0
+) -> int:
+    """K: as asked, or sqrt(c M / 2), which balances what K costs against the noise it removes.
 
-    A step costs 2M + 4K forwards' worth and its gradient's second moment falls like 1 + 1/K.
+    A step costs (2M + 4K)P and its gradient's noise is 1 + c / K, c = draw_noise.
     """
     check_backward_samples(backward_samples, num_samples)
     if backward_samples is None:
-        return max(1, round(math.sqrt(num_samples / 2)))
+        return min(num_samples, max(1, round(math.sqrt(draw_noise * num_samples / 2))))
     return backward_samples
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from fastperturb import checks, noise, ops
@@ -92,7 +92,7 @@ def generate(
     )
 
 
-class _Prefix(NamedTuple):
+class _Sequences(NamedTuple):
     """What is decoded so far and what keys its noise, for N = B S sequences."""
 
     ids: Tensor  # [N, T]
@@ -101,15 +101,15 @@ class _Prefix(NamedTuple):
     rows: Tensor  # [N]
     samples: Tensor  # [N, M], the numbers of its draws
 
-    def append(self, tokens: Tensor) -> _Prefix:
+    def append(self, tokens: Tensor) -> _Sequences:
         return self._replace(
             ids=torch.cat([self.ids, tokens[:, None]], dim=1),
             mask=F.pad(self.mask, (0, 1), value=1),
             moves=F.pad(self.moves, (0, 1), value=True),
         )
 
-    def select(self, kept: Tensor) -> _Prefix:
-        return _Prefix(*(tensor[kept] for tensor in self))
+    def select(self, kept: Tensor) -> _Sequences:
+        return _Sequences(*(tensor[kept] for tensor in self))
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class _Decoder:
     perturb_mask: Tensor | None  # [B, T]
     streamer: Any
 
+    # An argument with a name that transformers' own loop has not would be kept from `generate`,
+    # so the mask and the cache are taken from **model_kwargs.
     def __call__(
         self,
         model: Any,
@@ -135,21 +137,26 @@ class _Decoder:
     ) -> Tensor:
         _check_settings(generation_config)
         copies = len(input_ids) // len(self.rows)
-        prefix = self._prompt(input_ids, model_kwargs.get("attention_mask"), copies)
+        sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), copies)
         cached = model_kwargs["use_cache"] and not self.redrawn
         cache = model_kwargs["past_key_values"] if cached else None
+        if self.draws > 1 and isinstance(cache, StaticCache):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} has no room for "
+                f"the {self.draws} streams of mode='mixture'; leave it None"
+            )
         pad = _padding(generation_config, stopping_criteria)
-        unfinished = torch.ones_like(prefix.rows, dtype=torch.bool)
+        unfinished = torch.ones_like(sequences.rows, dtype=torch.bool)
         self._stream(input_ids)
         while unfinished.any():
             if cached:
-                logits = self._next_logits(model, prefix, cache)
+                logits = self._next_logits(model, sequences, cache)
             else:  # what will be padding need not be encoded
                 live = unfinished | (pad is None)
-                found = self._next_logits(model, prefix.select(live))
+                found = self._next_logits(model, sequences.select(live))
                 logits = found.new_zeros(len(live), found.shape[-1])
                 logits[live] = found
-            scores = logits_processor(prefix.ids, logits)
+            scores = logits_processor(sequences.ids, logits)
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
@@ -157,15 +164,15 @@ class _Decoder:
             if pad is not None:
                 tokens = tokens.where(unfinished, pad)
             self._stream(tokens)
-            prefix = prefix.append(tokens)
+            sequences = sequences.append(tokens)
             if self.redrawn:
-                prefix = prefix._replace(samples=prefix.samples + copies)
-            unfinished = unfinished & ~stopping_criteria(prefix.ids, None)
+                sequences = sequences._replace(samples=sequences.samples + copies)
+            unfinished = unfinished & ~stopping_criteria(sequences.ids, None)
         if self.streamer is not None:
             self.streamer.end()
-        return prefix.ids
+        return sequences.ids
 
-    def _prompt(self, ids: Tensor, mask: Tensor | None, copies: int) -> _Prefix:
+    def _prompt(self, ids: Tensor, mask: Tensor | None, copies: int) -> _Sequences:
         mask = torch.ones_like(ids) if mask is None else mask
         if (mask[:, -1] == 0).any() or (mask.diff(dim=1) < 0).any():
             raise ValueError(
@@ -176,7 +183,7 @@ class _Decoder:
         if self.perturb_mask is not None:
             moves = moves & self.perturb_mask.repeat_interleave(copies, 0)
         samples = torch.arange(copies * self.draws, device=ids.device).view(copies, self.draws)
-        return _Prefix(
+        return _Sequences(
             ids,
             mask,
             moves,
@@ -184,25 +191,25 @@ class _Decoder:
             samples=samples.repeat(len(self.rows), 1),
         )
 
-    def _next_logits(self, model: Any, prefix: _Prefix, cache: Any = None) -> Tensor:
+    def _next_logits(self, model: Any, sequences: _Sequences, cache: Any = None) -> Tensor:
         """The model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
         start = 0 if cache is None else int(cache.get_seq_length())
-        positions = (prefix.mask.cumsum(1) - 1).clamp_min(0)[:, start:]
+        positions = (sequences.mask.cumsum(1) - 1).clamp_min(0)[:, start:]
         moved = ops.perturb_embed(
-            model.get_input_embeddings()(prefix.ids[:, start:]),
+            model.get_input_embeddings()(sequences.ids[:, start:]),
             None,
             self.lm.transform,
             self.seed,
-            prefix.samples.T,
-            rows=prefix.rows,
+            sequences.samples.T,
+            rows=sequences.rows,
             positions=positions,
             # Only draws that are averaged come in pairs: steps and copies are independent.
             antithetic=self.lm.config.antithetic and self.draws > 1,
-            perturb_mask=prefix.moves[:, start:],
+            perturb_mask=sequences.moves[:, start:],
         )  # (M, N, L, D)
         output = model(
             inputs_embeds=moved.flatten(0, 1),
-            attention_mask=prefix.mask.repeat(self.draws, 1),
+            attention_mask=sequences.mask.repeat(self.draws, 1),
             position_ids=positions.repeat(self.draws, 1),
             past_key_values=cache,
             use_cache=cache is not None,

@@ -32,6 +32,7 @@ from fastperturb.prefix import Prefix
 from fastperturb.transforms import make_transform
 
 if TYPE_CHECKING:
+    from fastperturb.gradient_noise import GradientNoise
     from fastperturb.score import Score
     from fastperturb.standard_errors import StandardErrors
 
@@ -93,6 +94,7 @@ class PerturbedLM(nn.Module):
         self._steps, self._collapsed = 0, False
         self._planner = plans.Planner()
         self._report: plans.PlanReport | None = None
+        self._draw_noise: float | None = None  # of resample, where measured
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[PerturbedLM]:
@@ -236,7 +238,7 @@ class PerturbedLM(nn.Module):
             check_draws(name, wanted, antithetic=self.config.antithetic)
         first = next(iter(equations))
         if first not in ("sumo", "mlmc"):
-            return _Draws(seed, rows, wanted, equations)
+            return _Draws(seed, rows, wanted, equations, draw_noise=self._draw_noise)
         telescope = estimators.Telescope(first, wanted)
         # One level for the whole step: every row, micro-batch and rank agrees on it.
         one_row = torch.zeros(1, dtype=torch.int64, device=device)
@@ -275,13 +277,15 @@ class PerturbedLM(nn.Module):
                 f"plan='resample' runs the model twice, and dropout would differ between: "
                 f"{', '.join(sources[:3])}; set it to 0, or use another estimator and plan"
             )
-        kept = estimators.default_backward_samples(draws.count, config.backward_samples)
+        kept = draws.backward_samples(config)
         size = min(config.chunk_size or kept, draws.count)
         with torch.no_grad():
             scored = plans.chunked(run, samples, size)
         resampled = draws.resample(batch.outcomes(scored.log_probs), batch.outcome_mask(), config)
         live = plans.chunked(run, resampled.drawn, size) if size < kept else run(resampled.drawn)
         reason = f"{draws.count} samples scored without gradient, {kept} of them run again with it"
+        if config.backward_samples is None and draws.draw_noise is not None:
+            reason += ", which is the best number at the measured gradient noise"
         self._report = plans.PlanReport("resample", size, reason)
         return scored, _Live(resampled, live)
 
@@ -459,6 +463,38 @@ class PerturbedLM(nn.Module):
         draws = {"num_samples": num_samples, "rows": rows, "seed": seed}
         return score(self, inputs, draws, chunk_size)
 
+    def gradient_noise(
+        self,
+        *,
+        repeats: int = 8,
+        estimators: Sequence[str | Mapping[str, float]] | None = None,
+        parameters: str = "transform",
+        seed: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> GradientNoise:
+        """Signal-to-noise of a batch's gradient, by estimator and at equal flops.
+
+        From now on resample takes the K that is best by it, unless the config names one.
+
+        inputs: a call's arguments, with labels. repeats: how many seeds.
+        estimators: to compare with iwae and resample, which are always measured; default the
+            config's and jvi_clip.
+        parameters: the gradient is that of the "transform" or of all "trainable" ones.
+        seed: of the seeds; default torch's generator, which is left as it was.
+        """
+        from fastperturb.gradient_noise import gradient_noise
+
+        found = gradient_noise(
+            self,
+            inputs,
+            repeats=repeats,
+            compared=estimators,
+            parameters=parameters,
+            seed=seed,
+        )
+        self._draw_noise = found.draw_noise
+        return found
+
     def standard_errors(
         self,
         dataloader: Iterable[Mapping[str, Tensor]],
@@ -470,7 +506,8 @@ class PerturbedLM(nn.Module):
     ) -> StandardErrors:
         """Standard errors of the transform's parameters at a solution of the estimating equation.
 
-        dataloader: batches of a call's arguments, with labels; all are kept. Examples are rows.
+        dataloader: batches of a call's arguments, with labels; all are kept. An example is a row;
+            those without a number in "rows" are numbered through.
         parameters: names, as ["U"]; the others are held. Default: all of the transform's.
         bread: "information", the sandwich, which runs the data 2P times; "outer", the inverse of
             the scores' outer products, once; "auto", information for up to 256 parameters.
@@ -587,6 +624,12 @@ class _Draws:
     equations: dict[str, float]
     telescope: estimators.Telescope | None = None
     level: Tensor | None = None
+    draw_noise: float | None = None  # of resample, where measured
+
+    def backward_samples(self, config: PerturbConfig) -> int:
+        """K of resample."""
+        measured = 1.0 if self.draw_noise is None else self.draw_noise
+        return estimators.default_backward_samples(self.count, config.backward_samples, measured)
 
     def combine(self, outcomes: Tensor, mask: Tensor, config: PerturbConfig) -> Tensor:
         """The value of a telescope or of resample, whose own draws come from the seed too."""
@@ -601,7 +644,7 @@ class _Draws:
         return estimators.Resampled.of(outcomes, self._uniforms(config), mask=mask)
 
     def _uniforms(self, config: PerturbConfig) -> Tensor:
-        kept = estimators.default_backward_samples(self.count, config.backward_samples)
+        kept = self.backward_samples(config)
         first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
         return noise.auxiliary_uniforms(self.seed, kept, first_rows)
 

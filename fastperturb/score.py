@@ -7,8 +7,8 @@ on log mean p is w[m] - 1/M (the delta method), and the standard error of any su
 
 Outcomes of one row share their draws, so influences add before they are squared; rows are
 independent, since their numbers key the noise, and their squares add. All of it, the jackknife
-and the M-curve too, comes from one set of log-probs [M, B, T-1], 4 bytes a token and draw: a few
-times that and one chunk's activations are all the memory there is to it.
+and the M-curve too, comes from one set of log-probs [M, B, T-1], 4 bytes a token and draw: seven
+times that, or one chunk's activations, is all the memory it takes.
 
 Antithetic draws are independent by pairs, so there errors, jackknife and M-curve take a pair's
 mean probability for one draw.

@@ -80,9 +80,9 @@ def standard_errors(
             f"{count} parameters have a covariance of {count} x {count}, and at most "
             f"{_MOST_PARAMETERS} are supported; choose some with parameters=[...] of {sizes}"
         )
-    # resample, sumo and mlmc estimate iwae's gradient.
-    known = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
-    estimator = lm.config.estimator if lm.config.estimator in known else "iwae"
+    estimator = lm.config.estimator
+    if estimator in ("resample", "sumo", "mlmc"):  # which estimate iwae's gradient
+        estimator = "iwae"
     bread = _bread(bread, estimator, count)
     _check_model(lm, bread)
     if seed is None:
@@ -201,7 +201,7 @@ def _inverse(information: Tensor) -> Tensor:
             "small. The fit is not at a maximum, there are fewer examples than parameters, "
             "or the parameters are not identified (gaussian latents: any rotation of U's rows "
             "is the same model)",
-            stacklevel=3,
+            stacklevel=4,
         )
     return (vectors[:, identified] / values[identified]) @ vectors[:, identified].T
 
