@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from fastperturb import estimators, noise, ops, transforms
     from fastperturb.config import PerturbConfig
     from fastperturb.model import PerturbedLM, PerturbedOutput, wrap
+    from fastperturb.saving import load
 
 _HOMES = {
     "PerturbConfig": "fastperturb.config",
     "PerturbedLM": "fastperturb.model",
     "PerturbedOutput": "fastperturb.model",
+    "load": "fastperturb.saving",
     "wrap": "fastperturb.model",
 }
 _MODULES = ("estimators", "noise", "ops", "transforms")
@@ -24,6 +26,7 @@ __all__ = [
     "PerturbedOutput",
     "__version__",
     "estimators",
+    "load",
     "noise",
     "ops",
     "transforms",

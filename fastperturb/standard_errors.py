@@ -219,7 +219,7 @@ def _chosen(lm: PerturbedLM, names: Sequence[str] | None) -> dict[str, nn.Parame
     return {name: known[name] for name in names}
 
 
-def _bread(bread: str, estimator: str, count: int) -> str:
+def _bread(bread: str, estimator: str | Mapping[str, float], count: int) -> str:
     if bread not in BREADS:
         raise ValueError(f"bread must be one of {BREADS}, got {bread!r}")
     likelihood = estimator in ("iwae", "jvi", "jvi_clip")

@@ -68,7 +68,6 @@ def draw(seed, quad, t, m, b, LATENT: tl.constexpr, FAST: tl.constexpr):
 def tile(
     seed,
     quad,  # [Q] int32
-    LIMIT: tl.constexpr,  # latents from this one on are 0; 0 for no limit
     t,  # [X] int32
     m,  # [X] int32, the pair's number if antithetic
     b,  # [X] int32
@@ -84,17 +83,10 @@ def tile(
     c2 = tl.broadcast_to(m[:, None], [X, Q])
     c3 = tl.broadcast_to(b[:, None], [X, Q])
     z0, z1, z2, z3 = draw(seed, c0, c1, c2, c3, LATENT, FAST)
-    even = tl.join(_scaled(z0, factor, quad, 0, LIMIT), _scaled(z2, factor, quad, 2, LIMIT))
-    odd = tl.join(_scaled(z1, factor, quad, 1, LIMIT), _scaled(z3, factor, quad, 3, LIMIT))
+    scale = factor[:, None]
+    even = tl.join(z0 * scale, z2 * scale)
+    odd = tl.join(z1 * scale, z3 * scale)
     return tl.reshape(tl.join(even, odd), [X, 4 * Q])
-
-
-@triton.jit
-def _scaled(z, factor, quad, LANE: tl.constexpr, LIMIT: tl.constexpr):
-    z = z * factor[:, None]
-    if LIMIT != 0:
-        z = tl.where((4 * quad + LANE < LIMIT)[None, :], z, 0.0)
-    return z
 
 
 @triton.jit

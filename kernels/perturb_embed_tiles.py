@@ -109,8 +109,7 @@ def latent_tile(
     b_pair, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
     quad = first // 4 + tl.arange(0, BR // 4)
     b_factor = tl.where(b_moves, b_sign, 0.0)
-    NO_LIMIT: tl.constexpr = 0
-    return noise.tile(seed, quad, NO_LIMIT, tokens[2], b_pair, tokens[1], b_factor, LATENT, FAST)
+    return noise.tile(seed, quad, tokens[2], b_pair, tokens[1], b_factor, LATENT, FAST)
 
 
 @triton.jit

@@ -46,7 +46,6 @@ def latent_kernel(
     position_ptr,
     X: tl.constexpr,
     Q: tl.constexpr,
-    LIMIT: tl.constexpr,
     LATENT: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     FAST: tl.constexpr,
@@ -56,7 +55,6 @@ def latent_kernel(
     z = noise.tile(
         tl.load(seed_ptr),
         tl.arange(0, Q),
-        LIMIT,
         tl.load(position_ptr + i).to(tl.int32),
         pair,
         tl.load(row_ptr + i).to(tl.int32),
@@ -78,16 +76,14 @@ def box_muller_kernel(out_ptr, word_ptr, X: tl.constexpr, FAST: tl.constexpr):
     tl.store(out_ptr + X + i, z1)
 
 
-def draw(
-    numbers, width, *, latent, antithetic=False, limit=0, fast=not INTERPRETED, seed=SEEDS[-1]
-):
+def draw(numbers, width, *, latent, antithetic=False, fast=not INTERPRETED, seed=SEEDS[-1]):
     """z [X, width] of X tokens with sample, row and position numbers [3, X]."""
     X = numbers.shape[1]
     out = torch.full((X, width), float("nan"), device=DEVICE)
     samples, rows, positions = numbers.to(DEVICE)
     seed = torch.tensor(seed, device=DEVICE)
     latent_kernel[(1,)](
-        out, seed, samples, rows, positions, X, width // 4, limit, latent, antithetic, fast
+        out, seed, samples, rows, positions, X, width // 4, latent, antithetic, fast
     )
     return out.cpu()
 
@@ -145,14 +141,6 @@ def test_an_odd_sample_is_the_negative_of_the_even_one_before_it():
     assert torch.equal(ours[1::2], -ours[0::2])
     expected = defined(numbers, 16, latent="gaussian", antithetic=True)
     assert (ours - expected).abs().max() <= 4e-6
-
-
-def test_latents_from_the_limit_on_are_zero_and_the_others_unchanged():
-    numbers = some_numbers()
-    whole = draw(numbers, 16, latent="uniform")
-    limited = draw(numbers, 16, latent="uniform", limit=5)
-    assert torch.equal(limited[:, :5], whole[:, :5])
-    assert (limited[:, 5:] == 0).all()
 
 
 def test_a_million_gaussians_are_standard_and_as_defined():
