@@ -57,7 +57,7 @@ def _in_fresh_process(plan: str, samples: int) -> float:
 
 
 def extra_mib(plan: str, samples: int, device: torch.device) -> float:
-    """The peak of a step above what was held before it, after a small step to load what it needs."""
+    """The peak of a step above what was held before it; a small one first loads what it needs."""
     cases = wrapper.GPU_CASES if device.type == "cuda" else wrapper.CPU_CASES
     case = dataclasses.replace(cases[0], M=samples)
     base = wrapper.model_of(case, device)
