@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperturb import architectures, checks, estimators, noise
-from fastperturb.model import IGNORED
+from fastperturb.batch import IGNORED
 
 if TYPE_CHECKING:
     from fastperturb.model import PerturbedLM

@@ -19,14 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from fastperturb import architectures, checks, estimators, noise, ops, plans
 from fastperturb.architectures import CausalLM, understand
+from fastperturb.batch import (
+    IGNORED,
+    Batch,
+    Draws,
+    Live,
+    label_count,
+    log_sum_of,
+    moving_positions,
+    repeated,
+    travelled,
+    variance_over_samples,
+)
 from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.generate import generate
-from fastperturb.ops import reference
 from fastperturb.ops.combine import COMBINABLE
 from fastperturb.prefix import Prefix
 from fastperturb.transforms import make_transform
@@ -36,7 +46,6 @@ if TYPE_CHECKING:
     from fastperturb.score import Score
     from fastperturb.standard_errors import StandardErrors
 
-IGNORED = -100
 # A shift below this share of where it began is a collapse; how often a GPU's is looked at.
 _COLLAPSED, _WATCHED_STEPS = 0.01, 100
 
@@ -87,7 +96,7 @@ class PerturbedLM(nn.Module):
         parts = understand(model)
         self.base = model
         self.config = config
-        rms, embed_dim = _embedding_rms(parts.embed)
+        rms, embed_dim = embedding_rms(parts.embed)
         self.transform = make_transform(config, embed_dim, embed_rms=rms)
         self.transform.to(rms.device)
         self._exact = False
@@ -139,11 +148,11 @@ class PerturbedLM(nn.Module):
             checks.range("labels", labels[labels != IGNORED], vocab, f"be {IGNORED} (no label) or ")
         checks.no_packing_under_flash_attention(parts.trunk, position_ids)
         draws = self._draw(seed, rows, num_samples, embeddings)
-        moving, positions = _moving(attention_mask, position_ids, perturb_mask)
+        moving, positions = moving_positions(attention_mask, position_ids, perturb_mask)
         prefix = None
         if perturb_mask is not None and moving is not None and position_ids is None:
             prefix = self._prefix(parts, embeddings, attention_mask, moving, draws)
-        batch = _Batch(
+        batch = Batch(
             parts,
             embeddings,
             attention_mask,
@@ -217,7 +226,7 @@ class PerturbedLM(nn.Module):
         rows: Tensor | None,
         num_samples: int | None,
         embeddings: Tensor,
-    ) -> _Draws:
+    ) -> Draws:
         """The noise of a call, and how many samples the estimator takes of it."""
         equations = {"iwae": 1.0} if self._exact else self.config.equations
         if "jvi" in equations and self.training and torch.is_grad_enabled():
@@ -232,19 +241,19 @@ class PerturbedLM(nn.Module):
         if rows is None:
             rows = torch.arange(len(embeddings), device=device)
         if self._exact:
-            return _Draws(seed, rows, 1, equations)
+            return Draws(seed, rows, 1, equations)
         wanted = self.config.num_samples if num_samples is None else num_samples
         for name in equations:
             check_draws(name, wanted, antithetic=self.config.antithetic)
         first = next(iter(equations))
         if first not in ("sumo", "mlmc"):
-            return _Draws(seed, rows, wanted, equations, draw_noise=self._draw_noise)
+            return Draws(seed, rows, wanted, equations, draw_noise=self._draw_noise)
         telescope = estimators.Telescope(first, wanted)
         # One level for the whole step: every row, micro-batch and rank agrees on it.
         one_row = torch.zeros(1, dtype=torch.int64, device=device)
         uniform = noise.auxiliary_uniforms(seed, 1, one_row)
         level = telescope.sample(uniform.reshape(()))
-        return _Draws(seed, rows, int(telescope.draws(level)), equations, telescope, level)
+        return Draws(seed, rows, int(telescope.draws(level)), equations, telescope, level)
 
     def _prefix(
         self,
@@ -252,14 +261,14 @@ class PerturbedLM(nn.Module):
         embeddings: Tensor,
         attention_mask: Tensor | None,
         moving: Tensor,
-        draws: _Draws,
+        draws: Draws,
     ) -> Prefix | None:
         """The leading positions that no sample moves, encoded; dropout would tie samples there."""
         if draws.count == 1 or architectures.dropout_sources(self.base):
             return None
         return Prefix.of(parts.trunk, embeddings, attention_mask, moving)
 
-    def _samples(self, batch: _Batch) -> tuple[plans.Pass, _Live | None]:
+    def _samples(self, batch: Batch) -> tuple[plans.Pass, Live | None]:
         """Run the draws by the configured plan: all M scored, and what resample runs again."""
         draws, config = batch.draws, self.config
         run = functools.partial(self._run, batch)
@@ -287,9 +296,9 @@ class PerturbedLM(nn.Module):
         if config.backward_samples is None and draws.draw_noise is not None:
             reason += ", which is the best number at the measured gradient noise"
         self._report = plans.PlanReport("resample", size, reason)
-        return scored, _Live(resampled, live)
+        return scored, Live(resampled, live)
 
-    def _choose(self, batch: _Batch, run: plans.Run, samples: Tensor) -> plans.PlanReport:
+    def _choose(self, batch: Batch, run: plans.Run, samples: Tensor) -> plans.PlanReport:
         config, count = self.config, len(samples)
         if config.plan == "batched":
             return plans.PlanReport("batched", count, "as configured")
@@ -299,7 +308,7 @@ class PerturbedLM(nn.Module):
         tokens, device = batch.embeddings.shape[:2].numel(), samples.device
         return self._planner.choose(run, samples, tokens, self, device)
 
-    def _run(self, batch: _Batch, samples: Tensor) -> plans.Pass:
+    def _run(self, batch: Batch, samples: Tensor) -> plans.Pass:
         """Some samples, numbered [m] or [m, B], through perturbation, trunk and head."""
         embeddings, draws, parts = batch.embeddings, batch.draws, batch.parts
         count, (size, length) = len(samples), embeddings.shape[:2]
@@ -316,14 +325,14 @@ class PerturbedLM(nn.Module):
                 antithetic=self.config.antithetic,
                 perturb_mask=batch.moving,
             )
-        attention_mask = _repeat(batch.attention_mask, count)
+        attention_mask = repeated(batch.attention_mask, count)
         if batch.prefix is not None:
             hidden = batch.prefix.hidden_states(parts.trunk, moved, attention_mask)
         else:
             hidden = parts.trunk(
                 inputs_embeds=moved.flatten(0, 1),
                 attention_mask=attention_mask,
-                position_ids=_repeat(batch.position_ids, count),
+                position_ids=repeated(batch.position_ids, count),
                 use_cache=False,
             ).last_hidden_state  # (m B, T, D)
         log_probs = log_sum = None
@@ -335,15 +344,15 @@ class PerturbedLM(nn.Module):
             log_probs = log_probs.view(count, size, length)[:, :, :-1].contiguous()
         hidden = hidden.unflatten(0, (count, size))
         if batch.return_logits:
-            log_sum = _log_sum(hidden, weight, options)
+            log_sum = log_sum_of(hidden, weight, options)
         kept = hidden if "quadratic" in draws.equations else None
-        return plans.Pass(_travelled(moved, embeddings), log_probs, kept, log_sum)
+        return plans.Pass(travelled(moved, embeddings), log_probs, kept, log_sum)
 
     def _estimate(
         self,
-        batch: _Batch,
+        batch: Batch,
         scored: plans.Pass,
-        live: _Live | None,
+        live: Live | None,
         num_items_in_batch: int | Tensor | None,
     ) -> dict[str, Tensor | None]:
         """The loss, and what is known about the samples."""
@@ -384,10 +393,10 @@ class PerturbedLM(nn.Module):
         )
         labelled = batch.outcome_mask()
         return {
-            "loss": -total / _label_count(mask, num_items_in_batch),
+            "loss": -total / label_count(mask, num_items_in_batch),
             "log_marginal": combined["iwae"].log_marginal,
             "log_probs": log_probs,
-            "log_prob_variance": _variance(batch.outcomes(log_probs), labelled),
+            "log_prob_variance": variance_over_samples(batch.outcomes(log_probs), labelled),
             "ess": combined["iwae"].effective_samples.sum() / labelled.sum().clamp_min(1),
         }
 
@@ -562,95 +571,8 @@ class PerturbedLM(nn.Module):
             self.config = before
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """One forward's inputs, checked and laid out."""
-
-    parts: CausalLM
-    embeddings: Tensor  # [B, T, D]
-    attention_mask: Tensor | None
-    position_ids: Tensor | None
-    moving: Tensor | None  # [B, T] bool, which positions move; None: all
-    positions: Tensor | None  # [B, T], what keys the noise; None: 0, 1, ...
-    labels: Tensor | None
-    draws: _Draws
-    return_logits: bool
-    marginal: str
-    prefix: Prefix | None
-
-    def target(self) -> Tensor:
-        """What each position predicts [B T]; the last one predicts nothing."""
-        assert self.labels is not None
-        # Shifting labels, not hidden states, saves a copy.
-        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
-
-    def mask(self) -> Tensor:
-        """Which log-probs have a label [B, T-1]."""
-        assert self.labels is not None
-        return self.labels[:, 1:] != IGNORED
-
-    def outcomes(self, log_probs: Tensor | None) -> Tensor:
-        """The log-probs of what the marginal is of: labels [m, B, T-1], or rows [m, B]."""
-        assert log_probs is not None
-        return log_probs if self.marginal == "token" else log_probs.sum(-1)
-
-    def outcome_mask(self) -> Tensor:
-        return self.mask() if self.marginal == "token" else self.mask().any(-1)
-
-    @torch.no_grad()
-    def shift(self, travelled: Tensor) -> Tensor:
-        """The mean of |T(e) - e| / |e| over samples and positions that move."""
-        length = self.embeddings.float().norm(dim=-1)
-        counted = length > 0 if self.moving is None else self.moving & (length > 0)
-        ratio = (travelled / self.draws.count / length).where(counted, 0.0)
-        return ratio.sum() / counted.sum().clamp_min(1)
-
-
-@dataclass(frozen=True)
-class _Live:
-    """The drawn samples of `resample`, run again under a gradient."""
-
-    resampled: estimators.Resampled
-    found: plans.Pass
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """The noise of one call: its seed and rows, how many samples, and what combines them."""
-
-    seed: Tensor
-    rows: Tensor
-    count: int
-    equations: dict[str, float]
-    telescope: estimators.Telescope | None = None
-    level: Tensor | None = None
-    draw_noise: float | None = None  # of resample, where measured
-
-    def backward_samples(self, config: PerturbConfig) -> int:
-        """K of resample."""
-        measured = 1.0 if self.draw_noise is None else self.draw_noise
-        return estimators.default_backward_samples(self.count, config.backward_samples, measured)
-
-    def combine(self, outcomes: Tensor, mask: Tensor, config: PerturbConfig) -> Tensor:
-        """The value of a telescope or of resample, whose own draws come from the seed too."""
-        if self.telescope is not None and self.level is not None:
-            return self.telescope.combine(outcomes, self.level, mask=mask)[0]
-        return estimators.resample(outcomes, self._uniforms(config), mask=mask)[0]
-
-    def resample(
-        self, outcomes: Tensor, mask: Tensor, config: PerturbConfig
-    ) -> estimators.Resampled:
-        """Which of the scored draws to run again, and their weights."""
-        return estimators.Resampled.of(outcomes, self._uniforms(config), mask=mask)
-
-    def _uniforms(self, config: PerturbConfig) -> Tensor:
-        kept = self.backward_samples(config)
-        first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
-        return noise.auxiliary_uniforms(self.seed, kept, first_rows)
-
-
 @torch.no_grad()
-def _embedding_rms(embed: Any) -> tuple[Tensor, int]:
+def embedding_rms(embed: Any) -> tuple[Tensor, int]:
     """Root mean square over all that the embedding puts out, scaling included; and its width."""
     if embed.weight.is_meta:
         raise ValueError("model is on the meta device: load its weights before wrapping it")
@@ -661,51 +583,3 @@ def _embedding_rms(embed: Any) -> tuple[Tensor, int]:
         count += chunk.numel()
         width = chunk.shape[-1]
     return (total / count).sqrt(), width
-
-
-def _moving(
-    attention_mask: Tensor | None, position_ids: Tensor | None, perturb_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which positions move, and the positions that key their noise: padding does neither."""
-    if attention_mask is None:
-        return perturb_mask, position_ids
-    real = attention_mask.bool()
-    moving = real if perturb_mask is None else perturb_mask & real
-    if position_ids is None:
-        position_ids = (real.cumsum(1) - 1).clamp_min(0)
-    return moving, position_ids
-
-
-@torch.no_grad()
-def _travelled(moved: Tensor, embeddings: Tensor) -> Tensor:
-    """The sum over samples of |T(e) - e| [B, T], one sample at a time."""
-    lengths = ((sample - embeddings).float().norm(dim=-1) for sample in moved)
-    return functools.reduce(torch.add, lengths)
-
-
-@torch.no_grad()
-def _variance(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Over samples [M, ...], the mean of it where the mask is set; 0 for one sample."""
-    variance = log_probs.float().var(0, correction=min(1, len(log_probs) - 1))
-    return variance.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
-
-
-def _log_sum(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
-    """log sum_m softmax(logits of sample m), one sample's logits at a time."""
-    samples = (reference.logits(sample, weight, **options).log_softmax(-1) for sample in hidden)
-    return functools.reduce(torch.logaddexp, samples)
-
-
-def _repeat(per_row: Tensor | None, draws: int) -> Tensor | None:
-    """[B, T] for every sample: [M * B, T], samples outermost."""
-    return None if per_row is None else per_row.repeat(draws, 1)
-
-
-def _label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
-    """What divides the loss; a global batch without labels has a loss of 0, not 0 / 0."""
-    if num_items_in_batch is None:
-        return mask.sum().clamp_min(1)
-    count = torch.as_tensor(num_items_in_batch, device=mask.device)
-    if count.numel() != 1 or count.is_complex():
-        raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")
-    return count.reshape(()).clamp_min(1)

@@ -37,7 +37,7 @@ from fastperturb.checkpoint import (
     unadapted,
     write_manifest,
 )
-from fastperturb.model import PerturbedLM, _embedding_rms, wrap
+from fastperturb.model import PerturbedLM, embedding_rms, wrap
 from fastperturb.version import __version__
 
 
@@ -225,7 +225,7 @@ def _write(lm: PerturbedLM, tensors: dict[str, Tensor], staging: Path, *, with_b
     versions = {"format_version": str(FORMAT_VERSION), "fastperturb_version": __version__}
     content = safetensors.torch.save(tensors, {"format": "pt"} | versions)
     (staging / TENSORS_NAME).write_bytes(content)
-    rms, embed_dim = _embedding_rms(understand(base).embed)
+    rms, embed_dim = embedding_rms(understand(base).embed)
     write_manifest(
         staging, config=lm.config, embed_dim=embed_dim, base=Base.of(base, rms), names=names
     )

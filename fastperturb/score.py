@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastperturb import architectures, checks, estimators, ops
-from fastperturb.model import IGNORED
+from fastperturb.batch import IGNORED
 
 if TYPE_CHECKING:
     from fastperturb.model import PerturbedLM

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from fastperturb import architectures, ops
+from fastperturb.batch import moving_positions
 from fastperturb.config import suggestion
-from fastperturb.model import _moving
 
 if TYPE_CHECKING:
     from fastperturb.model import PerturbedLM
@@ -170,7 +170,7 @@ class _Equation:
         embeddings = batch.get("inputs_embeds")
         if embeddings is None:
             embeddings = parts.embed(batch["input_ids"])
-        moving, positions = _moving(
+        moving, positions = moving_positions(
             *(batch.get(name) for name in ("attention_mask", "position_ids", "perturb_mask"))
         )
         upstream = upstream.unflatten(0, (-1, len(embeddings)))  # (M, B, T, D)

@@ -1,0 +1,154 @@
+"""One forward's batch and draws, laid out: what is moved, what is predicted, what is drawn."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastperturb import estimators, noise, plans
+from fastperturb.architectures import CausalLM
+from fastperturb.config import PerturbConfig
+from fastperturb.ops import reference
+from fastperturb.prefix import Prefix
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's inputs, checked and laid out."""
+
+    parts: CausalLM
+    embeddings: Tensor  # [B, T, D]
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    moving: Tensor | None  # [B, T] bool, which positions move; None: all
+    positions: Tensor | None  # [B, T], what keys the noise; None: 0, 1, ...
+    labels: Tensor | None
+    draws: Draws
+    return_logits: bool
+    marginal: str
+    prefix: Prefix | None
+
+    def target(self) -> Tensor:
+        """What each position predicts [B T]; the last one predicts nothing."""
+        assert self.labels is not None
+        # Shifting labels, not hidden states, saves a copy.
+        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+    def mask(self) -> Tensor:
+        """Which log-probs have a label [B, T-1]."""
+        assert self.labels is not None
+        return self.labels[:, 1:] != IGNORED
+
+    def outcomes(self, log_probs: Tensor | None) -> Tensor:
+        """The log-probs of what the marginal is of: labels [m, B, T-1], or rows [m, B]."""
+        assert log_probs is not None
+        return log_probs if self.marginal == "token" else log_probs.sum(-1)
+
+    def outcome_mask(self) -> Tensor:
+        return self.mask() if self.marginal == "token" else self.mask().any(-1)
+
+    @torch.no_grad()
+    def shift(self, travelled: Tensor) -> Tensor:
+        """The mean of |T(e) - e| / |e| over samples and positions that move."""
+        length = self.embeddings.float().norm(dim=-1)
+        counted = length > 0 if self.moving is None else self.moving & (length > 0)
+        ratio = (travelled / self.draws.count / length).where(counted, 0.0)
+        return ratio.sum() / counted.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The drawn samples of `resample`, run again under a gradient."""
+
+    resampled: estimators.Resampled
+    found: plans.Pass
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The noise of one call: its seed and rows, how many samples, and what combines them."""
+
+    seed: Tensor
+    rows: Tensor
+    count: int
+    equations: dict[str, float]
+    telescope: estimators.Telescope | None = None
+    level: Tensor | None = None
+    draw_noise: float | None = None  # of resample, where measured
+
+    def backward_samples(self, config: PerturbConfig) -> int:
+        """K of resample."""
+        measured = 1.0 if self.draw_noise is None else self.draw_noise
+        return estimators.default_backward_samples(self.count, config.backward_samples, measured)
+
+    def combine(self, outcomes: Tensor, mask: Tensor, config: PerturbConfig) -> Tensor:
+        """The value of a telescope or of resample, whose own draws come from the seed too."""
+        if self.telescope is not None and self.level is not None:
+            return self.telescope.combine(outcomes, self.level, mask=mask)[0]
+        return estimators.resample(outcomes, self._uniforms(config), mask=mask)[0]
+
+    def resample(
+        self, outcomes: Tensor, mask: Tensor, config: PerturbConfig
+    ) -> estimators.Resampled:
+        """Which of the scored draws to run again, and their weights."""
+        return estimators.Resampled.of(outcomes, self._uniforms(config), mask=mask)
+
+    def _uniforms(self, config: PerturbConfig) -> Tensor:
+        kept = self.backward_samples(config)
+        first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
+        return noise.auxiliary_uniforms(self.seed, kept, first_rows)
+
+
+def moving_positions(
+    attention_mask: Tensor | None, position_ids: Tensor | None, perturb_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which positions move, and the positions that key their noise: padding does neither."""
+    if attention_mask is None:
+        return perturb_mask, position_ids
+    real = attention_mask.bool()
+    moving = real if perturb_mask is None else perturb_mask & real
+    if position_ids is None:
+        position_ids = (real.cumsum(1) - 1).clamp_min(0)
+    return moving, position_ids
+
+
+@torch.no_grad()
+def travelled(moved: Tensor, embeddings: Tensor) -> Tensor:
+    """The sum over samples of |T(e) - e| [B, T], one sample at a time."""
+    lengths = ((sample - embeddings).float().norm(dim=-1) for sample in moved)
+    return functools.reduce(torch.add, lengths)
+
+
+@torch.no_grad()
+def variance_over_samples(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Over samples [M, ...], the mean of it where the mask is set; 0 for one sample."""
+    variance = log_probs.float().var(0, correction=min(1, len(log_probs) - 1))
+    return variance.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+def log_sum_of(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """log sum_m softmax(logits of sample m), one sample's logits at a time."""
+    samples = (reference.logits(sample, weight, **options).log_softmax(-1) for sample in hidden)
+    return functools.reduce(torch.logaddexp, samples)
+
+
+def repeated(per_row: Tensor | None, draws: int) -> Tensor | None:
+    """[B, T] for every sample: [M * B, T], samples outermost."""
+    return None if per_row is None else per_row.repeat(draws, 1)
+
+
+def label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """What divides the loss; a global batch without labels has a loss of 0, not 0 / 0."""
+    if num_items_in_batch is None:
+        return mask.sum().clamp_min(1)
+    count = torch.as_tensor(num_items_in_batch, device=mask.device)
+    if count.numel() != 1 or count.is_complex():
+        raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")
+    return count.reshape(()).clamp_min(1)
