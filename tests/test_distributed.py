@@ -60,9 +60,10 @@ def process(rank, store, plan):
     expected = gradients(lm)
     mine = slice(2 * rank, 2 * rank + 2)
     part = {"input_ids": ids[mine], "labels": ids[mine], "rows": torch.arange(4)[mine]}
-    for wrapped in (DistributedDataParallel, sharded):
+    for distribute in (DistributedDataParallel, sharded):
         lm = model(plan)
-        out = wrapped(lm)(**part, seed=SEED, num_items_in_batch=ids[:, 1:].numel())
+        distributed = distribute(lm)
+        out = distributed(**part, seed=SEED, num_items_in_batch=ids[:, 1:].numel())
         (WORLD * out.loss).backward()  # both average over processes
         found = gradients(lm)
         assert found.keys() == expected.keys()
