@@ -115,9 +115,9 @@ class Head:
 
     def dtype(self, hidden: Tensor) -> torch.dtype:
         """Of the GEMMs' inputs; their results and the logits are in at least fp32."""
-        if hidden.device.type == "cpu":
-            return reference.accumulate(hidden, self.weight)
-        return torch.promote_types(hidden.dtype, self.weight.dtype)
+        if hidden.device.type == "cuda":
+            return torch.promote_types(hidden.dtype, self.weight.dtype)
+        return reference.accumulate(hidden, self.weight)
 
     def blocks(self, rows: int) -> list[Block]:
         """The words in blocks whose logits for so many rows keep to the budget."""
