@@ -164,6 +164,7 @@ def _peers(
 
 def _floors(hidden: Tensor, weight: Tensor, frozen: bool) -> list[Variant]:
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+    torch.mm(hidden, weight.T, out=logits)
     found = []
     for name, multiply in (("floor", torch.mm), ("gemms", gemm.product)):
         # What a GEMM of hidden makes need not be fresh memory, where it says so.

@@ -49,7 +49,10 @@ class Batch:
     def outcomes(self, log_probs: Tensor | None) -> Tensor:
         """The log-probs of what the marginal is of: labels [m, B, T-1], or rows [m, B]."""
         assert log_probs is not None
-        return log_probs if self.marginal == "token" else log_probs.sum(-1)
+        if self.marginal == "token":
+            return log_probs
+        # A sum of thousands keeps in fp32 less than the samples differ by.
+        return log_probs.sum(-1, dtype=torch.float64)
 
     def outcome_mask(self) -> Tensor:
         return self.mask() if self.marginal == "token" else self.mask().any(-1)
@@ -133,6 +136,7 @@ def variance_over_samples(log_probs: Tensor, mask: Tensor) -> Tensor:
     return variance.where(mask, 0.0).sum() / mask.sum().clamp_min(1)
 
 
+@torch.no_grad()
 def log_sum_of(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
     """log sum_m softmax(logits of sample m), one sample's logits at a time."""
     samples = (reference.logits(sample, weight, **options).log_softmax(-1) for sample in hidden)

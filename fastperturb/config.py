@@ -76,7 +76,7 @@ class PerturbConfig:
                 "every outcome of the marginal; use marginal='token' or another estimator of "
                 f"{ESTIMATORS}"
             )
-        if self.plan == "resample" and self.estimator not in ("iwae", "resample"):
+        if self.plan == "resample" and tuple(self.equations) not in (("iwae",), ("resample",)):
             raise ValueError(
                 f"plan='resample' estimates the iwae gradient, got estimator={self.estimator!r}; "
                 "use estimator='iwae' or 'resample', or another plan of "

@@ -145,7 +145,9 @@ class PerturbedLM(nn.Module):
         checks.like(embeddings, "perturb_mask", perturb_mask, (torch.bool,))
         if labels is not None:
             vocab = parts.head.weight.shape[0]
-            checks.range("labels", labels[labels != IGNORED], vocab, f"be {IGNORED} (no label) or ")
+            if labels.device.type == "cpu":  # where looking at them costs no sync
+                given = labels[labels != IGNORED]
+                checks.range("labels", given, vocab, f"be {IGNORED} (no label) or ")
         checks.no_packing_under_flash_attention(parts.trunk, position_ids)
         draws = self._draw(seed, rows, num_samples, embeddings)
         moving, positions = moving_positions(attention_mask, position_ids, perturb_mask)
@@ -305,8 +307,15 @@ class PerturbedLM(nn.Module):
         if config.plan == "chunked" or config.chunk_size is not None:
             size = min(config.chunk_size or 1, count)
             return plans.PlanReport("chunked", size, "as configured")
-        tokens, device = batch.embeddings.shape[:2].numel(), samples.device
-        return self._planner.choose(run, samples, tokens, self, device)
+        kind = (
+            *(batch.embeddings.shape, batch.embeddings.dtype, batch.return_logits),
+            *(batch.labels is None, batch.prefix and batch.prefix.hidden.shape[1]),
+            *(self.training, tuple(batch.draws.equations)),
+            torch.is_autocast_enabled(samples.device.type),
+            sum(value.requires_grad for value in self.parameters()),
+            any(getattr(each, "gradient_checkpointing", False) for each in self.base.modules()),
+        )
+        return self._planner.choose(run, samples, kind, self, samples.device)
 
     def _run(self, batch: Batch, samples: Tensor) -> plans.Pass:
         """Some samples, numbered [m] or [m, B], through perturbation, trunk and head."""
@@ -387,13 +396,14 @@ class PerturbedLM(nn.Module):
             values[name] = draws.combine(
                 batch.outcomes(scored.log_probs), batch.outcome_mask(), self.config
             )
-        total = sum(weight * values[name].sum() for name, weight in draws.equations.items())
+        terms = [weight * values[name].sum() for name, weight in draws.equations.items()]
+        total = torch.stack(terms).sum()
         combined["iwae"] = combined.get("iwae") or ops.combine(
             log_probs.detach(), mask, "iwae", marginal=marginal
         )
         labelled = batch.outcome_mask()
         return {
-            "loss": -total / label_count(mask, num_items_in_batch),
+            "loss": -total.to(log_probs.dtype) / label_count(mask, num_items_in_batch),
             "log_marginal": combined["iwae"].log_marginal,
             "log_probs": log_probs,
             "log_prob_variance": variance_over_samples(batch.outcomes(log_probs), labelled),

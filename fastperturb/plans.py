@@ -5,7 +5,8 @@
                checkpointed region, trunk and head
     resample   all scored without gradient, then K      trunk (2M + 4K)P, K samples' activations
                drawn ones with it
-    auto       batched where M samples' activations fit the free memory, else chunked by what fits
+    auto       batched where M samples' activations fit the free memory, else chunked by what fits;
+               a forward of one sample measures them, once for each kind of batch
 
 P is half of one sample's forward. All give the same loss for the same seed, to rounding;
 resample's gradient is an unbiased estimate of iwae's. Only log-probs outlive a chunk, but the
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -97,22 +98,36 @@ class Planner:
     """`auto`: measures what a sample keeps for the backward, and plans for the free memory."""
 
     def __init__(self) -> None:
-        self._measured: tuple[int, float] = (0, 0.0)  # tokens of a sample, bytes a token
+        self._measured: dict[Hashable, int] = {}  # bytes a sample
+        self._chosen: dict[Hashable, PlanReport] = {}
 
     def choose(
-        self, run: Run, samples: Tensor, tokens: int, owners: nn.Module, device: torch.device
+        self, run: Run, samples: Tensor, kind: Hashable, owners: nn.Module, device: torch.device
     ) -> PlanReport:
-        """tokens: of one sample of the batch; owners: whose parameters are not activations."""
+        """kind: what a sample's activations depend on; owners: whose parameters are not theirs.
+
+        A kind of batch is measured once, by a forward of one sample, and keeps its plan: the same
+        forward run again, in a checkpointed region of the caller's, must take the same.
+        """
         count = len(samples)
         if count == 1:
             return PlanReport("batched", 1, "there is one sample")
         if not torch.is_grad_enabled():
             return PlanReport("batched", count, "nothing is kept without a gradient")
-        measured, per_token = self._measured
-        if tokens > 1.5 * measured:
-            per_token = kept_bytes(run, samples[:1], owners) / tokens
-            self._measured = tokens, per_token
-        per_sample = round(per_token * tokens)
+        if any(hasattr(value, "full_tensor") for value in owners.parameters()):
+            # Ranks must gather the shards equally often, and what each could hold differs.
+            return PlanReport("batched", count, "sharded parameters: set plan='chunked' if need be")
+        if (kind, count) not in self._chosen:
+            self._chosen[kind, count] = self._plan(run, samples, kind, owners, device)
+        return self._chosen[kind, count]
+
+    def _plan(
+        self, run: Run, samples: Tensor, kind: Hashable, owners: nn.Module, device: torch.device
+    ) -> PlanReport:
+        count = len(samples)
+        if kind not in self._measured:
+            self._measured[kind] = kept_bytes(run, samples[:1], owners)
+        per_sample = self._measured[kind]
         free = free_bytes(device)
         fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
         known = {"bytes_per_sample": per_sample, "free_bytes": free}
@@ -128,13 +143,16 @@ class Planner:
 
 def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:
     """The bytes that running these samples keeps for a backward, beyond the model's own."""
-    shards = (getattr(value, "_local_tensor", value) for value in _state(owners))
-    own = {value.untyped_storage().data_ptr() for value in shards if value.numel()}
+    state = [value for value in (*owners.parameters(), *owners.buffers()) if value.numel()]
+    own = {value.untyped_storage().data_ptr() for value in state}
+    shapes = {value.shape for value in state if value.ndim == 2}
     kept: dict[int, int] = {}
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
+        # Autocast keeps copies of weights, which do not multiply with the samples.
+        is_copy = value.shape in shapes or value.mT.shape in shapes if value.ndim == 2 else False
+        if storage.data_ptr() not in own and not is_copy:
             kept[storage.data_ptr()] = storage.nbytes()
         return value
 
@@ -146,11 +164,6 @@ def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:
         result = run(samples)  # kept alive until all is counted: memory must not be used twice
     del result
     return sum(kept.values())
-
-
-def _state(owners: nn.Module) -> Iterator[Tensor]:
-    yield from owners.parameters()
-    yield from owners.buffers()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -29,8 +29,11 @@ class Prefix:
         cls, trunk: Any, embeddings: Tensor, attention_mask: Tensor | None, moving: Tensor
     ) -> Prefix | None:
         """The prefix in which nothing moves [B, T], if there is one and the cache can hold it."""
-        length = int(moving.any(0).long().argmax()) if bool(moving.any()) else 0
-        if length < _LEAST_SHARE * embeddings.shape[1] or not _cacheable(trunk):
+        if not _cacheable(trunk):
+            return None
+        still = ~moving.any(0)
+        length = int(still.long().cumprod(0).sum())
+        if length == len(still) or length < _LEAST_SHARE * len(still):
             return None
         out = trunk(
             inputs_embeds=embeddings[:, :length],
@@ -59,8 +62,14 @@ class Prefix:
 
 
 def _cacheable(trunk: Any) -> bool:
-    """Whether the trunk attends to all of a plain cache, and takes one as it is now."""
+    """Whether the trunk attends to all of a plain cache, and takes one as it is now.
+
+    Rotary angles that depend on a pass's length ("dynamic", "longrope") would differ between the
+    prefix and the rest.
+    """
     config = trunk.config
+    if any(kind in str(getattr(config, "rope_parameters", "")) for kind in ("dynamic", "longrope")):
+        return False
     kinds = getattr(config, "layer_types", None) or []
     is_whole = all(kind == "full_attention" for kind in kinds) and not (
         getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)

@@ -245,14 +245,15 @@ def test_auto_takes_all_at_once_where_it_fits_and_says_so(monkeypatch):
     report = lm.plan_report()
     assert report.plan == "batched" and report.chunk_size == M
     assert "all 6 samples fit" in str(report) and report.bytes_per_sample > 0
-    monkeypatch.setattr(plans, "free_bytes", lambda device: 4 * report.bytes_per_sample)
-    assert_same(loss_and_gradients(lm), expected)
-    small = lm.plan_report()
-    assert (small.plan, small.chunk_size) == ("chunked", 2)
-    assert "6 samples at once would not fit" in str(small)
-    monkeypatch.setattr(plans, "free_bytes", lambda device: 0)
-    assert_same(loss_and_gradients(lm), expected)
-    assert lm.plan_report().chunk_size == 1
+    for free, size in ((4 * report.bytes_per_sample, 2), (0, 1)):
+        monkeypatch.setattr(plans, "free_bytes", lambda device, free=free: free)
+        loss_and_gradients(lm)
+        assert lm.plan_report() == report  # a kind of batch keeps its plan
+        other = wrap(lm.base, config("auto"))
+        assert_same(loss_and_gradients(other), expected)
+        small = other.plan_report()
+        assert (small.plan, small.chunk_size) == ("chunked", size)
+        assert "6 samples at once would not fit" in str(small)
 
 
 def test_auto_measures_what_a_sample_really_keeps():

@@ -116,3 +116,12 @@ def test_a_batch_in_which_all_moves_has_no_prefix(lengths):
     lm = fastperturb.wrap(base, PerturbConfig(num_samples=4, plan="batched"))
     lm(**{**batch(), "perturb_mask": torch.ones(B, T).bool()})
     assert seen == [(4 * B, T)]
+
+
+def test_angles_that_depend_on_the_length_have_no_prefix(lengths):
+    base = base_model("llama")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    base.model.config.rope_parameters = rope
+    seen = lengths(base)
+    run(base, plan="batched")
+    assert seen == [(4 * B, T)]

@@ -88,9 +88,9 @@ def _op(
 @torch.library.custom_op("fastperturb::combine_backward", mutates_args=())
 def _op_backward(grad: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     product = weights * grad
-    if weights.ndim == 3:
-        return product
-    return product.unsqueeze(-1).where(mask.contiguous(), 0.0)
+    if weights.ndim == 2:
+        product = product.unsqueeze(-1)
+    return product.where(mask.contiguous(), 0.0)
 
 
 @_op.register_fake
@@ -114,6 +114,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad: Tensor, *nothing: None) -> tuple[Tensor, None, None, None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("combine has no second derivative: leave create_graph=False")
     return torch.ops.fastperturb.combine_backward(grad, *ctx.saved_tensors), None, None, None
 
 

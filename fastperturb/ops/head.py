@@ -296,7 +296,9 @@ def _logprob(
         found = head_blocks.linear_logprob(
             head, hidden, target, want_pull=want_pull and not put_off, want_entropy=want_entropy
         )
-    pull = hidden.new_empty(hidden.shape) if put_off else _or_empty(found.pull, hidden)
+    pull = _or_empty(found.pull, hidden)
+    if put_off:  # takes no memory, and shows if it should ever be used
+        pull = hidden.new_full((), torch.nan).expand(hidden.shape)
     return found.log_probs, found.lse, found.hit, _or_empty(found.entropy, hidden), pull
 
 
@@ -456,15 +458,17 @@ def _setup_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, lse, _, _, pull = output
     ctx.set_materialize_grads(False)
     ctx.want_pull, ctx.options = want_pull, options
-    ctx.save_for_backward(*([pull] if want_pull else [hidden, weight, target, bias, lse]))
+    ctx.save_for_backward(*([pull, target] if want_pull else [hidden, weight, target, bias, lse]))
 
 
 def _logprob_gradients(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Any, ...]:
+    _refuse_second_derivatives("linear_logprob")
     rest = [None] * (len(ctx.options) + 2)
     if grad is None:
         return None, None, None, None, *rest
     if ctx.want_pull:
-        return _scaled(ctx.saved_tensors[0], grad), None, None, None, *rest
+        pull, target = ctx.saved_tensors
+        return _scaled(pull, grad, target != ctx.options[3]), None, None, None, *rest
     hidden, weight, target, bias, lse = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = torch.ops.fastperturb.linear_logprob_backward(
@@ -486,11 +490,12 @@ def _setup_quadratic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _quadratic_gradients(
     ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None, *others: None
 ) -> tuple[Any, ...]:
+    _refuse_second_derivatives("linear_quadratic")
     hidden, weight, target, bias, row_weights, lse, dots, pull = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     found = []
     if grad is not None and pull is not None:
-        found.append([_scaled(pull, grad), None, None])
+        found.append([_scaled(pull, grad, target != ctx.options[3]), None, None])
     elif grad is not None:
         saved = hidden, weight, target, bias, row_weights, lse, dots
         found.append(
@@ -510,9 +515,15 @@ def _quadratic_gradients(
     return hidden, weight, None, bias, None, *[None] * (len(ctx.options) + 1)
 
 
-def _scaled(pull: Tensor, grad: Tensor) -> Tensor:
-    """Each token's pull [.., N, D] times its upstream gradient [N], rounded once."""
-    return torch.mul(pull, grad[:, None], out=torch.empty_like(pull))
+def _scaled(pull: Tensor, grad: Tensor, labelled: Tensor) -> Tensor:
+    """Each token's pull [.., N, D] times its upstream gradient [N], rounded once; 0 if ignored."""
+    upstream = grad.where(labelled, 0.0)[:, None]
+    return torch.mul(pull, upstream, out=pull.new_empty(pull.shape))
+
+
+def _refuse_second_derivatives(op: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no second derivative: leave create_graph=False")
 
 
 _logprob.register_autograd(_logprob_gradients, setup_context=_setup_logprob)

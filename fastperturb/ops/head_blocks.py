@@ -167,7 +167,7 @@ def linear_logprob(
     lse = inputs.new_empty(len(inputs), dtype=_wide(dtype))
     log_probs, hit = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
     entropy = torch.empty_like(lse) if want_entropy else None
-    pull = torch.empty_like(inputs) if want_pull else None
+    pull = inputs.new_empty(inputs.shape) if want_pull else None
     for part in head.row_parts(len(inputs)):
         h, y = inputs[part].to(dtype), target[part]
         running = Running.start(len(h), lse, entropy=want_entropy)
@@ -233,7 +233,7 @@ def linear_quadratic(
     M, dtype = len(inputs), head.dtype(hidden)
     lse = inputs.new_empty(inputs.shape[:2], dtype=_wide(dtype))
     log_probs, dots, values = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse[0])
-    pull = torch.empty_like(inputs) if want_pull else None
+    pull = inputs.new_empty(inputs.shape) if want_pull else None
     r = _row_weights(row_weights, labels, lse)
     # Replaced one by one, so that each takes the memory of the one before: freed all at once, it
     # would go back to the system, to be faulted in again.
@@ -316,7 +316,7 @@ def _gradients(
     dtype, weight = head.dtype(inputs), head.weight
     like = inputs.new_empty(0, dtype=_wide(dtype))
     want_hidden, want_weight, want_bias = wanted
-    grad_weight = torch.zeros_like(weight) if want_weight else None
+    grad_weight = weight.new_zeros(weight.shape) if want_weight else None
     grad_bias = like.new_zeros(len(weight)) if want_bias else None
     rows = [inputs[..., part, :].to(dtype).flatten(0, -2) for part in parts]
     grad_rows = [like.new_zeros(h.shape) for h in rows] if want_hidden else []
@@ -338,9 +338,9 @@ def _gradients(
             grad_weight[block.words] = grad_block.to(weight.dtype)
     grad_hidden = None
     if want_hidden:
-        grad_hidden = torch.empty_like(inputs)
+        grad_hidden = inputs.new_empty(inputs.shape)
         for part, total in zip(parts, grad_rows, strict=True):
-            grad_hidden[..., part, :] = total.view(*inputs.shape[:-2], -1, inputs.shape[-1])
+            grad_hidden[..., part, :] = total.view(inputs[..., part, :].shape)
     return [grad_hidden, grad_weight, grad_bias]
 
 

@@ -226,9 +226,8 @@ def test_only_the_value_has_a_gradient_and_no_second_one(marginal: str) -> None:
     combined = ops.combine(log_probs, mask, "iwae", marginal=marginal)
     assert [each.requires_grad for each in combined] == [True, False, False, False]
     value = combined.value.square().sum()
-    (gradient,) = torch.autograd.grad(value, log_probs, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="combine has no second derivative"):
+        torch.autograd.grad(value, log_probs, create_graph=True)
 
 
 @pytest.mark.parametrize("marginal", MARGINALS)

@@ -475,3 +475,33 @@ def test_the_quadratic_equation_refuses_a_single_sample_and_wrong_row_weights():
         ops.linear_quadratic(hidden[:1], weight, target, bias=bias)
     with pytest.raises(ValueError, match=r"row_weights must be .*\[3, 37\].*\[3, 1\]"):
         ops.linear_quadratic(hidden, weight, target, row_weights=torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_second_derivative_is_refused(kind, frozen):
+    hidden, weight, bias, target = head_inputs(kind, frozen=frozen)
+    value = getattr(ops, HEADS[kind])(hidden, weight, target, bias=bias)
+    with pytest.raises(RuntimeError, match=f"{HEADS[kind]} has no second derivative"):
+        torch.autograd.grad(value.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_infinite_upstream_gradient_does_not_reach_ignored_rows(kind, frozen):
+    hidden, weight, bias, target = head_inputs(kind, frozen=frozen)
+    value = getattr(ops, HEADS[kind])(hidden, weight, target, bias=bias)
+    upstream = torch.where(target == -100, torch.inf, 1.0).double()
+    (grad,) = torch.autograd.grad(value, hidden, upstream)
+    assert torch.isfinite(grad).all() and (grad[..., target == -100, :] == 0).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_registration_passes_opcheck_on_a_transposed_hidden(kind, frozen):
+    hidden, weight, bias, target = head_inputs(kind, tokens=9, frozen=frozen)
+    hidden = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    rows = [None] if kind == "quadratic" else []
+    metrics = [False] if kind == "logprob" else []
+    given = (hidden, weight, target, bias, *rows, 0.7, 5.0, 143, -100, frozen, *metrics)
+    torch.library.opcheck(getattr(torch.ops.fastperturb, HEADS[kind]).default, given)
