@@ -132,14 +132,14 @@ void gather_row(const Map& map, float* products, float* scratch, int64_t width, 
 // The softmax p of all samples of a token in LANES columns, and S = sum_k r_k p_k.
 template <class Map>
 inline Vec probabilities(const Map& map, const Products& products, int64_t token, int64_t column,
-                         int64_t count, const float* lse, const float* row_weights, Vec* p,
+                         int64_t count, LogSums lse, const float* row_weights, Vec* p,
                          Vec* slopes) {
   Vec S = {};
   for (int64_t m = 0; m < products.samples; ++m) {
     const int64_t row = m * products.tokens + token;
     const float* data = products.data + row * products.width;
     const Vec l = masked(map.logit(load_some(data + column, count), column, count), count);
-    p[m] = exp_or_zero(l - lse[row]);
+    p[m] = exp_or_zero(l - lse[row] - lse[products.samples * products.tokens + row]);
     if (slopes) slopes[m] = map.slope(l);
     S += row_weights[row] * p[m];
   }
@@ -162,7 +162,7 @@ void gather(const Products& products, const Logits& options, const int64_t* targ
   });
 }
 
-void pull(const Products& products, const Logits& options, const int64_t* target, const float* lse,
+void pull(const Products& products, const Logits& options, const int64_t* target, LogSums lse,
           const float* upstream) {
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
@@ -174,7 +174,8 @@ void pull(const Products& products, const Logits& options, const int64_t* target
         over_columns(products.width, [&](int64_t column, int64_t count) {
           const Vec l = masked(map.logit(load_some(data + column, count), column, count), count);
           const Vec slope = map.slope(l);
-          store_some(data + column, -factor * slope * exp_or_zero(l - lse[row]), count);
+          const Vec p = exp_or_zero(l - lse[row] - lse[products.tokens + row]);
+          store_some(data + column, -factor * slope * p, count);
           const int64_t lane = column_y - column;
           if (lane >= 0 && lane < count) at_target = factor * slope[lane];
         });
@@ -184,7 +185,7 @@ void pull(const Products& products, const Logits& options, const int64_t* target
   });
 }
 
-void couple(const Products& products, const Logits& options, const float* lse,
+void couple(const Products& products, const Logits& options, LogSums lse,
             const float* row_weights, float* crossed) {
   const int64_t M = products.samples;
   with_logits(options, [&](const auto& map) {
@@ -206,7 +207,7 @@ void couple(const Products& products, const Logits& options, const float* lse,
 }
 
 void quadratic_pull(const Products& products, const Logits& options, const int64_t* target,
-                    const float* lse, const float* row_weights, const float* dots,
+                    LogSums lse, const float* row_weights, const float* dots,
                     const float* upstream) {
   const int64_t M = products.samples;
   const float coupling = 2.0f / (M * (M - 1));

@@ -22,6 +22,9 @@ struct Products {
   int64_t samples, tokens, width;
 };
 
+// Each row's log-sum-exp, and then, in the same order, what its rounding took off it.
+using LogSums = const float*;  // [2, samples, tokens]
+
 struct Running {
   float *peak, *others, *at_target;  // [tokens]
   float* spread;                     // [tokens], or nothing
@@ -32,14 +35,14 @@ struct Running {
 void gather(const Products& products, const Logits& options, const int64_t* target,
             const Running& running, bool write, float* total, int64_t dim);
 
-void pull(const Products& products, const Logits& options, const int64_t* target, const float* lse,
+void pull(const Products& products, const Logits& options, const int64_t* target, LogSums lse,
           const float* upstream);
 
-void couple(const Products& products, const Logits& options, const float* lse,
+void couple(const Products& products, const Logits& options, LogSums lse,
             const float* row_weights, float* crossed);
 
 void quadratic_pull(const Products& products, const Logits& options, const int64_t* target,
-                    const float* lse, const float* row_weights, const float* dots,
+                    LogSums lse, const float* row_weights, const float* dots,
                     const float* upstream);
 
 }  // namespace fastperturb

@@ -197,7 +197,7 @@ def pull_kernel(
     products_ptr,  # [n, v]
     bias_ptr,  # [v] or None
     target_ptr,  # [n]
-    lse_ptr,  # [n]
+    lse_ptr,  # [2, n], what rounding took off it last
     upstream_ptr,  # [n]
     out_ptr,  # [n, v]
     start,
@@ -211,10 +211,11 @@ def pull_kernel(
     b_word = tl.program_id(0) % num_tiles * BV + tl.arange(0, BV)
     b_offset = row.to(tl.int64) * v + b_word
     lse = tl.load(lse_ptr + row)
+    rest = tl.load(lse_ptr + tl.num_programs(0) // num_tiles + row)
     upstream = tl.load(upstream_ptr + row)
     b_live = b_word < tl.where(upstream != 0, v, 0)
     b_l = _logits(products_ptr + b_offset, bias_ptr, b_word, b_live, v, scale, softcap)
-    b_grad = -tl.exp(b_l - lse)
+    b_grad = -tl.exp(b_l - lse - rest)
     b_grad = tl.where(b_word == _word_of(target_ptr, row, start, v), b_grad + 1.0, b_grad)
     b_grad = _through_softcap(b_grad * (scale * upstream), b_l, softcap)
     tl.store(out_ptr + b_offset, b_grad, mask=b_word < v)
@@ -224,7 +225,7 @@ def pull_kernel(
 def _samples_tile(
     products_ptr,  # [M, n, v]
     bias_ptr,
-    lse_ptr,  # [M, n]
+    lse_ptr,  # [2, M, n]
     row_weights_ptr,  # [M, n]
     token,
     n,
@@ -245,7 +246,9 @@ def _samples_tile(
     b_offset = b_row * v + b_word
     b_mask = (b_m < M) & b_live
     b_l = _logits(products_ptr + b_offset, bias_ptr, b_word, b_mask, v, scale, softcap)
-    b_p = tl.exp(b_l - tl.load(lse_ptr + b_row, mask=b_m < M, other=0.0))
+    b_lse = tl.load(lse_ptr + b_row, mask=b_m < M, other=0.0)
+    b_rest = tl.load(lse_ptr + M * n + b_row, mask=b_m < M, other=0.0)
+    b_p = tl.exp(b_l - b_lse - b_rest)
     b_r = tl.load(row_weights_ptr + b_row, mask=b_m < M, other=0.0)
     b_rp = b_r * b_p
     return b_row, b_offset, b_l, b_p, b_r, tl.sum(b_rp, 0, keep_dims=True) - b_rp
@@ -255,7 +258,7 @@ def _samples_tile(
 def couple_kernel(
     products_ptr,  # [M, n, v]
     bias_ptr,  # [v] or None
-    lse_ptr,  # [M, n]
+    lse_ptr,  # [2, M, n]
     row_weights_ptr,  # [M, n]
     partial_ptr,  # [tiles, M, n]
     n,
@@ -295,7 +298,7 @@ def quadratic_pull_kernel(
     products_ptr,  # [M, n, v]
     bias_ptr,  # [v] or None
     target_ptr,  # [n]
-    lse_ptr,  # [M, n]
+    lse_ptr,  # [2, M, n]
     row_weights_ptr,  # [M, n]
     dots_ptr,  # [M, n]
     upstream_ptr,  # [n]
@@ -377,7 +380,7 @@ def pull(
     products: Tensor,  # [n, v]
     options: Logits,
     target: Tensor,  # [n]
-    lse: Tensor,  # [n]
+    lse: Tensor,  # [2, n]
     upstream: Tensor,  # [n]
     out: Tensor,  # [n, v]
 ) -> None:
@@ -402,7 +405,7 @@ def pull(
 def couple(
     products: Tensor,  # [M, n, v]
     options: Logits,
-    lse: Tensor,  # [M, n]
+    lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
     crossed: Tensor,  # [M, n]
 ) -> None:
@@ -432,7 +435,7 @@ def quadratic_pull(
     products: Tensor,  # [M, n, v]
     options: Logits,
     target: Tensor,  # [n]
-    lse: Tensor,  # [M, n]
+    lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
     dots: Tensor,  # [M, n]
     upstream: Tensor,  # [n]

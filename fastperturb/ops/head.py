@@ -99,7 +99,7 @@ def linear_logprob(
     )
     if not return_metrics:
         return log_probs
-    return LogProbMetrics(log_probs, lse.detach(), entropy.detach(), hit)
+    return LogProbMetrics(log_probs, lse.detach()[0], entropy.detach(), hit)
 
 
 @overload
@@ -415,9 +415,10 @@ def _(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = reference.accumulate(hidden, weight)
-    log_probs, lse = (hidden.new_empty(target.shape, dtype=dtype) for _ in range(2))
+    log_probs = hidden.new_empty(target.shape, dtype=dtype)
+    lse = log_probs.new_empty((2, *target.shape))
     hit = hidden.new_empty(target.shape, dtype=torch.bool)
-    entropy = torch.empty_like(lse) if want_entropy else hidden.new_empty(0)
+    entropy = torch.empty_like(log_probs) if want_entropy else hidden.new_empty(0)
     return log_probs, lse, hit, entropy, hidden.new_empty(hidden.shape if want_pull else 0)
 
 
@@ -435,7 +436,8 @@ def _(
     want_pull: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     values = hidden.new_empty(target.shape, dtype=reference.accumulate(hidden, weight))
-    log_probs, lse, dots = (values.new_empty(hidden.shape[:2]) for _ in range(3))
+    log_probs, dots = (values.new_empty(hidden.shape[:2]) for _ in range(2))
+    lse = values.new_empty((2, *hidden.shape[:2]))
     return values, log_probs, lse, dots, hidden.new_empty(hidden.shape if want_pull else 0)
 
 
@@ -502,7 +504,7 @@ def _quadratic_gradients(
             torch.ops.fastperturb.linear_quadratic_backward(grad, *saved, *ctx.options, *wanted)
         )
     if grad_log_probs is not None:
-        flat = hidden.flatten(0, 1), weight, target.repeat(len(hidden)), bias, lse.flatten()
+        flat = hidden.flatten(0, 1), weight, target.repeat(len(hidden)), bias, lse.flatten(1)
         grads = torch.ops.fastperturb.linear_logprob_backward(
             grad_log_probs.flatten(), *flat, *ctx.options, *wanted
         )

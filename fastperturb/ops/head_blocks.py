@@ -85,7 +85,7 @@ class LogProbs(NamedTuple):
     """What one pass over the vocabulary finds, row by row; 0 (False) where ignored."""
 
     log_probs: Tensor
-    lse: Tensor  # log sum exp of the logits
+    lse: Tensor  # [2, N], log sum exp of the logits, and what rounding took off it
     hit: Tensor  # whether no word has a higher logit than the target
     entropy: Tensor | None  # of the softmax
     pull: Tensor | None  # [N, D], the gradient of log_probs[i] with respect to hidden[i]
@@ -96,7 +96,7 @@ class Quadratic(NamedTuple):
 
     values: Tensor
     log_probs: Tensor
-    lse: Tensor
+    lse: Tensor  # [2, M, N]
     dots: Tensor  # <p_k, g_k>
     pull: Tensor | None  # [M, N, D], the gradient of values[n] with respect to hidden[m, n]
 
@@ -164,9 +164,9 @@ def linear_logprob(
     labels = _Labels.of(target, head.ignore_index)
     inputs, target = labels.select(hidden, dim=0), labels.target
     dtype = head.dtype(hidden)
-    lse = inputs.new_empty(len(inputs), dtype=_wide(dtype))
-    log_probs, hit = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.bool)
-    entropy = torch.empty_like(lse) if want_entropy else None
+    lse = inputs.new_empty((2, len(inputs)), dtype=_wide(dtype))
+    log_probs, hit = torch.empty_like(lse[0]), torch.empty_like(lse[0], dtype=torch.bool)
+    entropy = torch.empty_like(lse[0]) if want_entropy else None
     pull = inputs.new_empty(inputs.shape) if want_pull else None
     for part in head.row_parts(len(inputs)):
         h, y = inputs[part].to(dtype), target[part]
@@ -180,7 +180,7 @@ def linear_logprob(
             if total is not None and weights is not None:
                 total = add_product(total, weights, weight)
         log_probs[part], log_sums, sums = running.finish()
-        lse[part] = running.peak + log_sums
+        lse[:, part] = _rounded_sum(running.peak, log_sums)
         hit[part] = running.at_target >= running.peak
         if entropy is not None and running.spread is not None:
             entropy[part] = log_sums - running.spread / sums
@@ -193,7 +193,7 @@ def linear_logprob(
             pull[part] = total.mul_(head.logit_scale).to(pull.dtype)
     return LogProbs(
         labels.spread(log_probs, dim=0),
-        labels.spread(lse, dim=0),
+        labels.spread(lse, dim=1),
         labels.spread(hit, dim=0),
         None if entropy is None else labels.spread(entropy, dim=0),
         None if pull is None else labels.spread(pull, dim=0),
@@ -205,16 +205,18 @@ def linear_logprob_backward(
     grad: Tensor,  # [N]
     hidden: Tensor,  # [N, D]
     target: Tensor,  # [N]
-    lse: Tensor,  # [N]
+    lse: Tensor,  # [2, N]
     wanted: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """The gradients of [hidden, weight, bias] that are wanted."""
     labels = _Labels.of(target, head.ignore_index)
-    inputs, lse, upstream = (labels.select(each, dim=0) for each in (hidden, lse, grad.to(lse)))
+    inputs, upstream = (labels.select(each, dim=0) for each in (hidden, grad.to(lse)))
+    lse = labels.select(lse, dim=1)
     upstream, lse = labels.pulling(upstream, lse, head.valid_vocab)
 
     def pull(products: Tensor, logits: Logits, part: slice, out: Tensor) -> None:
-        head.rows.pull(products, logits, labels.target[part], lse[part], upstream[part], out)
+        sums = lse[:, part].contiguous()
+        head.rows.pull(products, logits, labels.target[part], sums, upstream[part], out)
 
     grads = _gradients(head, inputs, head.row_parts(len(inputs)), pull, wanted)
     return [None if grads[0] is None else labels.spread(grads[0], dim=0), *grads[1:]]
@@ -231,8 +233,9 @@ def linear_quadratic(
     labels = _Labels.of(target, head.ignore_index)
     inputs, target = labels.select(hidden, dim=1), labels.target
     M, dtype = len(inputs), head.dtype(hidden)
-    lse = inputs.new_empty(inputs.shape[:2], dtype=_wide(dtype))
-    log_probs, dots, values = torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse[0])
+    lse = inputs.new_empty((2, *inputs.shape[:2]), dtype=_wide(dtype))
+    log_probs, dots = torch.empty_like(lse[0]), torch.empty_like(lse[0])
+    values = torch.empty_like(lse[0, 0])
     pull = inputs.new_empty(inputs.shape) if want_pull else None
     r = _row_weights(row_weights, labels, lse)
     # Replaced one by one, so that each takes the memory of the one before: freed all at once, it
@@ -250,14 +253,14 @@ def linear_quadratic(
             head.rows.gather(held[index], block.logits, each_y, running, None, None)
             held[index] = held[index].view(*shape, block.width)
         part_log_probs, log_sums, _ = (value.view(shape) for value in running.finish())
-        part_lse = running.peak.view(shape) + log_sums
-        crossed = torch.zeros_like(part_lse)  # <p_k, S - r_k p_k>
+        part_lse = _rounded_sum(running.peak.view(shape), log_sums)
+        crossed = torch.zeros_like(log_sums)  # <p_k, S - r_k p_k>
         for block, products in zip(blocks, held, strict=False):
             head.rows.couple(products, block.logits, part_lse, weights, crossed)
         at_target = 2 / M * part_log_probs.exp()
         part_dots = weights * (at_target - 2 / (M * (M - 1)) * crossed)
         values[part] = (weights * (at_target - 1 / (M * (M - 1)) * crossed)).sum(0)
-        log_probs[:, part], lse[:, part], dots[:, part] = part_log_probs, part_lse, part_dots
+        log_probs[:, part], lse[:, :, part], dots[:, part] = part_log_probs, part_lse, part_dots
         if pull is None:
             continue
         total, upstream = lse.new_zeros(h.shape), torch.ones_like(values[part])
@@ -270,7 +273,7 @@ def linear_quadratic(
     return Quadratic(
         labels.spread(values, dim=0),
         labels.spread(log_probs, dim=1),
-        labels.spread(lse, dim=1),
+        labels.spread(lse, dim=2),
         labels.spread(dots, dim=1),
         None if pull is None else labels.spread(pull, dim=1),
     )
@@ -282,21 +285,22 @@ def linear_quadratic_backward(
     hidden: Tensor,  # [M, N, D]
     target: Tensor,  # [N]
     row_weights: Tensor | None,  # [M, N]
-    lse: Tensor,  # [M, N]
+    lse: Tensor,  # [2, M, N]
     dots: Tensor,  # [M, N]
     wanted: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """The gradients of [hidden, weight, bias] that are wanted."""
     labels = _Labels.of(target, head.ignore_index)
     r = _row_weights(row_weights, labels, lse)
-    inputs, lse, dots = (labels.select(each, dim=1) for each in (hidden, lse, dots))
+    inputs, dots = (labels.select(each, dim=1) for each in (hidden, dots))
+    lse = labels.select(lse, dim=2)
     upstream = labels.select(grad.to(lse), dim=0)
     upstream, lse = labels.pulling(upstream, lse, head.valid_vocab)
     M = len(inputs)
 
     def pull(products: Tensor, logits: Logits, part: slice, out: Tensor) -> None:
         shape = M, part.stop - part.start, products.shape[-1]
-        each = (value[:, part].contiguous() for value in (lse, r, dots))
+        each = (value[..., part].contiguous() for value in (lse, r, dots))
         given = labels.target[part], *each, upstream[part]
         head.rows.quadratic_pull(products.view(shape), logits, *given, out.view(shape))
 
@@ -377,7 +381,7 @@ class _Labels:
         return values.new_zeros(shape).index_copy_(dim, self.chosen, values)
 
     def pulling(self, upstream: Tensor, lse: Tensor, valid_vocab: int) -> tuple[Tensor, Tensor]:
-        """The upstream gradients [n] and lse [.., n] with which rows that must not pull do not.
+        """The upstream gradients [n] and lse [2, .., n] with which rows that must not pull do not.
 
         A target out of range pulls with NaN, so that its row is not missed.
         """
@@ -394,10 +398,17 @@ def _for_gemm(products: Tensor, dtype: torch.dtype) -> Tensor:
     return products if products.dtype == dtype else torch.empty_like(products, dtype=dtype)
 
 
-def _row_weights(row_weights: Tensor | None, labels: _Labels, like: Tensor) -> Tensor:
+def _row_weights(row_weights: Tensor | None, labels: _Labels, lse: Tensor) -> Tensor:
+    like = lse[0]
     if row_weights is None:
         return like.new_ones(like.shape[0], len(labels.target))
     return labels.select(row_weights.to(like), dim=1)
+
+
+def _rounded_sum(peak: Tensor, log_sums: Tensor) -> Tensor:
+    """peak + log_sums, and what its rounding took off it, [2, ...]."""
+    total = peak + log_sums
+    return torch.stack([total, peak - total + log_sums])
 
 
 def _in_range(target: Tensor, valid_vocab: int) -> Tensor:

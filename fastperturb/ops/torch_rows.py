@@ -4,7 +4,9 @@ Each takes a block of products hidden W^T, [n, v] or [M, n, v], contiguous and i
 and makes the logits l = softcap * tanh((products + bias) * scale / softcap) of it. What it writes
 for the next GEMM, `weights` or `out`, may be the products' own memory; nothing else changes them.
 `slope` is dl / d(products * scale), 1 without a softcap. Targets [n] are numbers of words; many
-do not lie in the block. Row statistics are [n] or [M, n] and contiguous.
+do not lie in the block. Row statistics are [n] or [M, n] and contiguous. `lse` has the log-sum-exp
+and what its rounding took off it, [2, n] or [2, M, n]: at logits in the hundreds the rounding alone
+would keep p from summing to 1, and what cancels against p is small.
 """
 
 from __future__ import annotations
@@ -58,13 +60,13 @@ def pull(
     products: Tensor,  # [n, v]
     options: Logits,
     target: Tensor,  # [n]
-    lse: Tensor,  # [n]
+    lse: Tensor,  # [2, n]
     upstream: Tensor,  # [n]
     out: Tensor,  # [n, v]
 ) -> None:
     """out = upstream * scale * slope * (e_y - p)."""
     logits, slope = _logits(products, options)
-    grad = torch.exp(logits - lse[:, None]).neg_()
+    grad = _softmax(logits, lse).neg_()
     _add_at_target(grad, target, options.start, 1.0)
     grad *= (options.scale * upstream)[:, None]
     out.copy_(grad if slope is None else grad * slope)
@@ -73,12 +75,12 @@ def pull(
 def couple(
     products: Tensor,  # [M, n, v]
     options: Logits,
-    lse: Tensor,  # [M, n]
+    lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
     crossed: Tensor,  # [M, n]
 ) -> None:
     """crossed += the block's part of <p_k, S - r_k p_k>, S = sum_k r_k p_k."""
-    p = torch.exp(_logits(products, options)[0] - lse[..., None])
+    p = _softmax(_logits(products, options)[0], lse)
     crossed += (p * _others(p, row_weights)).sum(-1)
 
 
@@ -86,7 +88,7 @@ def quadratic_pull(
     products: Tensor,  # [M, n, v]
     options: Logits,
     target: Tensor,  # [n]
-    lse: Tensor,  # [M, n]
+    lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
     dots: Tensor,  # [M, n]
     upstream: Tensor,  # [n]
@@ -95,7 +97,7 @@ def quadratic_pull(
     """out = upstream * scale * slope * p_k * (g_k - dots_k)."""
     M = len(products)
     logits, slope = _logits(products, options)
-    p = torch.exp(logits - lse[..., None])
+    p = _softmax(logits, lse)
     g = _others(p, row_weights).mul_(row_weights[..., None]).mul_(-2 / (M * (M - 1)))
     _add_at_target(g, target, options.start, 2 / M * row_weights)
     grad = p * (g - dots[..., None]) * (options.scale * upstream)[:, None]
@@ -111,6 +113,10 @@ def _logits(products: Tensor, options: Logits) -> tuple[Tensor, Tensor | None]:
         return logits, None
     bent = torch.tanh(logits / options.softcap)
     return options.softcap * bent, 1 - bent.square()
+
+
+def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
+    return torch.exp(logits - lse[0, ..., None] - lse[1, ..., None])
 
 
 def _others(p: Tensor, row_weights: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ def some_rows(n, v, options, size=3.0):
     """products, options, target, lse and an upstream gradient that is 0 for one row in three."""
     given = size * torch.randn(n, v), options_of(options, v), targets(n, v)
     lse = torch_rows._logits(*given[:2])[0].logsumexp(-1) + torch.rand(n)
+    lse = torch.stack([lse, torch.randn(n) / 100])
     return [*given, lse, torch.randn(n) * (torch.arange(n) % 3 != 1)]
 
 
@@ -134,6 +135,7 @@ def some_samples(M, n, v, options, size=3.0):
     """products, options, target, lse, row weights, dots and upstream gradients."""
     products, logits = size * torch.randn(M, n, v), options_of(options, v)
     lse = torch_rows._logits(products, logits)[0].logsumexp(-1) + torch.rand(M, n)
+    lse = torch.stack([lse, torch.randn(M, n) / 100])
     rest = torch.rand(M, n) + 0.5, torch.randn(M, n), torch.randn(n) * (torch.arange(n) % 3 != 1)
     return [products, logits, targets(n, v), lse, *rest]
 
@@ -373,7 +375,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     torch.testing.assert_close(total[-1], torch.full((D,), -1.0).exp())
 
     products[-1] = logits
-    lse, ones = logits.logsumexp(0).expand(n).contiguous(), torch.ones(n)
+    lse, ones = torch.stack([logits.logsumexp(0).expand(n), torch.zeros(n)]), torch.ones(n)
     head_rows.pull(products, options, target, lse, ones, products)
     torch.testing.assert_close(products[-1], -logits.softmax(0))
 
@@ -381,7 +383,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     products = products[: 2 * tokens].view(2, tokens, v)
     products[:, -1] = torch.stack([logits, logits.flip(0)])
     p = products[:, -1].softmax(-1)
-    ones, lse = torch.ones(2, tokens), lse[: 2 * tokens].view(2, tokens)
+    ones, lse = torch.ones(2, tokens), lse[:, : 2 * tokens].reshape(2, 2, tokens)
     given = products, options, target[:tokens], lse, ones
     crossed = torch.zeros(2, tokens)
     head_rows.couple(*given[:2], *given[3:], crossed)
