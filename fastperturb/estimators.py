@@ -77,15 +77,11 @@ def resample(
     log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`combine` for resample, with the uniforms [K, B] on (0, 1) that choose its K samples."""
-    mask = _check_log_probs(log_probs, mask)
-    value, weights = _iwae(_lowered(log_probs))
-    drawn, proposal = draw_samples(weights, uniforms, mask=mask)
-    counts = torch.zeros_like(proposal).scatter_add_(
-        0, drawn, torch.ones_like(drawn, dtype=proposal.dtype)
-    )
-    share = counts / (uniforms.shape[0] * proposal)  # (M, B)
-    weights = weights * share.reshape(*share.shape, *[1] * (weights.ndim - 2))
-    return _finish(log_probs, value, weights, mask)
+    found = Resampled.of(log_probs, uniforms, mask=mask)
+    index = found.drawn.view(*found.drawn.shape, *[1] * (log_probs.ndim - 2))
+    weights = found.weights.new_zeros(log_probs.shape)
+    weights.scatter_add_(0, index.expand_as(found.weights), found.weights)
+    return _WithGradient.apply(log_probs, found.value, weights), weights
 
 
 @dataclass(frozen=True)

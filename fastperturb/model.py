@@ -280,7 +280,7 @@ class PerturbedLM(nn.Module):
         if self._exact or not resampling:
             self._report = report = self._choose(batch, run, samples)
             if report.plan == "batched":
-                return plans.batched(run, samples), None
+                return run(samples), None
             return plans.chunked(run, samples, report.chunk_size), None
         sources = architectures.dropout_sources(self.base)
         if sources:

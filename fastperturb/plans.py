@@ -61,10 +61,6 @@ class PlanReport:
         return f"plan {self.plan!r}, {self.chunk_size} samples at a time: {self.reason}"
 
 
-def batched(run: Run, samples: Tensor) -> Pass:
-    return run(samples)
-
-
 def chunked(run: Run, samples: Tensor, size: int) -> Pass:
     """samples [M] or [M, B], `size` at a time; under a gradient each chunk is made twice."""
     parts = samples.split(size)

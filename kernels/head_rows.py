@@ -354,7 +354,7 @@ def gather(
     BV = tiles.block(v, _ROW_TILE) if whole else _LONG_ROW_TILE
     num_warps = max(1, BV // 512) if whole else 32
     D = 1 if total is None else total.shape[1]
-    launch(
+    tiles.launch(
         gather_kernel,
         (n,),
         {
@@ -386,7 +386,7 @@ def pull(
 ) -> None:
     n, v = products.shape
     BV = tiles.block(v, _FLAT_TILE)
-    launch(
+    tiles.launch(
         pull_kernel,
         (n * triton.cdiv(v, BV),),
         {
@@ -413,7 +413,7 @@ def couple(
     BM, BV = _samples_block(M, v)
     num_tiles = triton.cdiv(v, BV)
     partial = crossed.new_empty((num_tiles, M, n))
-    launch(
+    tiles.launch(
         couple_kernel,
         (n * num_tiles,),
         {
@@ -443,7 +443,7 @@ def quadratic_pull(
 ) -> None:
     M, n, v = products.shape
     BM, BV = _samples_block(M, v)
-    launch(
+    tiles.launch(
         quadratic_pull_kernel,
         (n * triton.cdiv(v, BV),),
         {
@@ -462,13 +462,6 @@ def quadratic_pull(
         },
         num_warps=_warps(BM * BV),
     )
-
-
-def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
-    """Every launch goes through here, so that a test can compile what would be launched."""
-    if all(grid):
-        with torch.cuda.device_of(arguments["products_ptr"]):  # where Triton launches
-            kernel[grid](**arguments, **options)
 
 
 def _logits_arguments(products: Tensor, options: Logits) -> dict[str, Any]:

@@ -198,7 +198,8 @@ def gelu(x):
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
     """Every launch goes through here, so that a test can compile what would be launched."""
     if all(grid):
-        with torch.cuda.device_of(arguments["rho_ptr"]):  # Triton launches on the current device
+        like = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(like):  # Triton launches on the current device
             kernel[grid](**arguments, **options)
 
 

@@ -5,29 +5,16 @@ The compiler runs in another process, since this one may have Triton's interpret
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 FILE = Path(__file__).resolve()
 
 
 def compiled(*options):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(FILE), *options],
-        cwd=FILE.parent.parent.parent,
-        env={**environment, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    print(*rows, sep="\n")
-    return rows
+    return ahead_of_time.compiled(FILE, *options)
 
 
 def check(rows):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastperturb.kernels import head_rows
+from fastperturb.kernels import perturb_embed_tiles as tiles
 from fastperturb.ops import head_blocks, reference, torch_rows
 from fastperturb.ops.head_blocks import Head, Logits, Running
 
@@ -354,7 +355,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     n, v, D = 2**20 + 1, 2048, 2049  # total's last row lies beyond 2^31 as well
     products = torch.from_file(str(tmp_path / "products"), shared=True, size=n * v).view(n, v)
     total = torch.from_file(str(tmp_path / "total"), shared=True, size=n * D).view(n, D)
-    launch = head_rows.launch
+    launch = tiles.launch
 
     def launch_last(kernel, grid, arguments, **options):
         last = grid[0] - 1
@@ -363,7 +364,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
         interpreter_builder.grid_dim, interpreter_builder.grid_idx = (last + 1, 1, 1), (last, 0, 0)
         launch(kernel, (1,), arguments, **options)
 
-    monkeypatch.setattr(head_rows, "launch", launch_last)
+    monkeypatch.setattr(tiles, "launch", launch_last)
     logits = torch.randn(v)
     q = (logits - logits.max()).exp()
     options, target = Logits(0, None, 1.0, None), torch.full((n,), -100)

@@ -5,11 +5,9 @@ The compiler runs in another process, since this one may have Triton's interpret
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 FILE = Path(__file__).resolve()
@@ -17,17 +15,7 @@ KERNELS = {"gather_kernel", "pull_kernel", "couple_kernel", "quadratic_pull_kern
 
 
 def compiled(*options):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(FILE), *options],
-        cwd=FILE.parent.parent.parent,
-        env={**environment, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    print(*rows, sep="\n")
+    rows = ahead_of_time.compiled(FILE, *options)
     assert {row["kernel"] for row in rows} == KERNELS
     return rows
 
@@ -75,15 +63,14 @@ def launches(dtype, words, samples, everything):
     import torch
 
     from fastperturb.kernels import head_rows
+    from fastperturb.kernels import perturb_embed_tiles as tiles
     from fastperturb.ops.head_blocks import Logits, Running
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     recorded = []
-    head_rows.launch = lambda kernel, grid, *rest, **options: recorded.append(
-        (kernel, *rest, options)
-    )
+    tiles.launch = lambda kernel, grid, *rest, **options: recorded.append((kernel, *rest, options))
     n, tokens, D = 2048, 40, 4096
     bias, softcap = (empty(words), 30.0) if everything else (None, None)
     logits = Logits(words, bias, 1.0, softcap)

@@ -3,12 +3,9 @@
 The compiler runs in another process, since this one may have Triton's interpreter loaded.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import ahead_of_time
 import pytest
 
 from fastperturb.config import TRANSFORMS
@@ -17,18 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def compiled(*options):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(HERE / "aot.py"), *options],
-        cwd=HERE.parent.parent,
-        env={**environment, "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    print(*rows, sep="\n")
-    return rows
+    return ahead_of_time.compiled(HERE / "aot.py", *options)
 
 
 def check(rows, families=TRANSFORMS):
