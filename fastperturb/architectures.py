@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastperturb.shards import refuse_foreign
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -80,6 +82,7 @@ def understand(model: nn.Module) -> CausalLM:
     """The parts of a supported model, with or without PEFT adapters; others are refused."""
     base = _without_adapters(model)
     known, name = _known_class(base), type(base).__name__
+    refuse_foreign(base.get_input_embeddings())
     for outer in (model, base):
         if _is_hooked(outer):
             raise ValueError(

@@ -34,6 +34,7 @@ class Batch:
     return_logits: bool
     marginal: str
     prefix: Prefix | None
+    input_ids: Tensor | None  # where there are some
 
     def target(self) -> Tensor:
         """What each position predicts [B T]; the last one predicts nothing."""
@@ -64,6 +65,57 @@ class Batch:
         counted = length > 0 if self.moving is None else self.moving & (length > 0)
         ratio = (travelled / self.draws.count / length).where(counted, 0.0)
         return ratio.sum() / counted.sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What the trunk is run on for some samples, and where to read it."""
+
+    embeddings: Tensor  # [m, B, L, D]
+    attention_mask: Tensor | None  # [m B, L]
+    position_ids: Tensor | None  # [m B, L]
+    source: Tensor | None = None  # [m, B, T], what stands for each position; None: it itself
+
+    def hidden_states(self, trunk: Any, prefix: Prefix | None = None) -> Tensor:  # [m, B, T, D]
+        """The trunk's last hidden states, from which each position's label is predicted."""
+        if prefix is not None:
+            hidden = prefix.hidden_states(trunk, self.embeddings, self.attention_mask)
+        else:
+            hidden = trunk(
+                inputs_embeds=self.embeddings.flatten(0, 1),
+                attention_mask=self.attention_mask,
+                position_ids=self.position_ids,
+                use_cache=False,
+                **self._packed_lengths(trunk),
+            ).last_hidden_state  # (m B, L, D)
+        return self.at_source(hidden.unflatten(0, self.embeddings.shape[:2]))
+
+    def _packed_lengths(self, trunk: Any) -> dict[str, Any]:
+        """Where documents begin, for a flash kernel: it would take each row for one document."""
+        attention = str(getattr(trunk.config, "_attn_implementation", None))
+        if self.position_ids is None or not attention.startswith("flash"):
+            return {}
+        begins = F.pad(self.position_ids.diff(dim=1) != 1, (1, 0), value=True)
+        if int(begins.sum()) == len(begins):
+            return {}  # a document a row
+        if self.attention_mask is not None:
+            raise ValueError(
+                f"packed position_ids under attn_implementation={attention!r} take no "
+                "attention_mask: leave it out, with padding as a document of its own, or use 'sdpa'"
+            )
+        edges = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())
+        edges, longest = edges.int(), int(edges.diff().max())
+        return {
+            "cu_seq_lens_q": edges,
+            "cu_seq_lens_k": edges,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def at_source(self, values: Tensor) -> Tensor:  # [m, B, L, D] to [m, B, T, D]
+        if self.source is None:
+            return values
+        return values.gather(2, self.source[..., None].expand(-1, -1, -1, values.shape[-1]))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a checkpoint's files say, and whether to believe them.
 
-    perturbation_config.json   the PerturbConfig, what it was saved over, every file's SHA-256
+    perturbation_config.json   the config, what it was saved over, every file's SHA-256
     perturbation.safetensors   the transform's parameters and embed_rms, in fp32
     adapter_config.json, adapter_model.safetensors    PEFT's own, where there is an adapter
 
@@ -11,22 +11,21 @@ known to be right, and no path that stands in a file is followed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastperturb.architectures import understand
 from fastperturb.config import PerturbConfig
+from fastperturb.edits import EditConfig
+from fastperturb.files import digest, open_tensors, read_json, read_tensors, require_file, sha256
 from fastperturb.transforms import make_transform
 from fastperturb.version import __version__
 
@@ -43,6 +42,11 @@ _MOST_HEADER_BYTES = 1 << 16
 _RMS_TOLERANCE = 0.01
 # A PEFT config can name files and modules for PEFT to load; a checkpoint stays in its folder.
 _REACHING_OUT = ("adapters", "megatron_config", "tokenizer_name_or_path")
+# The families of perturbations, by the config_class of a checkpoint's config.
+_FAMILIES: dict[str, type[PerturbConfig] | type[EditConfig]] = {
+    "PerturbConfig": PerturbConfig,
+    "EditConfig": EditConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Checkpoint:
     """A folder whose files are those that were saved together."""
 
     folder: Path
-    config: PerturbConfig
+    config: PerturbConfig | EditConfig
     embed_dim: int
     base: Base
     files: dict[str, str]  # the SHA-256 of every file
@@ -109,7 +113,8 @@ class Checkpoint:
         path = folder / CONFIG_NAME
         values = _read_manifest(path)
         try:
-            config, embed_dim = PerturbConfig.from_dict(values["config"]), values["embed_dim"]
+            family = _FAMILIES[values.get("config_class", "PerturbConfig")]
+            config, embed_dim = family.from_dict(values["config"]), values["embed_dim"]
             shapes = layout(config, embed_dim)
             base, files = Base(**values["base"]), values["files"]
             float(base.embed_rms)
@@ -121,9 +126,9 @@ class Checkpoint:
                 f"{values.get('fastperturb_version')}: {error}; use that version, or save again"
             ) from error
         _check_header(folder / TENSORS_NAME, shapes)
-        for name, digest in files.items():
-            _require_file(folder / name)
-            if _sha256(folder / name) != digest:
+        for name, expected in files.items():
+            require_file(folder / name)
+            if sha256(folder / name) != expected:
                 raise ValueError(
                     f"{folder / name} is not the file that {CONFIG_NAME} was saved with: it is "
                     "damaged, was changed, or is of another save that did not finish; copy the "
@@ -152,32 +157,35 @@ class Checkpoint:
 
 
 def write_manifest(
-    folder: Path, *, config: PerturbConfig, embed_dim: int, base: Base, names: tuple[str, ...]
+    folder: Path,
+    *,
+    config: PerturbConfig | EditConfig,
+    embed_dim: int,
+    base: Base,
+    names: tuple[str, ...],
 ) -> None:
     """Write the config that vouches for the other files of a folder."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "fastperturb_version": __version__,
         "embed_dim": embed_dim,
+        "config_class": type(config).__name__,
         "config": config.to_dict(),
         "base": vars(base),
-        "files": {name: _sha256(folder / name) for name in names},
+        "files": {name: sha256(folder / name) for name in names},
     }
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = digest(manifest)
     text = json.dumps(manifest, indent=2, allow_nan=False)
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def layout(config: PerturbConfig, embed_dim: int) -> dict[str, list[int]]:
+def layout(config: PerturbConfig | EditConfig, embed_dim: int) -> dict[str, list[int]]:
     """The shape of each tensor of a transform, from one that takes no memory."""
+    if isinstance(config, EditConfig):
+        return {"embed_rms": []}
     with torch.device("meta"):
         transform = make_transform(config, embed_dim)
     return {name: list(value.shape) for name, value in transform.state_dict().items()}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -200,7 +208,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"there is no {path}: the folder is not a FastPerturb checkpoint, or one whose save "
             "did not finish; save again by lm.save_pretrained"
         )
-    values = _read_json(path)
+    values = read_json(path, most_bytes=_MOST_CONFIG_BYTES)
     version = values.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
@@ -209,7 +217,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} was not written by fastperturb: it has format {version!r}")
-    if values.pop("sha256", None) != _digest(values):
+    if values.pop("sha256", None) != digest(values):
         raise ValueError(
             f"{path} was changed after it was saved, or is damaged; copy the checkpoint again, "
             "or change options on what is loaded: lm.config = dataclasses.replace(lm.config, ...)"
@@ -217,24 +225,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    _require_file(path)
-    with open(path, "rb") as file:
-        text = file.read(_MOST_CONFIG_BYTES + 1)
-    if len(text) > _MOST_CONFIG_BYTES:
-        raise ValueError(f"{path} is longer than {_MOST_CONFIG_BYTES} bytes, so no config")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated, damaged or no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, and holds a {type(values).__name__}")
-    return values
-
-
 def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
     """Names, shapes and dtypes, before any tensor of theirs exists."""
-    _require_file(path)
+    require_file(path)
     data_bytes = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     size, most = path.stat().st_size, data_bytes + _MOST_HEADER_BYTES
     if not data_bytes < size <= most:
@@ -243,7 +236,7 @@ def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
             f"and {most}: it is truncated, or not the file saved with {CONFIG_NAME}; copy the "
             "whole checkpoint again"
         )
-    with _opened(path) as file:
+    with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     wanted = {name: ("F32", shape) for name, shape in shapes.items()}
@@ -257,40 +250,10 @@ def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
 
 
 def _check_adapter_config(path: Path) -> None:
-    values = _read_json(path)
+    values = read_json(path, most_bytes=_MOST_CONFIG_BYTES)
     reaching = [key for key in _REACHING_OUT if values.get(key)]
     if reaching:
         raise ValueError(
             f"{path} sets {', '.join(reaching)}, which would load something from outside the "
             "folder; put that adapter on the model yourself, by PEFT"
         )
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no file {path}, which belongs to the checkpoint; copy the whole folder"
-        )
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated, damaged or no safetensors file: {error}; copy the whole "
-            "checkpoint again"
-        ) from error
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    """Of the values, however they are laid out in the file."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

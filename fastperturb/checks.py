@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,14 +40,3 @@ def range(name: str, numbers: Tensor, size: int, also: str = "") -> None:
     wrong = numbers[(numbers < 0) | (numbers >= size)]
     if wrong.numel():
         raise IndexError(f"{name} must {also}lie in [0, {size}), got {int(wrong[0])}")
-
-
-def no_packing_under_flash_attention(trunk: Any, position_ids: Tensor | None) -> None:
-    attention = str(getattr(trunk.config, "_attn_implementation", None))
-    if position_ids is None or not attention.startswith("flash"):
-        return
-    if (position_ids.diff(dim=1) < 0).any():
-        raise ValueError(
-            f"packed position_ids under attn_implementation={attention!r} are taken for one "
-            "document where there are several rows, as M samples are; use 'sdpa'"
-        )

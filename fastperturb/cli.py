@@ -18,6 +18,7 @@ from fastperturb.version import __version__
 # name: (module:OptionsClass, what it does)
 COMMANDS = {
     "demo": ("fastperturb.demo:DemoOptions", "learned against fixed noise on a toy language"),
+    "train": ("fastperturb.train:TrainOptions", "adapt a model to text, by any of five methods"),
     "doctor": ("fastperturb.doctor:DoctorOptions", "what runs here, how, and whether it is right"),
 }
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         return call(argv[0], argv[1:])
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
         print(f"fastperturb: error: {error}", file=sys.stderr)

@@ -26,32 +26,49 @@ AT_LEAST_TWO_DRAWS = ("quadratic", "jvi", "jvi_clip", "mlmc")
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbConfig:
-    """How prefix embeddings are moved and how the marginal is estimated.
-
-    transform, latent, latent_dim, hidden_dim, scope: the family `T(e, z)` and the law of z
-        (`latent_dim` is ignored by diagonal, `hidden_dim` by diagonal, lowrank and affine).
-    init_scale, min_scale: root mean square of the shift over that of the embedding table,
-        at the start and at the least.
-    marginal, estimator, num_samples, antithetic: the estimating equation and its M draws. A
-        mixture of equations is a mapping from their names to their weights in the loss.
-    backward_samples: the K draws that `resample` sends backward; None is round(sqrt(M / 2)).
-    plan, chunk_size: how the M samples go through the trunk.
-    """
+    """How prefix embeddings are moved and how the marginal is estimated."""
 
     transform: str = "lowrank"
+    """The family T(e, z): diagonal, lowrank, gated, affine or mlp."""
+
     latent: str = "gaussian"
+    """The law of z: gaussian, uniform or rademacher."""
+
     latent_dim: int = 16
+    """The width of z (diagonal: that of the embeddings, whatever this says)."""
+
     hidden_dim: int = 64
+    """The width of gated's and mlp's inner layer."""
+
     scope: str = "token"
+    """token: a fresh z at every position. sequence: one z a sequence."""
+
     marginal: str = "token"
+    """What is averaged over draws: the probability of each token, or of the whole sequence."""
+
     estimator: str | Mapping[str, float] = "iwae"
+    """The estimating equation, or a mixture: equations and their weights in the loss."""
+
     num_samples: int = 8
+    """M, the Monte-Carlo draws."""
+
     backward_samples: int | None = None
+    """The K draws that resample sends backward; None is round(sqrt(M / 2))."""
+
     init_scale: float = 0.2
+    """Root mean square of the shift over that of the embeddings, at the start."""
+
     min_scale: float = 0.0
+    """The same, at the least."""
+
     antithetic: bool = False
+    """Draws come in pairs z, -z."""
+
     plan: str = "auto"
+    """How the samples go through the trunk: auto, batched, chunked or resample."""
+
     chunk_size: int | None = None
+    """Samples at a time, where they do not all go at once."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def generate(
     checks.like(input_ids, "perturb_mask", perturb_mask, (torch.bool,))
     if seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-    decoder = _Decoder(
+    decoder = lm.decoder(
         lm,
         draws=_draws(lm, mode, num_samples),
         redrawn=mode == "token",
@@ -92,7 +92,7 @@ def generate(
     )
 
 
-class _Sequences(NamedTuple):
+class Sequences(NamedTuple):
     """What is decoded so far and what keys its noise, for N = B S sequences."""
 
     ids: Tensor  # [N, T]
@@ -101,19 +101,19 @@ class _Sequences(NamedTuple):
     rows: Tensor  # [N]
     samples: Tensor  # [N, M], the numbers of its draws
 
-    def append(self, tokens: Tensor) -> _Sequences:
+    def append(self, tokens: Tensor) -> Sequences:
         return self._replace(
             ids=torch.cat([self.ids, tokens[:, None]], dim=1),
             mask=F.pad(self.mask, (0, 1), value=1),
             moves=F.pad(self.moves, (0, 1), value=True),
         )
 
-    def select(self, kept: Tensor) -> _Sequences:
-        return _Sequences(*(tensor[kept] for tensor in self))
+    def select(self, kept: Tensor) -> Sequences:
+        return Sequences(*(tensor[kept] for tensor in self))
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class Decoder:
     """The decoding loop, as the `custom_generate` callable that transformers runs."""
 
     lm: PerturbedLM
@@ -123,6 +123,8 @@ class _Decoder:
     rows: Tensor  # [B]
     perturb_mask: Tensor | None  # [B, T]
     streamer: Any
+
+    caches: ClassVar[bool] = True  # whether an encoded prefix stays as it is
 
     # An argument with a name that transformers' own loop has not would be kept from `generate`,
     # so the mask and the cache are taken from **model_kwargs.
@@ -138,7 +140,7 @@ class _Decoder:
         _check_settings(generation_config)
         copies = len(input_ids) // len(self.rows)
         sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), copies)
-        cached = model_kwargs["use_cache"] and not self.redrawn
+        cached = model_kwargs["use_cache"] and self.caches and not self.redrawn
         cache = model_kwargs["past_key_values"] if cached else None
         if self.draws > 1 and isinstance(cache, StaticCache):
             raise ValueError(
@@ -172,7 +174,7 @@ class _Decoder:
             self.streamer.end()
         return sequences.ids
 
-    def _prompt(self, ids: Tensor, mask: Tensor | None, copies: int) -> _Sequences:
+    def _prompt(self, ids: Tensor, mask: Tensor | None, copies: int) -> Sequences:
         mask = torch.ones_like(ids) if mask is None else mask
         if (mask[:, -1] == 0).any() or (mask.diff(dim=1) < 0).any():
             raise ValueError(
@@ -183,7 +185,7 @@ class _Decoder:
         if self.perturb_mask is not None:
             moves = moves & self.perturb_mask.repeat_interleave(copies, 0)
         samples = torch.arange(copies * self.draws, device=ids.device).view(copies, self.draws)
-        return _Sequences(
+        return Sequences(
             ids,
             mask,
             moves,
@@ -191,8 +193,15 @@ class _Decoder:
             samples=samples.repeat(len(self.rows), 1),
         )
 
-    def _next_logits(self, model: Any, sequences: _Sequences, cache: Any = None) -> Tensor:
+    def _next_logits(self, model: Any, sequences: Sequences, cache: Any = None) -> Tensor:
         """The model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
+        logits = self._logits(model, sequences, cache).float()
+        if self.draws == 1:
+            return logits
+        log_probs = logits.log_softmax(-1).unflatten(0, (self.draws, -1))
+        return log_probs.logsumexp(0) - math.log(self.draws)
+
+    def _logits(self, model: Any, sequences: Sequences, cache: Any) -> Tensor:  # [M N, V]
         start = 0 if cache is None else int(cache.get_seq_length())
         positions = (sequences.mask.cumsum(1) - 1).clamp_min(0)[:, start:]
         moved = ops.perturb_embed(
@@ -220,11 +229,7 @@ class _Decoder:
                 "the model filled no cache, as under gradient checkpointing in training mode; "
                 "call lm.eval() first or generate with use_cache=False"
             )
-        logits = output.logits[:, -1].float()  # (M N, V)
-        if self.draws == 1:
-            return logits
-        log_probs = logits.log_softmax(-1).unflatten(0, (self.draws, -1))
-        return log_probs.logsumexp(0) - math.log(self.draws)
+        return output.logits[:, -1]
 
     def _stream(self, tokens: Tensor) -> None:
         if self.streamer is not None:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from fastperturb import architectures, checks, estimators, noise, ops, plans
+from fastperturb import architectures, checks, estimators, noise, ops, parallel, plans, shards
 from fastperturb.architectures import CausalLM, understand
 from fastperturb.batch import (
     IGNORED,
     Batch,
+    Copies,
     Draws,
     Live,
     label_count,
@@ -36,12 +37,15 @@ from fastperturb.batch import (
     variance_over_samples,
 )
 from fastperturb.config import PerturbConfig, check_draws
-from fastperturb.generate import generate
+from fastperturb.generate import Decoder, generate
 from fastperturb.ops.combine import COMBINABLE
 from fastperturb.prefix import Prefix
-from fastperturb.transforms import make_transform
+from fastperturb.transforms import Transform, make_transform
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from fastperturb.gradient_noise import GradientNoise
     from fastperturb.score import Score
     from fastperturb.standard_errors import StandardErrors
@@ -88,22 +92,26 @@ class PerturbedLM(nn.Module):
     # is of shifted labels. (Its plain class still fails, since it writes to model.config.)
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
+    decoder = Decoder
 
     def __init__(self, model: nn.Module, config: PerturbConfig) -> None:
         super().__init__()
-        if not isinstance(config, PerturbConfig):
-            raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
         parts = understand(model)
         self.base = model
         self.config = config
-        rms, embed_dim = embedding_rms(parts.embed)
-        self.transform = make_transform(config, embed_dim, embed_rms=rms)
-        self.transform.to(rms.device)
+        self.transform = self._make_transform(parts, config)
         self._exact = False
         self._steps, self._collapsed = 0, False
         self._planner = plans.Planner()
+        self._split = parallel.Split()
         self._report: plans.PlanReport | None = None
         self._draw_noise: float | None = None  # of resample, where measured
+
+    def _make_transform(self, parts: CausalLM, config: PerturbConfig) -> Transform:
+        if not isinstance(config, PerturbConfig):
+            raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
+        rms, embed_dim = embedding_rms(parts.embed)
+        return make_transform(config, embed_dim, embed_rms=rms).to(rms.device)
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[PerturbedLM]:
@@ -148,7 +156,6 @@ class PerturbedLM(nn.Module):
             if labels.device.type == "cpu":  # where looking at them costs no sync
                 given = labels[labels != IGNORED]
                 checks.range("labels", given, vocab, f"be {IGNORED} (no label) or ")
-        checks.no_packing_under_flash_attention(parts.trunk, position_ids)
         draws = self._draw(seed, rows, num_samples, embeddings)
         moving, positions = moving_positions(attention_mask, position_ids, perturb_mask)
         prefix = None
@@ -166,6 +173,7 @@ class PerturbedLM(nn.Module):
             return_logits,
             self.config.marginal,
             prefix,
+            input_ids,
         )
         scored, live = self._samples(batch)
         found: dict[str, Tensor | None] = {}
@@ -195,11 +203,41 @@ class PerturbedLM(nn.Module):
                 stacklevel=4,
             )
 
+    def split_samples(self, group: DeviceMesh | ProcessGroup) -> None:
+        """From now on each of these processes runs its share of every call's samples.
+
+        group: one dimension of a mesh, as mesh["mc"]. Its processes call with the same arguments,
+        and all get what one process would: loss, log-probs and all else of all M samples. Their
+        gradients are for averaging over processes, as DDP and FSDP2 do. `generate`,
+        `gradient_noise` and `standard_errors` stay whole in every process.
+        """
+        self._split = parallel.Split.over(group)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Within it this process runs all samples."""
+        before, self._split = self._split, parallel.Split()
+        try:
+            yield
+        finally:
+            self._split = before
+
     def plan_report(self) -> plans.PlanReport:
         """Which plan the last forward took, and why."""
         if self._report is None:
             raise RuntimeError("there is no plan to report before the first forward")
         return self._report
+
+    def step_down(self) -> bool:
+        """After running out of memory: half as many samples at a time from now on.
+
+        False where the plan is the config's own word, or takes one sample at a time already. The
+        same step run again with the same seed meets the same noise.
+        """
+        config, last = self.config, self._report
+        if last is None or config.plan == "batched" or config.chunk_size is not None:
+            return False
+        return self._planner.step_down(last)
 
     def _embeddings(
         self, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -238,7 +276,7 @@ class PerturbedLM(nn.Module):
             )
         device = embeddings.device
         if seed is None:
-            seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+            seed = self._split.agreed(torch.randint(2**63 - 1, (), dtype=torch.int64).to(device))
         seed = noise.seed_tensor(seed, device)
         if rows is None:
             rows = torch.arange(len(embeddings), device=device)
@@ -266,22 +304,22 @@ class PerturbedLM(nn.Module):
         draws: Draws,
     ) -> Prefix | None:
         """The leading positions that no sample moves, encoded; dropout would tie samples there."""
-        if draws.count == 1 or architectures.dropout_sources(self.base):
+        # Where parameters are sharded, all processes must run the trunk equally often.
+        if draws.count == 1 or architectures.dropout_sources(self.base) or shards.is_sharded(self):
             return None
         return Prefix.of(parts.trunk, embeddings, attention_mask, moving)
 
     def _samples(self, batch: Batch) -> tuple[plans.Pass, Live | None]:
         """Run the draws by the configured plan: all M scored, and what resample runs again."""
-        draws, config = batch.draws, self.config
+        draws, config, split = batch.draws, self.config, self._split
         run = functools.partial(self._run, batch)
         samples = torch.arange(draws.count, device=batch.embeddings.device)
         by_default = "resample" in draws.equations and config.plan == "auto"
         resampling = torch.is_grad_enabled() and (by_default or config.plan == "resample")
         if self._exact or not resampling:
-            self._report = report = self._choose(batch, run, samples)
-            if report.plan == "batched":
-                return run(samples), None
-            return plans.chunked(run, samples, report.chunk_size), None
+            self._report = report = self._choose(batch, run, samples[: split.most(draws.count)])
+            size = None if report.plan == "batched" else report.chunk_size
+            return split.run(run, samples, size), None
         sources = architectures.dropout_sources(self.base)
         if sources:
             raise ValueError(
@@ -289,15 +327,16 @@ class PerturbedLM(nn.Module):
                 f"{', '.join(sources[:3])}; set it to 0, or use another estimator and plan"
             )
         kept = draws.backward_samples(config)
-        size = min(config.chunk_size or kept, draws.count)
-        with torch.no_grad():
-            scored = plans.chunked(run, samples, size)
-        resampled = draws.resample(batch.outcomes(scored.log_probs), batch.outcome_mask(), config)
-        live = plans.chunked(run, resampled.drawn, size) if size < kept else run(resampled.drawn)
+        share = split.most(kept)
+        size = min(config.chunk_size or self._planner.limited(share), split.most(draws.count))
         reason = f"{draws.count} samples scored without gradient, {kept} of them run again with it"
         if config.backward_samples is None and draws.draw_noise is not None:
             reason += ", which is the best number at the measured gradient noise"
         self._report = plans.PlanReport("resample", size, reason)
+        with torch.no_grad():
+            scored = split.run(run, samples, size)
+        resampled = draws.resample(batch.outcomes(scored.log_probs), batch.outcome_mask(), config)
+        live = split.run(run, resampled.drawn, size if size < share else None)
         return scored, Live(resampled, live)
 
     def _choose(self, batch: Batch, run: plans.Run, samples: Tensor) -> plans.PlanReport:
@@ -319,43 +358,38 @@ class PerturbedLM(nn.Module):
 
     def _run(self, batch: Batch, samples: Tensor) -> plans.Pass:
         """Some samples, numbered [m] or [m, B], through perturbation, trunk and head."""
-        embeddings, draws, parts = batch.embeddings, batch.draws, batch.parts
-        count, (size, length) = len(samples), embeddings.shape[:2]
-        moved = embeddings[None]
+        draws, parts = batch.draws, batch.parts
+        copies = self._copies(batch, samples)
+        hidden = copies.hidden_states(parts.trunk, batch.prefix)  # (m, B, T, D)
+        log_probs = log_sum = None
+        weight, options = parts.head.weight, parts.head_options
+        if batch.labels is not None and set(draws.equations) != {"quadratic"}:
+            target = batch.target().repeat(len(samples))
+            log_probs = ops.linear_logprob(hidden.flatten(0, 2), weight, target, **options)
+            # No view: FSDP2 hooks what a module returns.
+            log_probs = log_probs.view(hidden.shape[:-1])[:, :, :-1].contiguous()
+        if batch.return_logits:
+            log_sum = log_sum_of(hidden, weight, options)
+        kept = hidden if "quadratic" in draws.equations else None
+        moved = copies.at_source(copies.embeddings.detach())
+        return plans.Pass(travelled(moved, batch.embeddings), log_probs, kept, log_sum)
+
+    def _copies(self, batch: Batch, samples: Tensor) -> Copies:
+        moved, count = batch.embeddings[None], len(samples)
         if not self._exact:
             moved = ops.perturb_embed(
-                embeddings,
+                batch.embeddings,
                 None,
                 self.transform,
-                draws.seed,
+                batch.draws.seed,
                 samples,
-                rows=draws.rows,
+                rows=batch.draws.rows,
                 positions=batch.positions,
                 antithetic=self.config.antithetic,
                 perturb_mask=batch.moving,
             )
         attention_mask = repeated(batch.attention_mask, count)
-        if batch.prefix is not None:
-            hidden = batch.prefix.hidden_states(parts.trunk, moved, attention_mask)
-        else:
-            hidden = parts.trunk(
-                inputs_embeds=moved.flatten(0, 1),
-                attention_mask=attention_mask,
-                position_ids=repeated(batch.position_ids, count),
-                use_cache=False,
-            ).last_hidden_state  # (m B, T, D)
-        log_probs = log_sum = None
-        weight, options = parts.head.weight, parts.head_options
-        if batch.labels is not None and set(draws.equations) != {"quadratic"}:
-            target = batch.target().repeat(count)
-            log_probs = ops.linear_logprob(hidden.flatten(0, 1), weight, target, **options)
-            # No view: FSDP2 hooks what a module returns.
-            log_probs = log_probs.view(count, size, length)[:, :, :-1].contiguous()
-        hidden = hidden.unflatten(0, (count, size))
-        if batch.return_logits:
-            log_sum = log_sum_of(hidden, weight, options)
-        kept = hidden if "quadratic" in draws.equations else None
-        return plans.Pass(travelled(moved, embeddings), log_probs, kept, log_sum)
+        return Copies(moved, attention_mask, repeated(batch.position_ids, count))
 
     def _estimate(
         self,
@@ -503,15 +537,17 @@ class PerturbedLM(nn.Module):
         """
         from fastperturb.gradient_noise import gradient_noise
 
-        found = gradient_noise(
-            self,
-            inputs,
-            repeats=repeats,
-            compared=estimators,
-            parameters=parameters,
-            seed=seed,
-        )
-        self._draw_noise = found.draw_noise
+        with self._whole():
+            found = gradient_noise(
+                self,
+                inputs,
+                repeats=repeats,
+                compared=estimators,
+                parameters=parameters,
+                seed=seed,
+            )
+        draw_noise = torch.tensor(found.draw_noise, device=self.transform.embed_rms.device)
+        self._draw_noise = float(self._split.agreed(draw_noise))
         return found
 
     def standard_errors(
@@ -534,14 +570,15 @@ class PerturbedLM(nn.Module):
         """
         from fastperturb.standard_errors import standard_errors
 
-        return standard_errors(
-            self,
-            dataloader,
-            parameters=parameters,
-            bread=bread,
-            num_samples=num_samples,
-            seed=seed,
-        )
+        with self._whole():
+            return standard_errors(
+                self,
+                dataloader,
+                parameters=parameters,
+                bread=bread,
+                num_samples=num_samples,
+                seed=seed,
+            )
 
     def save_pretrained(
         self,
@@ -554,7 +591,8 @@ class PerturbedLM(nn.Module):
 
         The transform, and the adapter by PEFT. save_base: whether to write a base without
         adapters too; None is whether any of its parameters requires a gradient.
-        is_main_process: the other processes of a distributed run write nothing.
+        is_main_process: the other processes of a distributed run write nothing. Under FSDP2 all of
+            them must call: the first one writes, and gathers the model in its CPU memory for it.
         """
         from fastperturb import saving
 

@@ -117,6 +117,18 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
 
 
+def fold_in(seed: int | Tensor, number: int) -> Tensor:
+    """The seed of part `number` (a training step, say) of what `seed` keys: int64, on its device.
+
+    Parts share no stream with each other; their order and count are free.
+    """
+    key = seed_tensor(seed, seed.device if isinstance(seed, Tensor) else torch.device("cpu"))
+    words = torch.tensor([number & _WORD, number >> 32 & _WORD], device=key.device)
+    auxiliary = torch.full_like(key, _AUXILIARY_SAMPLE)
+    low, high, *_ = _philox_words([*words, auxiliary, auxiliary], (key, key >> 32))
+    return low | high << 32
+
+
 def counters(
     samples: int | Tensor,
     rows: Tensor | None,

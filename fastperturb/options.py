@@ -5,7 +5,7 @@ Every mistake in the file is an error that names the file, the key and what was 
 
 import dataclasses
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -78,6 +78,12 @@ def _value(value: Any, hint: Any, where: str) -> Any:
                 _value(item, each, f"{where}[{index}]")
                 for index, (item, each) in enumerate(zip(value, hints, strict=True))
             )
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        key_hint, item_hint = arguments
+        return {
+            _value(key, key_hint, where): _value(item, item_hint, f"{where}: {key}")
+            for key, item in value.items()
+        }
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _options(value, hint, where)
     elif hint is Path and isinstance(value, str):

@@ -18,6 +18,7 @@ are torch.utils.checkpoint's, whose first pass skips the head's second GEMM.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastperturb import shards
 from fastperturb.ops import head
 
 # What of the free memory auto plans for, and what a sample may need beyond what was measured.
@@ -61,9 +63,9 @@ class PlanReport:
         return f"plan {self.plan!r}, {self.chunk_size} samples at a time: {self.reason}"
 
 
-def chunked(run: Run, samples: Tensor, size: int) -> Pass:
-    """samples [M] or [M, B], `size` at a time; under a gradient each chunk is made twice."""
-    parts = samples.split(size)
+def chunked(run: Run, samples: Tensor, passes: int) -> Pass:
+    """samples [M] or [M, B] in even parts; under a gradient each part is run twice."""
+    parts = samples.tensor_split(passes)
     if not torch.is_grad_enabled():
         return _joined([run(part) for part in parts])
     return _joined(
@@ -96,6 +98,17 @@ class Planner:
     def __init__(self) -> None:
         self._measured: dict[Hashable, int] = {}  # bytes a sample
         self._chosen: dict[Hashable, PlanReport] = {}
+        self._most: int | None = None  # samples at a time, once memory ran out
+
+    def step_down(self, last: PlanReport) -> bool:
+        """After memory ran out: half as many samples at a time from now on, if that is possible."""
+        if last.chunk_size > 1:
+            self._most = last.chunk_size // 2
+        return last.chunk_size > 1
+
+    def limited(self, size: int) -> int:
+        """`size` samples at a time, or fewer where so many ran out of memory."""
+        return size if self._most is None else min(size, self._most)
 
     def choose(
         self, run: Run, samples: Tensor, kind: Hashable, owners: nn.Module, device: torch.device
@@ -109,13 +122,20 @@ class Planner:
         if count == 1:
             return PlanReport("batched", 1, "there is one sample")
         if not torch.is_grad_enabled():
+            if self.limited(count) < count:
+                return PlanReport("chunked", self.limited(count), "memory ran out with more")
             return PlanReport("batched", count, "nothing is kept without a gradient")
-        if any(hasattr(value, "full_tensor") for value in owners.parameters()):
+        if shards.is_sharded(owners):
             # Ranks must gather the shards equally often, and what each could hold differs.
             return PlanReport("batched", count, "sharded parameters: set plan='chunked' if need be")
         if (kind, count) not in self._chosen:
             self._chosen[kind, count] = self._plan(run, samples, kind, owners, device)
-        return self._chosen[kind, count]
+        chosen = self._chosen[kind, count]
+        size = self.limited(chosen.chunk_size)
+        if size < chosen.chunk_size:
+            reason = f"memory ran out with more; planned were {chosen.chunk_size}: {chosen.reason}"
+            return dataclasses.replace(chosen, plan="chunked", chunk_size=size, reason=reason)
+        return chosen
 
     def _plan(
         self, run: Run, samples: Tensor, kind: Hashable, owners: nn.Module, device: torch.device
@@ -123,18 +143,20 @@ class Planner:
         count = len(samples)
         if kind not in self._measured:
             self._measured[kind] = kept_bytes(run, samples[:1], owners)
-        per_sample = self._measured[kind]
-        free = free_bytes(device)
-        fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
-        known = {"bytes_per_sample": per_sample, "free_bytes": free}
-        facts = f"a sample keeps {_size(per_sample)} and {_size(free)} are free"
-        if fit >= count:
-            return PlanReport("batched", count, f"all {count} samples fit: {facts}", **known)
-        # Even chunks: the last one is no smaller than need be.
-        chunks = -(-count // max(1, fit))
-        size = -(-count // chunks)
-        reason = f"{count} samples at once would not fit: {facts}"
-        return PlanReport("chunked", size, reason, **known)
+        return fitting(count, self._measured[kind], free_bytes(device))
+
+
+def fitting(count: int, per_sample: int, free: int) -> PlanReport:
+    """All samples at once where they fit, else even chunks that do."""
+    fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
+    known = {"bytes_per_sample": per_sample, "free_bytes": free}
+    facts = f"a sample keeps {_size(per_sample)} and {_size(free)} are free"
+    if fit >= count:
+        return PlanReport("batched", count, f"all {count} samples fit: {facts}", **known)
+    # Even chunks: the last one is no smaller than need be.
+    chunks = -(-count // max(1, fit))
+    size = -(-count // chunks)
+    return PlanReport("chunked", size, f"{count} samples at once would not fit: {facts}", **known)
 
 
 def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:

@@ -20,9 +20,10 @@ from typing import Any
 import huggingface_hub
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastperturb import shards
 from fastperturb.architectures import understand
 from fastperturb.checkpoint import (
     ADAPTER_NAMES,
@@ -37,6 +38,8 @@ from fastperturb.checkpoint import (
     unadapted,
     write_manifest,
 )
+from fastperturb.edits import EditConfig, edit
+from fastperturb.files import explaining, flush
 from fastperturb.model import PerturbedLM, embedding_rms, wrap
 from fastperturb.version import __version__
 
@@ -52,11 +55,19 @@ def save_pretrained(
 
     save_base: whether to write a base without adapters too, by its own save_pretrained; None
         is whether any of its parameters requires a gradient.
-    is_main_process: the other processes of a distributed run write nothing.
+    is_main_process: the other processes of a distributed run write nothing. Under FSDP2 all of
+        them must call: the first one writes, and gathers the model in its CPU memory for it.
     """
-    if not is_main_process:
-        return
-    folder = Path(save_directory)
+    if shards.is_sharded(lm):
+        is_main_process = dist.get_rank() == 0
+        with shards.made_whole(lm, here=is_main_process):
+            if is_main_process:
+                _save(lm, Path(save_directory), save_base)
+    elif is_main_process:
+        _save(lm, Path(save_directory), save_base)
+
+
+def _save(lm: PerturbedLM, folder: Path, save_base: bool | None) -> None:
     tensors = _tensors(lm)
     _refuse_native_adapters(lm.base)
     if is_adapted(lm.base):
@@ -71,9 +82,9 @@ def save_pretrained(
         )
     folder.mkdir(parents=True, exist_ok=True)
     with _staging(folder) as staging:
-        with _explaining(f"could not save to {folder}; what was there is as it was"):
+        with explaining(f"could not save to {folder}; what was there is as it was"):
             _write(lm, tensors, staging, with_base=save_base)
-        with _explaining(
+        with explaining(
             f"could not replace every file of {folder}: load refuses what is there now if it "
             "is of two saves; save again"
         ):
@@ -140,7 +151,8 @@ def load(
             base = _put_on(model, adapter, saved, is_trainable=is_trainable)
         if adapter:
             _check_adapter(base, adapter, saved)
-        lm = wrap(base, saved.config)
+        config = saved.config
+        lm = edit(base, config) if isinstance(config, EditConfig) else wrap(base, config)
         saved.base.check(Base.of(base, lm.transform.embed_rms), saved.folder)
         lm.transform.load_state_dict(tensors)
         lm.transform.requires_grad_(is_trainable)
@@ -155,8 +167,10 @@ def _tensors(lm: PerturbedLM) -> dict[str, Tensor]:
     transform, config = lm.transform, lm.config
     tensors = {name: value.detach() for name, value in transform.state_dict().items()}
     shapes = {name: list(value.shape) for name, value in tensors.items()}
-    described = (config.latent, config.scope, config.min_scale, layout(config, transform.embed_dim))
-    if described != (transform.latent, transform.scope, transform.min_scale, shapes):
+    edits = isinstance(config, EditConfig)
+    keys = ("rate", "kinds", "neighbors") if edits else ("latent", "scope", "min_scale")
+    same = all(getattr(config, key) == getattr(transform, key, None) for key in keys)
+    if not same or shapes != layout(config, transform.embed_dim):
         raise ValueError(
             f"lm.config no longer describes lm.transform: {config} against {transform}; wrap "
             "the base anew instead of replacing one of them"
@@ -230,7 +244,7 @@ def _write(lm: PerturbedLM, tensors: dict[str, Tensor], staging: Path, *, with_b
         staging, config=lm.config, embed_dim=embed_dim, base=Base.of(base, rms), names=names
     )
     for path in staging.iterdir():
-        _flush(path)
+        flush(path)
 
 
 def _write_adapter(base: Any, staging: Path) -> None:
@@ -248,7 +262,7 @@ def _write_adapter(base: Any, staging: Path) -> None:
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
     """A folder inside the folder: on the same disk, so that renaming is atomic."""
-    with _explaining(f"could not write to {folder}"):
+    with explaining(f"could not write to {folder}"):
         path = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:
         yield path
@@ -262,32 +276,13 @@ def _commit(staging: Path, folder: Path, *, with_base: bool) -> None:
     if with_base:
         # The base's files, which may be huge, have no digest: nothing would tell a mix.
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        _flush(folder)
+        flush(folder)
         for stale in folder.glob("model*.safetensors*"):
             if stale.name not in names:
                 stale.unlink()
     for name in [*names, CONFIG_NAME]:
         os.replace(staging / name, folder / name)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _explaining(what: str) -> Iterator[None]:
-    """An error of the disk, with what it means for the checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"{what}: {error}") from error
-    except SafetensorError as error:
-        raise OSError(f"{what}: {error}") from error
+    flush(folder)
 
 
 # Reading

@@ -208,6 +208,8 @@ def _inverse(information: Tensor) -> Tensor:
 
 def _chosen(lm: PerturbedLM, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
     known = dict(lm.transform.named_parameters())
+    if not known:
+        raise ValueError("edits have no parameters, and so no standard errors")
     if names is None:
         return known
     for name in names:

@@ -465,12 +465,52 @@ def test_training_by_plain_jvi_is_refused_and_evaluating_by_it_is_not():
     assert torch.isfinite(lm.eval()(**batch()).loss)
 
 
-def test_packing_under_flash_attention_is_refused_instead_of_read_as_one_document():
-    lm = wrap(base_model(), PerturbConfig(num_samples=2))
+def varlen_attention(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """What the flash kernel computes of documents laid end to end: [tokens, heads, width]."""
+    assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q.tolist() == cu_seqlens_k.tolist()
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max(lengths) == max_seqlen_q == max_seqlen_k
+    parts = [
+        F.scaled_dot_product_attention(
+            *(each.transpose(0, 1) for each in document), is_causal=True, enable_gqa=True
+        ).transpose(0, 1)
+        for document in zip(q.split(lengths), k.split(lengths), v.split(lengths))
+    ]
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def flash_attention(monkeypatch):
+    """transformers' own flash path, down to the kernel that needs a GPU."""
+
+    def lengths_only(*, max_seqlen_q=None, max_seqlen_k=None, **_):
+        return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+
+    utils = transformers.modeling_flash_attention_utils
+    kernels = (None, varlen_attention, None, None, None)
+    found = (kernels, (lengths_only, None))
+    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda implementation: found)
+
+
+def test_packed_documents_under_flash_attention_give_what_sdpa_gives(flash_attention):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=97, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **shape
+    )
+    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig(num_samples=3))
+    ids = torch.randint(97, (2, 9))
+    packed = {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [3, 4, 5, 6, 0, 1, 2, 3, 4]]),
+        "rows": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [3, 3, 3, 3, 4, 4, 4, 4, 4]]),
+    }
+    expected = lm(**packed, seed=4).log_probs
     lm.base.config._attn_implementation = "flash_attention_2"
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
-    with pytest.raises(ValueError, match="packed position_ids under attn_implementation='flash"):
-        lm(input_ids=batch()["input_ids"][:1], position_ids=packed)
+    torch.testing.assert_close(lm(**packed, seed=4).log_probs, expected)
+    with pytest.raises(ValueError, match="take no attention_mask"):
+        lm(**packed, attention_mask=torch.ones_like(ids))
 
 
 def test_a_config_that_is_no_config_is_refused():

@@ -1,5 +1,6 @@
 """Options from a YAML file: every mistake is named, with its file and what was wanted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     limit: int | None = None
     inner: Inner = Inner()
+    weights: str | Mapping[str, float] = "even"
 
 
 @pytest.fixture
@@ -52,9 +54,11 @@ def test_every_kind_of_value_arrives_in_the_options_type(file: Path) -> None:
         seeds: [7]
         limit: null
         inner: {draws: 2}
+        weights: {iwae: 1, quadratic: 1e-1}
     """
+    weights = {"iwae": 1.0, "quadratic": 0.1}
     assert parse(file, text) == Options(
-        Path("runs/x"), 3, 0.001, True, "jensen", (7,), None, Inner(2)
+        Path("runs/x"), 3, 0.001, True, "jensen", (7,), None, Inner(2), weights
     )
 
 
@@ -105,6 +109,8 @@ def test_an_empty_file_changes_nothing(file: Path) -> None:
         ("limit: none at all", "limit: expected int | None, got 'none at all'"),
         ("inner: 3", "inner: expected a mapping of options, got 3"),
         ("inner: {draws: 0}", "inner: draws must be at least 1, got 0"),
+        ("weights: {iwae: much}", "weights: expected str | collections.abc.Mapping[str, float]"),
+        ("weights: {1: 2}", "got {1: 2}"),
         ("{output-dir: x, output_dir: y}", "option 'output_dir' is given twice"),
         ("[1, 2]", "expected a mapping of options, got [1, 2]"),
         ("a: b: c", "is not YAML: mapping values are not allowed here"),

@@ -1,0 +1,82 @@
+"""Parameters that are spread over processes: FSDP2's shards, made whole; others', refused.
+
+FSDP2 (`torch.distributed.fsdp.fully_shard` of the wrapper) is what is supported. FSDP1 has no
+answer to frozen and trained weights of different dtypes and leaves nothing to tell shards by;
+ZeRO-3 gathers a weight when its module is called, and the fused head reads its weight without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 spread parameters over processes, which then gather them together."""
+    return any(hasattr(value, "full_tensor") for value in module.parameters())
+
+
+def whole(value: Any) -> Tensor:
+    """A tensor's entries, those of other processes too, which all call this together."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def reshard(module: nn.Module) -> None:
+    """Put FSDP2's shards back in place: a forward without a backward leaves the root gathered."""
+    if is_sharded(module):
+        from torch.distributed.fsdp import FSDPModule
+
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
+
+
+@contextlib.contextmanager
+def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
+    """Within it all parameters are whole, on the CPU, in the processes that say `here`.
+
+    All processes enter it together; the others take part in the gathering and keep their shards.
+    """
+    reshard(module)
+    places = [
+        (owner, name, value)
+        for owner in module.modules()
+        for name, value in owner._parameters.items()
+        if value is not None and hasattr(value, "full_tensor")
+    ]
+    gathered: dict[int, nn.Parameter] = {}  # one for each, however often it is tied
+    for _, _, value in places:
+        if id(value) not in gathered:
+            found = whole(value.detach())
+            if here:
+                gathered[id(value)] = nn.Parameter(found.cpu(), value.requires_grad)
+    try:
+        if here:
+            for owner, name, value in places:
+                owner._parameters[name] = gathered[id(value)]
+        yield
+    finally:
+        for owner, name, value in places:
+            owner._parameters[name] = value
+
+
+def refuse_foreign(embed: nn.Module) -> None:
+    """Refuse by name an embedding whose weights FSDP1 or ZeRO-3 manages."""
+    instead = "use FSDP2: fully_shard of the wrapper, or accelerate's fsdp_version: 2"
+    if any(hasattr(value, "ds_id") for value in embed.parameters()):
+        raise ValueError(
+            "the model's weights are under DeepSpeed ZeRO-3, which gathers them for calls of "
+            f"their own modules only, and the fused head calls none; {instead}, or ZeRO stage 1 "
+            "or 2"
+        )
+    # In its forward FSDP1 puts views of a flat parameter in place of parameters.
+    if getattr(embed, "_is_fsdp_managed_module", False) and not isinstance(
+        embed.weight, nn.Parameter
+    ):
+        raise ValueError(
+            "the model is under FSDP1 (FullyShardedDataParallel), which is not supported; "
+            f"{instead}"
+        )
