@@ -14,6 +14,7 @@ training into whole tensors and back, so that a run goes on with another number 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,6 +99,9 @@ def _local_device(kind: str) -> torch.device:
 
 def stop() -> None:
     """Leave the processes that `start` joined, if any."""
+    # DDP's reducer must not be the last to hold gloo's group: it would end gloo's thread with the
+    # GIL held, which that thread may be waiting for.
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

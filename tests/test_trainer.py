@@ -1,0 +1,410 @@
+"""Hugging Face's Trainer on a PerturbedLM: the same run however it is split, stopped or saved."""
+
+import copy
+import dataclasses
+import datetime
+import gc
+import os
+
+import pytest
+import torch
+import transformers
+from torch import multiprocessing
+
+import fastperturb
+from fastperturb import PerturbConfig, PerturbTrainer, noise, wrap
+
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+}
+FIELDS = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+
+
+def tiny_lm(*, lora=False, dropout=0.0, **config):
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    if lora:
+        peft = pytest.importorskip("peft", reason="LoRA tests need peft")
+        adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
+        base = peft.get_peft_model(base, adapter)
+    return wrap(base, PerturbConfig(**{"num_samples": 3} | config))
+
+
+def examples(count, *, length=9, seed=1):
+    """Sequences whose labels begin anywhere, so that token counts differ."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(97, (count, length), generator=generator)
+    starts = torch.randint(length - 2, (count, 1), generator=generator)
+    labels = ids.where(torch.arange(length) >= starts, -100)
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
+
+
+def arguments(folder, **changes):
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return transformers.TrainingArguments(**defaults | changes)
+
+
+def trainer_of(lm, folder, *, options=None, train=None, **changes):
+    return PerturbTrainer(
+        lm,
+        arguments(folder, **changes),
+        train_dataset=examples(20) if train is None else train,
+        eval_dataset=examples(6, seed=2),
+        **options or {},
+    )
+
+
+def trained(folder, *, lm=None, resume=None, options=None, **changes):
+    trainer = trainer_of(tiny_lm() if lm is None else lm, folder, options=options, **changes)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def parameters(lm):
+    return {name: value.detach().clone() for name, value in lm.named_parameters()}
+
+
+def assert_equal(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], **tolerance or {"rtol": 0, "atol": 0})
+
+
+def training_logs(trainer):
+    return [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+
+
+# One step, by hand and by the trainer
+
+
+def test_a_step_is_the_wrappers_own_loss_under_the_steps_seed(tmp_path):
+    rows = examples(4)
+    trainer = trainer_of(
+        tiny_lm(), tmp_path, train=rows, max_steps=2, train_sampling_strategy="sequential"
+    )
+    before = copy.deepcopy(trainer.lm)
+    trainer.train()
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    out = before(**batch, seed=noise.fold_in(trainer.args.seed, 0))
+    logs = training_logs(trainer)
+    assert logs[0]["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert logs[0]["ess"] == pytest.approx(out.ess.item(), rel=1e-5)
+    assert logs[0]["shift"] == pytest.approx(out.shift.item(), rel=1e-5)
+    assert logs[1]["shift"] != logs[0]["shift"]  # a window of its own, under another seed
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_micro_batches_change_neither_the_loss_nor_the_parameters(tmp_path, size):
+    # 20 examples by eight: the last step of the epoch is half a batch.
+    whole = trained(tmp_path, per_device_train_batch_size=8, max_steps=4)
+    parts = trained(
+        tmp_path,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=8 // size,
+        max_steps=4,
+    )
+    for one, other in zip(training_logs(whole), training_logs(parts), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert_equal(parameters(parts.lm), parameters(whole.lm), rtol=1e-4, atol=1e-5)
+
+
+def test_another_seed_is_another_noise(tmp_path):
+    same_order = {"data_seed": 0, "train_sampling_strategy": "sequential", "max_steps": 1}
+    one, two = (trained(tmp_path, seed=seed, **same_order) for seed in (1, 2))
+    assert training_logs(one)[0]["loss"] != training_logs(two)[0]["loss"]
+
+
+def test_packed_documents_are_numbered_each_and_rows_of_the_data_are_kept(tmp_path):
+    trainer = trainer_of(tiny_lm(), tmp_path, per_device_train_batch_size=2)
+    labels = torch.zeros(2, 5, dtype=torch.int64)
+    packed = {"labels": labels, "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])}
+    numbered = {"labels": labels, "rows": torch.tensor([7, 9])}
+    batches, _ = trainer.get_batch_samples(iter([{"labels": labels}, packed, numbered]), 3, "cpu")
+    assert batches[0]["rows"].tolist() == [0, 1]
+    first, second = batches[1]["rows"]
+    assert first[0] == first[1] != first[2] == first[3] == first[4]
+    assert len({*first.tolist(), *second.tolist()}) == 3
+    assert batches[2]["rows"].tolist() == [7, 9]
+
+
+# The optimizer
+
+
+def test_the_transform_has_a_learning_rate_and_weight_decay_of_its_own(tmp_path):
+    trainer = trainer_of(tiny_lm(), tmp_path, weight_decay=0.1)
+    *others, group = trainer.create_optimizer().param_groups
+    assert group["params"] == list(trainer.lm.transform.parameters())
+    assert (group["lr"], group["weight_decay"]) == (0.05, 0.0)
+    trained_twice = {id(p) for each in others for p in each["params"]} & set(
+        map(id, group["params"])
+    )
+    assert not trained_twice and all(each["lr"] == 0.01 for each in others)
+    counted = sum(len(each["params"]) for each in (*others, group))
+    assert counted == len(list(trainer.lm.parameters()))
+
+    rates = {"transform_learning_rate": 0.3, "transform_weight_decay": 0.2}
+    group = trainer_of(tiny_lm(), tmp_path, options=rates).create_optimizer().param_groups[-1]
+    assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
+
+
+def test_a_frozen_transform_stays_as_it_is(tmp_path):
+    lm = tiny_lm()
+    lm.transform.requires_grad_(False)
+    before = parameters(lm)
+    trained(tmp_path, lm=lm, max_steps=1)
+    moved = {name for name, value in lm.named_parameters() if not torch.equal(value, before[name])}
+    assert moved and not any(name.startswith("transform") for name in moved)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, lora):
+    changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "warmup_steps": 2}
+    changes |= {"lr_scheduler_type": "cosine", "gradient_accumulation_steps": 2}
+    whole = trained(tmp_path, lm=tiny_lm(lora=lora, dropout=0.1), **changes)
+    # Step 4 is in the middle of the second epoch.
+    other = tiny_lm(lora=lora, dropout=0.1)
+    for value in other.parameters():
+        if value.requires_grad:
+            torch.nn.init.normal_(value)
+    resumed = trained(tmp_path, lm=other, resume=str(tmp_path / "checkpoint-4"), **changes)
+    assert resumed.state.global_step == 6
+    assert_equal(parameters(resumed.lm), parameters(whole.lm))
+    assert training_logs(resumed) == training_logs(whole)
+
+
+def test_a_checkpoint_is_what_load_reads(tmp_path):
+    lm = tiny_lm(lora=True)
+    trained(tmp_path, lm=lm, save_strategy="steps", save_steps=3)
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    loaded = fastperturb.load(base, tmp_path / "checkpoint-3")
+    assert_equal(parameters(loaded), parameters(lm))
+
+
+def test_the_best_model_is_loaded_at_the_end_and_old_checkpoints_go(tmp_path):
+    # So large a rate only makes it worse: the first evaluation is the best one.
+    trainer = trained(
+        tmp_path,
+        lm=tiny_lm(lora=True),
+        max_steps=4,
+        learning_rate=1.0,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="perplexity",
+        greater_is_better=False,
+    )
+    history = [e["eval_perplexity"] for e in trainer.state.log_history if "eval_perplexity" in e]
+    best = 1 + history.index(min(history))
+    assert best < 4
+    assert trainer.evaluate()["eval_perplexity"] == min(history)
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-4"}
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    trained(tmp_path, lm=tiny_lm(), save_strategy="steps", save_steps=3)
+    folder = str(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="holds another model"):
+        trained(tmp_path, lm=tiny_lm(scope="sequence"), resume=folder)
+    with pytest.raises(ValueError, match="without an adapter.*with one"):
+        trained(tmp_path, lm=tiny_lm(lora=True), resume=folder)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_evaluation_is_the_score_of_the_whole_set_whatever_the_batches(tmp_path, marginal):
+    rows = examples(6, seed=2)
+    found = []
+    for size in (4, 6):
+        lm = tiny_lm(marginal=marginal, estimator="jensen")
+        trainer = trainer_of(
+            lm, tmp_path, per_device_eval_batch_size=size, options={"num_eval_samples": 5}
+        )
+        found.append(trainer.evaluate())
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    score = lm.eval().score(**batch, num_samples=5, seed=noise.fold_in(trainer.args.seed, -1))
+    for metrics in found:
+        assert metrics["eval_loss"] == pytest.approx(score.nll.item(), rel=1e-5)
+        assert metrics["eval_perplexity"] == pytest.approx(score.perplexity.item(), rel=1e-5)
+        assert 0 < metrics["eval_shift"] < 1
+    if marginal == "token":
+        labelled = (batch["labels"][:, 1:] != -100).sum()
+        expected = (score.ess.sum() / labelled).item()
+        assert found[0]["eval_ess"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluating_changes_nothing_of_the_training_that_follows(tmp_path):
+    plain = trained(tmp_path)
+    watched = trained(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert_equal(parameters(watched.lm), parameters(plain.lm))
+    losses = [e["eval_loss"] for e in watched.state.log_history if "eval_loss" in e]
+    assert watched.evaluate()["eval_loss"] == losses[-1] != losses[0]
+
+
+def test_an_evaluation_set_without_a_labelled_token_is_refused(tmp_path):
+    trainer = trainer_of(tiny_lm(), tmp_path)
+    ignored = [row | {"labels": torch.full((9,), -100)} for row in examples(2)]
+    with pytest.raises(ValueError, match="no labelled token"):
+        trainer.evaluate(ignored)
+    with pytest.raises(ValueError, match="needs labels.*input_ids"):
+        trainer.evaluate([{"input_ids": row["input_ids"]} for row in examples(2)])
+
+
+# What Trainer can do besides
+
+
+def test_activation_checkpointing_changes_no_parameter(tmp_path):
+    # transformers 5.23 renamed it.
+    name = "activation_checkpointing" if "activation_checkpointing" in FIELDS else None
+    name = name or "gradient_checkpointing"
+    plain = trained(tmp_path, lm=tiny_lm(lora=True))
+    lm = tiny_lm(lora=True)
+    trained(tmp_path, lm=lm, **{name: True})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
+    assert_equal(parameters(lm), parameters(plain.lm), rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_computes_in_half_precision_what_fp32_does(tmp_path):
+    full = trained(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    half = trained(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, bf16=True)
+    for name in ("loss", "eval_loss"):
+        one, other = ([e[name] for e in t.state.log_history if name in e] for t in (full, half))
+        assert one != other and one == pytest.approx(other, rel=2e-2)
+    assert all(value.dtype == torch.float32 for value in half.lm.parameters())
+
+
+def test_the_config_stays_ours_and_trainer_writes_to_the_bases(tmp_path):
+    lm = tiny_lm()
+    config = lm.config
+    trainer = trainer_of(lm, tmp_path, use_cache=True)
+    assert trainer.lm is lm and lm.config is config
+    assert trainer.model.config is lm.base.config and lm.base.config.use_cache is True
+
+
+def test_model_init_makes_a_model_for_every_run(tmp_path):
+    given = {"max_steps": 1, "train_sampling_strategy": "sequential"}
+    trainer = PerturbTrainer(
+        args=arguments(tmp_path, **given), model_init=lambda: tiny_lm(), train_dataset=examples(20)
+    )
+    first = trainer.lm
+    trainer.train()
+    assert trainer.lm is not first
+    assert_equal(parameters(trainer.lm), parameters(trained(tmp_path, **given).lm))
+
+
+# What it refuses
+
+
+def test_a_model_that_is_not_wrapped_is_refused(tmp_path):
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    with pytest.raises(TypeError, match="PerturbedLM, got LlamaForCausalLM: wrap it first"):
+        PerturbTrainer(base, arguments(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options"),
+    [
+        ("label_smoothing_factor", {"label_smoothing_factor": 0.1}, {}),
+        ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}, {}),
+        ("compute_metrics", {}, {"compute_metrics": lambda found: {}}),
+        ("compute_loss_func", {}, {"compute_loss_func": lambda *given: 0.0}),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(tmp_path, name, changes, options):
+    with pytest.raises(ValueError, match=f"does not work with {name}"):
+        trainer_of(tiny_lm(), tmp_path, options=options, **changes)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_sharded_parameters_are_refused(tmp_path, kind, monkeypatch):
+    prepare = transformers.Trainer.create_accelerator_and_postprocess
+
+    def with_plugin(self):
+        prepare(self)
+        setattr(self, f"is_{kind}_enabled", True)  # as its plugin would
+
+    monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", with_plugin)
+    with pytest.raises(ValueError, match=f"does not work with {kind}.*accelerate launch"):
+        trainer_of(tiny_lm(), tmp_path)
+
+
+# Two processes
+
+PLANS = ("batched", "chunked")
+OF_THE_BATCH = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, and not used
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(minutes=2),
+    )
+    for plan in PLANS:
+        trainer = trained(
+            folder,
+            lm=tiny_lm(plan=plan),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=2,
+            ddp_backend="gloo",
+            **OF_THE_BATCH,
+        )
+        if rank == 0:
+            torch.save((parameters(trainer.lm), trainer.state.log_history), folder / plan)
+    # DDP's reducer must not be the last to hold gloo's group: it would end gloo's thread with the
+    # GIL held, which that thread may be waiting for.
+    del trainer
+    gc.collect()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(tmp_path):
+    multiprocessing.spawn(process, (tmp_path,), nprocs=2)
+    # Two rounds of two processes' pairs are a batch of eight.
+    one = trained(tmp_path, per_device_train_batch_size=8, **OF_THE_BATCH)
+    for plan in PLANS:
+        found, history = torch.load(tmp_path / plan)
+        assert_equal(found, parameters(one.lm), rtol=1e-4, atol=1e-5)
+        for entry, expected in zip(history, one.state.log_history, strict=True):
+            assert entry.keys() == expected.keys()
+            for name in entry.keys() & {"loss", "eval_loss", "eval_perplexity"}:
+                assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+            for name in entry.keys() & {"ess", "shift", "eval_ess", "eval_shift"}:
+                assert entry[name] == pytest.approx(expected[name], rel=2e-2), name  # of means
