@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         return call(argv[0], argv[1:])
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
         print(f"fastperturb: error: {error}", file=sys.stderr)

@@ -228,6 +228,13 @@ class PerturbedLM(nn.Module):
             raise RuntimeError("there is no plan to report before the first forward")
         return self._report
 
+    def samples_at_once(self) -> int:
+        """How many samples of a pass without gradient to run at a time: as many as in training."""
+        config = self.config
+        if config.chunk_size is not None:
+            return config.chunk_size
+        return self._planner.limited(1 if config.plan == "chunked" else config.num_samples)
+
     def step_down(self) -> bool:
         """After running out of memory: half as many samples at a time from now on.
 

@@ -27,7 +27,10 @@ def open_output_dir(path: str | Path, *, overwrite: bool) -> Path:
         raise FileExistsError(
             f"output_dir {path} exists and is not empty: name another, or pass --overwrite"
         )
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"output_dir {path} cannot be made: {error.strerror}") from error
     return path
 
 

@@ -103,7 +103,11 @@ def push_to_hub(
 ) -> Any:
     """Upload what save_pretrained writes as one commit; options go to `upload_folder`."""
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(lm, folder, save_base=save_base)
+        # Of several processes all take part in gathering shards, and one uploads.
+        here = not dist.is_initialized() or dist.get_rank() == 0
+        save_pretrained(lm, folder, save_base=save_base, is_main_process=here)
+        if not here:
+            return None
         repo = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True)
         return huggingface_hub.upload_folder(
             repo_id=repo.repo_id,

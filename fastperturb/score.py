@@ -86,7 +86,7 @@ def score(
     if labels is None:
         labels = _own_labels(*(inputs[k] for k in ("input_ids", "attention_mask", "position_ids")))
     if chunk_size is None:
-        chunk_size = lm.config.chunk_size or lm.config.num_samples
+        chunk_size = lm.samples_at_once()
     log_probs = _log_probs(lm, chunk_size, {**inputs, "labels": labels, **draws})
     rows = draws["rows"]
     if rows is None:

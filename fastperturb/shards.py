@@ -47,20 +47,26 @@ def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
         for name, value in owner._parameters.items()
         if value is not None and hasattr(value, "full_tensor")
     ]
-    gathered: dict[int, nn.Parameter] = {}  # one for each, however often it is tied
-    for _, _, value in places:
-        if id(value) not in gathered:
-            found = whole(value.detach())
-            if here:
-                gathered[id(value)] = nn.Parameter(found.cpu(), value.requires_grad)
+    once = {id(value): value for _, _, value in places}  # however often one is tied
+    gathered: dict[int, nn.Parameter] = {}
+    for key, value in once.items():
+        found = whole(value.detach())
+        if here:
+            gathered[key] = nn.Parameter(found.cpu(), value.requires_grad)
+    # A buffer, such as an embedding's scale, meets its module's parameters on the CPU.
+    buffers = [(owner, dict(owner._buffers)) for owner in {owner for owner, _, _ in places}]
     try:
         if here:
             for owner, name, value in places:
                 owner._parameters[name] = gathered[id(value)]
+            for owner, held in buffers:
+                owner._buffers.update({k: None if v is None else v.cpu() for k, v in held.items()})
         yield
     finally:
         for owner, name, value in places:
             owner._parameters[name] = value
+        for owner, held in buffers:
+            owner._buffers.update(held)
 
 
 def refuse_foreign(embed: nn.Module) -> None:

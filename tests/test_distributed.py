@@ -157,6 +157,19 @@ def _process(rank, count, port, work, arguments):
     distributed.stop()
 
 
+def disagreeing():
+    world = distributed.start(device="cpu")
+    distributed.same(world, 3, "the step")
+    with pytest.raises(ValueError, match="processes differ in the step: 0 and 1"):
+        distributed.same(world, world.rank, "the step")
+    assert int(distributed.of_main(world, torch.tensor(world.rank))) == 0
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_are_told():
+    in_processes(2, disagreeing)
+
+
 def half_still():
     """The first rows begin with a prefix in which nothing moves, the others do not."""
     still = torch.ones(B, T, dtype=torch.bool)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fastperturb
 from fastperturb import PerturbConfig
-from fastperturb.train import LoraOptions, distributed, memory, state, train
+from fastperturb.train import LoraOptions, distributed, state, train
 from fastperturb.train import run as command
 from fastperturb.train.data import evaluation_blocks, training_data
 from fastperturb.train.loop import Loop
@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     """A model, a training text and a held-out text."""
     folder = tmp_path_factory.mktemp("training")
     tiny_run.model_folder(folder / "base")
+    tiny_run.model_folder(folder / "dropout", kind="gpt2")
     tiny_run.text_file(folder / "train.txt")
     tiny_run.text_file(folder / "long.txt", documents=300, seed=2)
     tiny_run.text_file(folder / "held_out.txt", documents=6, seed=1)
@@ -114,7 +115,7 @@ def test_exact_is_ordinary_fine_tuning(folder, tmp_path):
     data = loop_of(options).data
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 1, 6)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 0, 6)
     for _ in range(6):
         blocks = data.next_blocks(4)
         ids = torch.stack([torch.as_tensor(block.tokens) for block in blocks])
@@ -157,14 +158,15 @@ def test_every_method_learns_the_text(method, folder, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("changes", [{}, {"streaming": True}], ids=["map", "streaming"])
-def test_a_run_continues_from_a_checkpoint_bit_for_bit(method, changes, folder, tmp_path):
+@pytest.mark.parametrize("kind", ["mapped", "streaming", "dropout"])
+def test_a_run_continues_from_a_checkpoint_bit_for_bit(method, kind, folder, tmp_path):
     common = {
         "method": method,
         "eval_data": (str(folder / "held_out.txt"),),
         "eval_every": 2,
         "lora": LoraOptions(rank=2, dropout=0.1),
-        **changes,
+        "streaming": kind == "streaming",
+        "model": str(folder / ("dropout" if kind == "dropout" else "base")),
     }
     whole = finished(tiny_run.options(folder, output_dir=tmp_path / "whole", **common))
     options = tiny_run.options(folder, output_dir=tmp_path / "parts", save_every=3, **common)
@@ -178,6 +180,26 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit(method, changes, folder, 
         second.run(report)
     assert_equal(trained(second), trained(whole))
     assert second.evaluations == whole.evaluations
+
+
+def test_the_base_trains_in_train_mode_whether_or_not_it_was_evaluated(folder, tmp_path):
+    options = tiny_run.options(
+        folder, model=str(folder / "dropout"), method="exact", output_dir=tmp_path, max_steps=2
+    )
+    judged = dataclasses.replace(options, eval_data=(str(folder / "held_out.txt"),))
+    assert_equal(trained(finished(judged)), trained(finished(options)))
+
+
+def test_checkpointed_layers_run_again_in_the_backward(folder, tmp_path):
+    options = tiny_run.options(
+        folder, output_dir=tmp_path, max_steps=1, method="exact", gradient_checkpointing=True
+    )
+    loop, calls = loop_of(options), []
+    layer = loop.lm.base.get_base_model().model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with report_of(loop) as report:
+        loop.run(report)
+    assert len(calls) == 2
 
 
 def test_cross_fitting_takes_the_transforms_gradient_from_the_other_half(folder, tmp_path):
@@ -339,15 +361,21 @@ def test_the_command_leaves_a_model_that_scores_as_reported(folder, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(options.model)
     loop = loop_of(options)
     loop.lm = fastperturb.load(base, tmp_path / "model")
-    assert loop.evaluate()["nll"] == pytest.approx(results["evaluations"][-1]["nll"], rel=1e-6)
+    found, reported = loop.evaluate(loop.held_out), results["evaluations"][-1]
+    assert found["nll"] == pytest.approx(reported["nll"], rel=1e-6)
 
 
 def test_a_run_does_not_continue_under_other_options(folder, tmp_path):
     options = tiny_run.options(folder, output_dir=tmp_path, max_steps=2)
     train(options, distributed.start())
-    other = dataclasses.replace(options, resume="auto", learning_rate=0.5)
-    with pytest.raises(ValueError, match="learning_rate was 0.01 and is 0.5"):
-        train(other, distributed.start())
+    resumed = dataclasses.replace(options, resume="auto")
+    with pytest.raises(ValueError, match="batch_size was 4 and is 2"):
+        train(dataclasses.replace(resumed, batch_size=2), distributed.start())
+    slower = dataclasses.replace(
+        resumed, learning_rate=0.005, perturb=dataclasses.replace(options.perturb, plan="chunked")
+    )
+    with pytest.warns(UserWarning, match="other options: learning_rate was 0.01 and is 0.005$"):
+        train(slower, distributed.start())
     with pytest.raises(FileExistsError, match="overwrite"):
         train(options, distributed.start())
 
@@ -378,21 +406,67 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(folder, tmp_path, caps
     assert not (tmp_path / "none").exists()
 
 
-def test_the_memory_estimate_of_a_batched_step_grows_with_its_samples(folder, tmp_path):
-    def step(samples):
-        perturb = PerturbConfig(num_samples=samples, plan="batched")
-        options = tiny_run.options(
-            folder, output_dir=tmp_path, perturb=perturb, batch_size=32, block_size=128
-        )
-        return memory.estimate(loop_of(options)).step
+def test_an_evaluation_that_does_not_fit_the_memory_says_so(folder, tmp_path):
+    held_out = (str(folder / "held_out.txt"),)
+    loop = loop_of(tiny_run.options(folder, output_dir=tmp_path, eval_data=held_out))
+    with (
+        memory_for(3, loop),
+        report_of(loop) as report,
+        pytest.raises(MemoryError, match="step 0 does not fit the memory of cpu"),
+    ):
+        loop.run(report)
 
-    small, large = step(16), step(64)
-    assert 2 * small < large < 8 * small
+
+def test_effective_samples_of_sequences_are_a_mean_over_sequences(folder, tmp_path):
+    loop = loop_of(
+        tiny_run.options(
+            folder,
+            output_dir=tmp_path,
+            packing="stream",
+            perturb=PerturbConfig(num_samples=4, latent_dim=4, marginal="sequence"),
+            eval_data=(str(folder / "held_out.txt"),),
+        )
+    )
+    assert 1 <= loop.evaluate(loop.held_out)["ess"] <= 8
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"model": "dropout", "block_size": 65}, "block_size=65 is more than the 64 positions"),
+        ({"tokenizer": "larger"}, "the tokenizer has 64 tokens and the model 63"),
+    ],
+)
+def test_what_the_model_has_no_room_for_is_refused(changes, message, folder, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder / "larger")
+    changes = {
+        key: str(folder / value) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    options = tiny_run.options(folder, output_dir=tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match=message):
+        train(options, distributed.start())
+
+
+SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
+RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_grad_norm": math.inf}, "max_grad_norm"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"perturb": SEQUENCE}, "packing='stream'"),
+        ({"perturb": JVI}, "jvi_clip"),
+        ({"perturb": RESAMPLE, "lora": LoraOptions(dropout=0.1)}, "lora.dropout"),
+        ({"perturb": PAIRS, "method": "discrete"}, "no mirror image"),
+        ({"edit_rate": 2.0}, "edit_rate"),
+        ({"mc": 2, "method": "exact"}, "has one"),
+        ({"eval_data": ("a", "b"), "data": ("b",)}, "'b' is trained on"),
+        ({"report_to": ("wandb",)}, "pip install wandb"),
         ({"streaming": True, "max_steps": None}, "give max_steps"),
         ({"early_stop": 2}, "eval_data"),
         ({"cross_fit": True, "method": "fixed"}, "method='learned'"),

@@ -18,7 +18,8 @@ import tiny_run
 import torch
 
 from fastperturb import PerturbConfig
-from fastperturb.train import LoraOptions, run
+from fastperturb.train import LoraOptions
+from fastperturb.train import run as command
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def started(options):
 def quietly(options):
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    run(options)
+    command(options)
 
 
 def tensors_of(model):
@@ -133,22 +134,29 @@ def test_torchrun_gives_what_one_process_gives(folder, tmp_path):
         "learning_rate: 1e-2\neval_samples: 8\n"
         "perturb: {num_samples: 4, latent_dim: 4}\nlora: {rank: 2}\n"
     )
-    by_torchrun(1, config, **{"output-dir": tmp_path / "one"})
-    expected = tensors_of(tmp_path / "one" / "model")
-    results = json.loads((tmp_path / "one" / "results.json").read_text())
-    for name, flags in {
-        "ddp": {},  # three blocks over two processes: one of them has one less
-        "fsdp": {"parallel": "fsdp"},
-        "mc": {"mc": 2},
-    }.items():
-        by_torchrun(2, config, **{"output-dir": tmp_path / name}, **flags)
-        found = tensors_of(tmp_path / name / "model")
-        assert found.keys() == expected.keys()
-        for key, value in found.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-2, atol=1e-4, msg=key)
-        evaluations = json.loads((tmp_path / name / "results.json").read_text())["evaluations"]
-        for mine, theirs in zip(evaluations, results["evaluations"], strict=True):
-            assert mine["nll"] == pytest.approx(theirs["nll"], rel=1e-5)
+    methods = {
+        "learned": {
+            "ddp": {},  # three blocks over two processes: one of them has one less
+            "fsdp": {"parallel": "fsdp"},
+            "mc": {"mc": 2},
+        },
+        "neftune": {"fsdp": {"parallel": "fsdp"}},  # its noise is off while it is judged
+    }
+    for method, ways in methods.items():
+        one = tmp_path / method
+        by_torchrun(1, config, **{"output-dir": one, "method": method})
+        expected = tensors_of(one / "model")
+        results = json.loads((one / "results.json").read_text())
+        for name, flags in ways.items():
+            run = tmp_path / f"{method}-{name}"
+            by_torchrun(2, config, **{"output-dir": run, "method": method}, **flags)
+            found = tensors_of(run / "model")
+            assert found.keys() == expected.keys()
+            for key, value in found.items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)
+            evaluations = json.loads((run / "results.json").read_text())["evaluations"]
+            for mine, theirs in zip(evaluations, results["evaluations"], strict=True):
+                assert mine["nll"] == pytest.approx(theirs["nll"], rel=1e-6)
 
 
 @pytest.mark.parametrize("plan", ["batched", "chunked"])

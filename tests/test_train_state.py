@@ -418,11 +418,10 @@ def test_a_missing_file_is_refused(two, name):
     refused(two, name)
 
 
-def test_a_foreign_file_is_refused_and_a_hidden_one_overlooked(two):
-    (two / ".DS_Store").write_text("nobody reads it")
-    assert_whole(state.read(two), 2)
+def test_a_file_that_was_not_saved_is_overlooked(two):
+    (two / "notes.txt").write_text("nobody reads it")
     (two / "pytorch_model.bin").write_text("pickle")
-    refused(two, "pytorch_model.bin was not saved with its checkpoint: move it elsewhere")
+    assert_whole(state.read(two), 2)
 
 
 @pytest.mark.parametrize("name", [TENSORS, MODEL, STATE])
@@ -478,9 +477,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         state.read(tmp_path / "step-00000009")
 
 
-def test_all_damaged_is_none_and_a_warning_for_each(two):
+def test_all_damaged_is_an_error_and_a_warning_for_each(two):
     for path in (two, two.with_name("step-00000001")):
         (path / TENSORS).write_bytes(b"")
-    with pytest.warns(UserWarning, match="step-0000000[12]") as caught:
-        assert state.latest(two.parent) is None
+    with (
+        pytest.warns(UserWarning, match="step-0000000[12]") as caught,
+        pytest.raises(ValueError, match="no checkpoint in .* is whole"),
+    ):
+        state.latest(two.parent)
     assert len(caught) == 2

@@ -13,19 +13,27 @@ from fastperturb.train import LoraOptions, TrainOptions
 WORDS = [f"w{number}" for number in range(60)]
 
 
-def model_folder(folder: Path) -> Path:
-    """A random Llama with a tokenizer of words."""
+def model_folder(folder: Path, *, kind: str = "llama") -> Path:
+    """A random Llama with tied embeddings, or GPT-2 with dropout, and a tokenizer of words."""
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), num_attention_heads=4, initializer_range=0.2, **shape
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    common = {"vocab_size": len(vocabulary), "initializer_range": 0.2}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **common)
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            **common,
+        )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,13 +29,14 @@ __all__ = ["LoraOptions", "TrainOptions", "run"]
 
 def run(options: TrainOptions) -> int:
     world = distributed.start(mc=options.mc, device=options.device)
-    try:
-        if options.dry_run:
-            dry_run(options, world)
-        else:
-            train(options, world)
-    finally:
-        distributed.stop()
+    if world.mesh is None and options.parallel == "fsdp":
+        raise ValueError("parallel=fsdp shards over processes: start them by torchrun")
+    if options.dry_run:
+        dry_run(options, world)
+    else:
+        train(options, world)
+    # Not after an error: others may wait in a collective that this process will not join.
+    distributed.stop()
     return 0
 
 
@@ -49,8 +51,14 @@ def train(options: TrainOptions, world: World) -> None:
     data, held_out, tokenizer = _read(options, world)
     loop = Loop(options, world, data, held_out, tokenizer, folder)
     saved = state.latest(folder / "checkpoints") if options.resume == "auto" else None
+    distributed.same(world, -1 if saved is None else saved.step, "the checkpoint to continue from")
     if saved is not None:
         loop.restore(saved)
+    elif world.is_main:
+        # What a run left that was killed before its first checkpoint.
+        for name in ("best", "model"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    distributed.wait(world)
     with Report(
         folder,
         total_steps=loop.total_steps,
@@ -86,9 +94,8 @@ def _open(options: TrainOptions) -> None:
     folder = options.output_dir
     runs.open_output_dir(folder, overwrite=options.overwrite or options.resume == "auto")
     if options.overwrite:
-        # What an evaluation or a later resume finds must not be another run's.
-        for name in ("checkpoints", "best", "model"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        # A later resume must not find another run's.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _read(options: TrainOptions, world: World) -> tuple[TrainingData, Sequence[Block], Any]:
@@ -105,7 +112,10 @@ def _read(options: TrainOptions, world: World) -> tuple[TrainingData, Sequence[B
     data = training_data(options, tokenizer, seed=options.seed)
     held_out: Sequence[Block] = ()
     if options.eval_data:
-        held_out = evaluation_blocks(options.eval_data, options, tokenizer)
+        split = options.eval_split or options.split
+        held_out = evaluation_blocks(
+            options.eval_data, dataclasses.replace(options, split=split), tokenizer
+        )
         held_out = held_out[: options.eval_blocks]
     if world.is_main:
         distributed.wait(world)
@@ -125,6 +135,7 @@ def _finish(loop: Any, folder: Path) -> None:
             "evaluations": loop.evaluations,
             "best": loop.best,
             "config": options.to_dict(),
+            "perturbation": loop.lm.config.to_dict(),
             **runs.provenance(),
         },
     )

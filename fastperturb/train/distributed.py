@@ -14,6 +14,7 @@ training into whole tensors and back, so that a run goes on with another number 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import os
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,9 @@ from fastperturb.checkpoint import unadapted
 from fastperturb.model import PerturbedLM
 
 KINDS = ("ddp", "fsdp")
+
+# For the others, while the first process tokenises the data or writes a checkpoint.
+_LONGEST_WAIT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def start(*, mc: int = 1, device: str | None = None) -> World:
     local = _local_device(kind.type)
     dist.init_process_group(
         "nccl" if local.type == "cuda" else "gloo",
+        timeout=_LONGEST_WAIT,
         device_id=local if local.type == "cuda" else None,
     )
     mesh = init_device_mesh(local.type, (size // mc, mc), mesh_dim_names=("dp", "mc"))
@@ -109,19 +114,20 @@ def stop() -> None:
 def distribute(lm: PerturbedLM, world: World, kind: str) -> nn.Module:
     """The module to call in place of lm: "ddp" copies the parameters, "fsdp" shards them.
 
-    lm is on world.device. What trains is made equal to the first process's; frozen weights are
-    taken to be equal already.
+    It is on world.device then; to be sharded, lm need not have fitted there whole. What trains is
+    made equal to the first process's; frozen weights are taken to be equal already.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if world.mesh is None:
-        return lm
+        return lm.to(world.device)
     if world.mc_size > 1:
         lm.split_samples(world.mesh["mc"])
-    for value in _trainable(lm).values():
-        dist.broadcast(value.detach(), src=0)
+    with torch.no_grad():
+        for value in _trainable(lm).values():
+            value.copy_(of_main(world, value.detach().to(world.device)))
     if kind == "ddp":
-        return DistributedDataParallel(lm, init_sync=False)
+        return DistributedDataParallel(lm.to(world.device), init_sync=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
     base: Any = unadapted(lm.base)
     layers = [each for each in base.modules() if type(each).__name__ in base._no_split_modules]
@@ -150,11 +156,32 @@ def wait(world: World) -> None:
         dist.barrier()
 
 
+def same(world: World, number: int, what: str) -> None:
+    """Refuse to go on with processes that differ in a number."""
+    if world.mesh is None:
+        return
+    mine = torch.tensor(number, device=world.device)
+    ours = torch.stack([mine, -mine])
+    dist.all_reduce(ours, op=dist.ReduceOp.MAX)
+    most, least = int(ours[0]), -int(ours[1])
+    if most != least:
+        raise ValueError(
+            f"processes differ in {what}: {least} and {most}; all must see the same output_dir"
+        )
+
+
 def total(world: World, value: Tensor) -> Tensor:
     """The sum of a tensor over dp; processes of one mc group hold the same."""
     value = value.clone()
     if world.mesh is not None:
         dist.all_reduce(value, group=world.mesh.get_group("dp"))
+    return value
+
+
+def of_main(world: World, value: Tensor) -> Tensor:
+    """The first process's tensor, in all."""
+    if world.mesh is not None:
+        dist.broadcast(value, src=0)
     return value
 
 

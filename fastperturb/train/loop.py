@@ -1,8 +1,9 @@
 """The training loop: blocks in, optimizer steps out, the same on any number of processes.
 
 Step s of a run takes the s-th batch of blocks; its noise is keyed by (seed, s) and the blocks' own
-numbers, its dropout by (seed, s, rank). So nothing depends on how a batch is split over processes
-and micro-batches, and a run that continues from a checkpoint of step s goes on bit for bit.
+numbers, so nothing but dropout, which is keyed by (seed, s, rank), depends on how a batch is split
+over processes and micro-batches (of what is logged, ess and shift are means of the parts' means);
+and a run that continues from a checkpoint of step s goes on bit for bit.
 
 The loss is a sum over the batch's labelled tokens over their number, which every process knows,
 since all of them see the whole batch and take their share: there is nothing to exchange but
@@ -25,6 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from fastperturb import noise
 from fastperturb.batch import IGNORED
+from fastperturb.checkpoint import unadapted
 from fastperturb.model import PerturbedLM
 from fastperturb.train import distributed, methods, state
 from fastperturb.train.data import Block, TrainingData, collate
@@ -54,7 +56,8 @@ class Loop:
     ) -> None:
         self.options, self.world, self.folder = options, world, folder
         self.data, self.held_out, self.tokenizer = data, held_out, tokenizer
-        self.lm = methods.build(options).to(world.device)
+        self.lm = methods.build(options)
+        check_sizes(self.lm, tokenizer, options)
         self.module = distributed.distribute(self.lm, world, options.parallel)
         self.total_steps = total_steps(options, data)
         self.optimizer = adamw(self.lm, options)
@@ -65,10 +68,11 @@ class Loop:
         self.best: dict[str, float] | None = None  # the evaluation whose model is in best/
         self.worse = 0  # evaluations since then
         self.evaluations: list[dict[str, float]] = []
+        self.lm.train()
 
     def _schedule(self) -> Any:
         """The rate of every step, a function of its number."""
-        warmup = math.ceil(self.options.warmup * self.total_steps)
+        warmup = int(self.options.warmup * self.total_steps)
         return get_cosine_schedule_with_warmup(
             self.optimizer, warmup, self.total_steps, last_epoch=self.step - 1
         )
@@ -104,7 +108,8 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(self._non_finite(loss, norm, blocks))
         rates = {f"learning_rate_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-        self.optimizer.step()
+        with self._explained_memory():
+            self.optimizer.step()
         self.schedule.step()
         return {
             "loss": loss,
@@ -131,12 +136,17 @@ class Loop:
         self.optimizer.zero_grad()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        try:
+        with self._explained_memory():
             return self._gradients(blocks)
+
+    @contextlib.contextmanager
+    def _explained_memory(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise MemoryError(self._memory_advice()) from error
-            raise
+            if not is_out_of_memory(error):
+                raise
+            raise MemoryError(self._memory_advice()) from error
 
     def _gradients(self, blocks: list[Block]) -> Tensor:
         """Gradients of a batch; and this process's part of its loss, nll, ess and shift."""
@@ -163,7 +173,7 @@ class Loop:
         return of_base
 
     def _backward(self, blocks: list[Block], seed: Tensor) -> Tensor:
-        tokens = label_count(blocks)
+        tokens = max(1, label_count(blocks))
         parts = self.share(blocks)
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         for index, part in enumerate(parts):
@@ -197,7 +207,8 @@ class Loop:
 
     def _clip(self) -> float:
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm: Any = nn.utils.clip_grad_norm_(trained, self.options.max_grad_norm)
+        most = self.options.max_grad_norm
+        norm: Any = nn.utils.clip_grad_norm_(trained, math.inf if most is None else most)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _non_finite(self, loss: float, norm: float, blocks: list[Block]) -> str:
@@ -231,30 +242,39 @@ class Loop:
     # Judging
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Marginal perplexity of the held-out blocks, under noise that is always the same."""
+    def evaluate(self, held_out: Sequence[Block]) -> dict[str, float]:
+        """Marginal perplexity of blocks, under noise that is always the same."""
         options, world = self.options, self.world
         samples = methods.evaluation_samples(options)
         seed = noise.fold_in(options.seed, _EVALUATION)
-        sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-        batches = range(0, len(self.held_out), options.batch_size)
+        sums = torch.zeros(5, dtype=torch.float64, device=world.device)
+        batches = range(0, len(held_out), options.batch_size)
         with self._still(), methods.at_evaluation(self.lm, options), self.autocast():
             for first in batches:
-                for part in self.share(self.held_out[first : first + options.batch_size]):
+                for part in self.share(held_out[first : first + options.batch_size]):
                     found = self.lm.score(**part, num_samples=samples, seed=seed)
                     sums[0] -= found.sum
                     sums[1] += found.count
                     sums[2] += (found.nll_standard_error * found.count).nan_to_num().square()
                     sums[3] += found.ess.sum()
-        total, count, squares, ess = distributed.total(world, sums).tolist()
+                    sums[4] += (found.ess > 0).sum()
+        # One process's word: all must agree on what was best and when to stop.
+        sums = distributed.of_main(world, distributed.total(world, sums))
+        total, count, squares, ess, outcomes = sums.tolist()
         metrics = {"nll": total / count, "perplexity": perplexity(total / count)}
         if samples > 1:
-            metrics |= {"nll_standard_error": math.sqrt(squares) / count, "ess": ess / count}
+            metrics |= {"nll_standard_error": math.sqrt(squares) / count, "ess": ess / outcomes}
         return metrics
 
     def _judge(self, report: Report) -> None:
         """Evaluate, and keep the model if it is the best so far."""
-        found = {"step": self.step, **self.evaluate()}
+        with self._explained_memory():
+            found = {"step": self.step, **self.evaluate(self.held_out)}
+        if not math.isfinite(found["nll"]):
+            raise FloatingPointError(
+                f"step {self.step}: the held-out nll is {found['nll']}. {self._last_good()} Lower "
+                "learning_rate or transform_learning_rate, or look at eval_data"
+            )
         self.evaluations.append(found)
         report.evaluation(self.step, {k: v for k, v in found.items() if k != "step"})
         if self.best is None or found["nll"] < self.best["nll"]:
@@ -285,6 +305,8 @@ class Loop:
         tensors = distributed.training_tensors(self.lm, self.optimizer)
         if not self.world.is_main:
             self.save_model(self.folder)  # takes part in gathering, and writes nothing
+            self.last_saved = state.path_of(self.folder / "checkpoints", self.step)
+            distributed.wait(self.world)
             return
         data_values, data_tensors = self.data.state()
         tensors |= {f"data.{name}": value for name, value in data_tensors.items()}
@@ -304,6 +326,7 @@ class Loop:
             write_model=self.save_model,
             keep=self.options.keep,
         )
+        distributed.wait(self.world)
 
     def restore(self, saved: state.SavedState) -> None:
         """Continue from a checkpoint."""
@@ -321,6 +344,23 @@ class Loop:
         self.schedule = self._schedule()
         self.best, self.worse = values["best"], values["worse"]
         self.evaluations, self.run_id = values["evaluations"], values["run_id"]
+
+
+def check_sizes(lm: PerturbedLM, tokenizer: Any, options: TrainOptions) -> None:
+    """Refuse blocks that the model has no positions for, and tokens that it has no rows for."""
+    base: Any = unadapted(lm.base)
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and options.block_size > positions:
+        raise ValueError(
+            f"block_size={options.block_size} is more than the {positions} positions that "
+            f"{options.model!r} was made for; lower it"
+        )
+    rows = base.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows}: give the model's own "
+            "tokenizer, or resize the model's embeddings and save it"
+        )
 
 
 def adamw(lm: PerturbedLM, options: TrainOptions) -> torch.optim.AdamW:

@@ -11,15 +11,17 @@ all.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastperturb import plans
+from fastperturb import plans, shards
 
 if TYPE_CHECKING:
     from fastperturb.train.loop import Loop
@@ -57,19 +59,11 @@ class Estimate:
 
 def estimate(loop: Loop) -> Estimate:
     """The peak of a run that has not begun."""
-    lm, device = loop.lm, loop.world.device
-    held, count = _held(device), lm.config.num_samples
-    report, step = plans.PlanReport("batched", count, ""), 0
-    if count > _MORE and _may_hold_all(lm.config):
-        few, more = (_peak(loop, num_samples=n, **_at_once(lm.config)) for n in (_FEW, _MORE))
-        each = max(1, (more - few) // (_MORE - _FEW))
-        step = few + (count - _FEW) * each
-        if lm.config.plan == "auto":
-            report = plans.fitting(count, each, plans.free_bytes(device))
-    if report.plan == "chunked":
-        step = _peak(loop, plan="chunked", chunk_size=report.chunk_size)
-    elif step == 0:
-        step, report = _peak(loop), lm.plan_report()
+    device = loop.world.device
+    held = _held(device)
+    report, step = _largest_step(loop)
+    if loop.held_out:
+        step = max(step, _peak(loop, _judge))
     trained = sum(p.numel() * 4 for g in loop.optimizer.param_groups for p in g["params"])
     copies = 3 * trained if device.type == "cpu" else 0
     return Estimate(
@@ -81,6 +75,30 @@ def estimate(loop: Loop) -> Estimate:
         optimizer=2 * trained,
         checkpoint=copies,
     )
+
+
+def _largest_step(loop: Loop) -> tuple[plans.PlanReport, int]:
+    """The plan that the run will take, and the peak of a forward and backward under it."""
+    lm, processes = loop.lm, loop.world.mc_size
+    count = -(-lm.config.num_samples // processes)
+    if count <= _MORE or not _may_hold_all(lm.config):
+        return _run_whole(loop)
+    few, more = (
+        _peak(loop, functools.partial(_step, num_samples=n * processes, **_at_once(lm.config)))
+        for n in (_FEW, _MORE)
+    )
+    each = max(1, (more - few) // (_MORE - _FEW))
+    report = plans.PlanReport("batched", count, "as configured")
+    if lm.config.plan == "auto" and not shards.is_sharded(lm):  # which are always batched
+        report = plans.fitting(count, each, plans.free_bytes(loop.world.device))
+    if report.plan == "chunked":
+        return _run_whole(loop, plan="chunked", chunk_size=report.chunk_size)
+    return report, few + (count - _FEW) * each
+
+
+def _run_whole(loop: Loop, **changes: Any) -> tuple[plans.PlanReport, int]:
+    peak = _peak(loop, functools.partial(_step, **changes))
+    return loop.lm.plan_report(), peak
 
 
 def _at_once(config: Any) -> dict[str, Any]:
@@ -95,17 +113,24 @@ def _may_hold_all(config: Any) -> bool:
     return not resampled and config.plan != "chunked" and config.chunk_size is None
 
 
-def _peak(loop: Loop, *, num_samples: int | None = None, **changes: Any) -> int:
-    """The most memory that a step's first forward and backward held, under a changed config."""
-    device = loop.world.device
-    part = loop.share(loop.data.next_blocks(loop.options.batch_size))[0]
+def _peak(loop: Loop, run: Callable[[Loop], None]) -> int:
+    """The most memory that this process held while something ran."""
     gc.collect()
-    _reset_peak(device)
+    _reset_peak(loop.world.device)
+    run(loop)
+    return _peak_since_reset(loop.world.device)
+
+
+def _step(loop: Loop, *, num_samples: int | None = None, **changes: Any) -> None:
+    """The first forward and backward of a step, under a changed config."""
+    part = loop.share(loop.data.next_blocks(loop.options.batch_size))[0]
     with loop.lm._configured(**changes), loop.autocast():
         loop.module(**part, num_samples=num_samples).loss.backward()
-    peak = _peak_since_reset(device)
     loop.optimizer.zero_grad()
-    return peak
+
+
+def _judge(loop: Loop) -> None:
+    loop.evaluate(loop.held_out[: loop.options.batch_size])
 
 
 def _held(device: torch.device) -> int:

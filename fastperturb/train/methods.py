@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastperturb import shards
 from fastperturb.config import PerturbConfig
 from fastperturb.model import PerturbedLM, wrap
 from fastperturb.train.options import TrainOptions
@@ -35,7 +36,9 @@ def build(options: TrainOptions) -> PerturbedLM:
         base = _with_adapter(base, options)
     if options.gradient_checkpointing:
         inner: Any = base
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = "activation_checkpointing_enable"  # gradient_... before transformers 5.20
+        name = enable if hasattr(inner, enable) else "gradient_checkpointing_enable"
+        getattr(inner, name)({"use_reentrant": False})
     if options.method == "learned":
         return wrap(base, options.perturb)
     if options.method == "discrete":
@@ -49,6 +52,7 @@ def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
     if options.method != "neftune":
         yield
         return
+    shards.reshard(lm)  # what is written must be the parameter, and not a gathered copy of it
     scale: Any = lm.transform.s
     before = scale.detach().clone()
     with torch.no_grad():
@@ -56,6 +60,7 @@ def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
     try:
         yield
     finally:
+        shards.reshard(lm)
         with torch.no_grad():
             scale.copy_(before)
 
@@ -95,9 +100,13 @@ def _with_adapter(base: nn.Module, options: TrainOptions) -> nn.Module:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in base.modules()),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(base, config)
+    try:
+        return get_peft_model(base, config)
+    except ValueError as error:
+        raise ValueError(f"lora.targets={lora.targets} does not fit the model: {error}") from error
 
 
 def _isotropic(base: nn.Module, options: TrainOptions) -> PerturbedLM:
@@ -122,4 +131,10 @@ def _edited(base: nn.Module, options: TrainOptions) -> PerturbedLM:
 
     shared = {field.name for field in dataclasses.fields(EditConfig)}
     given = {k: v for k, v in options.perturb.to_dict().items() if k in shared}
-    return edit(base, EditConfig(**given, rate=options.edit_rate))
+    own = EditConfig(
+        rate=options.edit_rate,
+        kinds=options.edit_kinds,
+        neighbors=options.edit_neighbors,
+        **given,
+    )
+    return edit(base, own)

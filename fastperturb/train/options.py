@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import warnings
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +15,7 @@ from fastperturb.config import PerturbConfig
 from fastperturb.train.data import DataOptions
 
 Method = Literal["exact", "neftune", "fixed", "discrete", "learned"]
+EditKind = Literal["replace", "insert", "delete", "swap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"lora.rank must be 0 (full fine-tuning) or above, got {self.rank}")
+        _require_positive("lora.alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
@@ -78,6 +83,12 @@ class TrainOptions(DataOptions):
     edit_rate: float = 0.1
     """discrete: the share of tokens that a draw edits."""
 
+    edit_kinds: tuple[EditKind, ...] = ("replace", "insert", "delete", "swap")
+    """discrete: how, each kind as likely as the others."""
+
+    edit_neighbors: int = 10
+    """discrete: a token is replaced by one of so many whose embeddings are nearest."""
+
     neftune_alpha: float = 5.0
     """neftune: noise of length alpha / sqrt(3) for each sequence."""
 
@@ -114,8 +125,8 @@ class TrainOptions(DataOptions):
     warmup: float = 0.05
     """The share of the steps in which the rate rises, before it falls along a cosine to 0."""
 
-    max_grad_norm: float = 1.0
-    """Longer gradients are clipped to it."""
+    max_grad_norm: float | None = 1.0
+    """Longer gradients are clipped to it; None clips none."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes under autocast and holds a frozen base in bf16; what trains stays fp32."""
@@ -125,6 +136,9 @@ class TrainOptions(DataOptions):
 
     eval_data: tuple[str, ...] = ()
     """Read as data is; marginal perplexity on it is reported, and the best model kept in best/."""
+
+    eval_split: str | None = None
+    """Of a dataset that has several; default: split."""
 
     eval_every: int = 100
     """Steps between evaluations, which also come before the first step and after the last."""
@@ -166,22 +180,60 @@ class TrainOptions(DataOptions):
         for name in ("max_steps", "micro_batch_size", "eval_blocks", "early_stop"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
-        for name in ("learning_rate", "max_grad_norm", "edit_rate", "neftune_alpha", "mc"):
+        for name in ("learning_rate", "edit_rate", "neftune_alpha", "mc"):
             _require_positive(name, getattr(self, name))
-        if self.transform_learning_rate is not None:
-            _require_positive("transform_learning_rate", self.transform_learning_rate)
+        for name in ("transform_learning_rate", "max_grad_norm"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
+        for name in ("weight_decay", "transform_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
+        self._check_method()
+        self._check_evaluation()
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a share of the steps in [0, 1), got {self.warmup}")
         if self.streaming and self.max_steps is None:
             raise ValueError("streaming has no end of its own: give max_steps")
-        if self.early_stop is not None and not self.eval_data:
-            raise ValueError("early_stop needs eval_data to judge by")
         if self.cross_fit and self.method != "learned":
             raise ValueError(f"cross_fit is for method='learned', got method={self.method!r}")
         if self.cross_fit and self.batch_size < 2:
             raise ValueError(f"cross_fit halves each batch: batch_size is {self.batch_size}")
         if self.resume == "auto" and self.overwrite:
             raise ValueError("overwrite starts anew and resume=auto continues: give one of them")
+        for name in self.report_to:
+            if find_spec("torch.utils.tensorboard" if name == "tensorboard" else name) is None:
+                raise ValueError(f"report_to {name} needs a package: pip install {name}")
+
+    def _check_method(self) -> None:
+        perturb, one_draw = self.perturb, self.method in ("exact", "neftune")
+        if one_draw:
+            if self.mc > 1:
+                raise ValueError(f"mc={self.mc} splits draws, and method={self.method!r} has one")
+            return
+        if self.edit_rate > 1:
+            raise ValueError(f"edit_rate is a share of the tokens, got {self.edit_rate}")
+        if self.method == "discrete" and perturb.antithetic:
+            raise ValueError("perturb.antithetic=True: an edit has no mirror image")
+        if "jvi" in perturb.equations:
+            raise ValueError("perturb.estimator='jvi' is for evaluation: train with 'jvi_clip'")
+        resampled = "resample" in perturb.equations or perturb.plan == "resample"
+        if resampled and self.lora.rank and self.lora.dropout:
+            raise ValueError(
+                "perturb.estimator='resample' runs the model twice, and lora.dropout would differ "
+                "between: set it to 0"
+            )
+        if perturb.marginal == "sequence" and self.packing == "documents":
+            raise ValueError(
+                "perturb.marginal='sequence' is of a row's sequence, and packing='documents' lays "
+                "several into one: set packing='stream', by which a block is one sequence"
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.early_stop is not None and not self.eval_data:
+            raise ValueError("early_stop needs eval_data to judge by")
+        again = sorted(set(self.eval_data) & set(self.data))
+        if again and self.eval_split in (None, self.split):
+            raise ValueError(f"eval_data {again[0]!r} is trained on: give another, or eval_split")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -189,27 +241,50 @@ class TrainOptions(DataOptions):
         return plain
 
     def refuse_changes(self, before: dict[str, Any], checkpoint: Path) -> None:
-        """Refuse to continue a run that was another one."""
-        now = self.to_dict()
-        changed = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        """Refuse to continue a run that was another one, and warn of a new course."""
+        before, now = _flat(before), _flat(self.to_dict())
+        changed = {
+            name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())
-            if name not in _FREE_ON_RESUME and before.get(name) != now.get(name)
-        ]
-        if changed:
+            if name not in _SAME_NUMBERS and before.get(name) != now.get(name)
+        }
+        refused = [said for name, said in changed.items() if name not in _ANOTHER_COURSE]
+        if refused:
             raise ValueError(
-                f"{checkpoint} is of a run with other options: {'; '.join(changed)}. Give the "
+                f"{checkpoint} is of a run with other options: {'; '.join(refused)}. Give the "
                 "same ones, or start anew: another output_dir, or overwrite"
+            )
+        if changed:
+            warnings.warn(
+                f"{checkpoint} goes on with other options: {'; '.join(changed.values())}",
+                stacklevel=3,
             )
 
 
-# These may change when a run continues: they do not enter its numbers beyond rounding.
-_FREE_ON_RESUME = (
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """With the keys of groups as perturb.plan."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = value if isinstance(value, dict) else {None: value}
+        flat |= {name if key is None else f"{name}.{key}": each for key, each in inner.items()}
+    return flat
+
+
+# These may change when a run continues: but for rounding and dropout they do not enter its
+# numbers, or what they name is known again by its content.
+_SAME_NUMBERS = (
     *("output_dir", "overwrite", "resume", "dry_run", "trust_remote_code", "save_every", "keep"),
-    *("report_to", "device", "parallel", "mc", "micro_batch_size", "early_stop"),
+    *("report_to", "device", "parallel", "mc", "micro_batch_size", "early_stop", "eval_every"),
+    *("data", "attn_implementation", "gradient_checkpointing"),
+    *("perturb.plan", "perturb.chunk_size"),
+)
+# These may too, for a run that went wrong or is to go further, with a word about it.
+_ANOTHER_COURSE = (
+    *("max_steps", "epochs", "learning_rate", "transform_learning_rate", "warmup"),
+    *("max_grad_norm", "weight_decay", "transform_weight_decay"),
 )
 
 
 def _require_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value}")

@@ -81,7 +81,7 @@ def save(
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     _check_values(values)
-    target = folder / f"{_NAME}{step:08d}"
+    target = path_of(folder, step)
     staging = folder / f"{_UNFINISHED}{step:08d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,19 +102,31 @@ def save(
     return target
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"{_NAME}{step:08d}"
+
+
 def latest(folder: Path) -> SavedState | None:
     """The newest whole checkpoint of a folder; damaged ones are skipped with a warning.
 
-    None where there is none. One of another format is an error: to skip it would lose its steps.
+    None where there is none. One of another format is an error, and so is a folder with nothing but
+    damaged ones: to go on without them would lose their steps.
     """
     # A save killed between its last two renames leaves the one that it was to replace hidden.
-    for _, path in [*_checkpoints(folder)[::-1], *_checkpoints(folder, _OUTDATED)[::-1]]:
+    found = [*_checkpoints(folder)[::-1], *_checkpoints(folder, _OUTDATED)[::-1]]
+    for _, path in found:
         try:
             return read(path)
         except OtherFormat:
             raise
         except ValueError as error:
             warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
+    if found:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole: copy one there from elsewhere, or move that "
+            "folder away to start anew"
+        )
     return None
 
 
@@ -129,14 +141,9 @@ def read(path: Path) -> SavedState:
             raise ValueError(f"step is {step!r}, files are {list(files)}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / STATE_NAME} is not understood: {error!r}") from error
-    found = {name for name in os.listdir(path) if not name.startswith(".") or name in files}
-    if foreign := sorted(found - files.keys() - {STATE_NAME}):
-        raise ValueError(
-            f"{path / foreign[0]} was not saved with its checkpoint: move it elsewhere"
-        )
     if lost := sorted(files.keys() - _plain_files(path)):
         raise ValueError(f"{path} lacks the file {lost[0]!r} that it was saved with{_ADVICE}")
-    for name in sorted(found - {STATE_NAME}):
+    for name in sorted(files):
         if sha256(path / name) != files[name]:
             raise ValueError(f"{path / name} was changed after it was saved, or is cut{_ADVICE}")
     return SavedState(path, step, saved)
