@@ -1,5 +1,7 @@
 """On a CUDA device everything is what it is on the CPU. Run by `make gpu`."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -134,6 +136,51 @@ def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu(plan, c
     gradient = torch.autograd.grad(on_gpu, lm.transform.U)[0].cpu()
     assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-4)
     assert (gradient - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["exact", "neftune", "fixed", "discrete", "learned"])
+def test_a_training_run_gives_the_model_that_it_gives_on_the_cpu(method, tmp_path, monkeypatch):
+    for package in ("datasets", "tyro", "matplotlib"):  # a GPU machine may have no network
+        pytest.importorskip(package)
+    import tiny_run
+
+    from fastperturb import train
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_run.model_folder(tmp_path / "base")
+    tiny_run.text_file(tmp_path / "train.txt")
+    held_out = str(tiny_run.text_file(tmp_path / "held_out.txt", documents=6, seed=1))
+    evaluations = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        changes = {"method": method, "device": device, "eval_data": (held_out,)}
+        assert train.run(tiny_run.options(tmp_path, output_dir=folder, **changes)) == 0
+        evaluations.append(json.loads((folder / "results.json").read_text())["evaluations"])
+    for on_cpu, on_gpu in zip(*evaluations, strict=True):
+        assert on_gpu["nll"] == pytest.approx(on_cpu["nll"], rel=1e-3)
+
+
+def test_packed_documents_under_flash_attention_2_give_what_sdpa_gives():
+    pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.2,
+    )
+    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig()).cuda()
+    ids = torch.randint(97, (2, 9), device="cuda")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1, 2, 3, 4]]).cuda()
+    packed = {"input_ids": ids, "labels": ids, "position_ids": positions, "seed": 4}
+    found = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        lm.base.set_attn_implementation(attention)
+        with torch.autocast("cuda", torch.bfloat16):
+            found[attention] = lm(**packed).log_probs
+    torch.testing.assert_close(*found.values(), rtol=0.05, atol=0.05)
 
 
 def test_the_doctor_says_whether_attention_is_flash():
