@@ -202,6 +202,34 @@ def test_checkpointed_layers_run_again_in_the_backward(folder, tmp_path):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
+def test_a_pretrained_model_adapts_to_another_kind_of_text(data_dir, tmp_path):
+    base = str(data_dir / "models" / "stories260K-hf")
+    options = tiny_run.options(
+        tmp_path,
+        model=base,
+        data=(str(data_dir / "stories" / "train.txt"),),
+        eval_data=(str(data_dir / "stories" / "valid.txt"),),
+        output_dir=tmp_path / "run",
+        block_size=128,
+        batch_size=8,
+        max_steps=20,
+        learning_rate=2e-3,
+        eval_blocks=16,
+        perturb=PerturbConfig(num_samples=4),
+    )
+    assert command(options) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    before, after = results["evaluations"]
+    assert after["nll"] < before["nll"] - 0.2
+    lm = fastperturb.load(
+        transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "best"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "best")
+    ids = tokenizer("The man went to the door", return_tensors="pt").input_ids
+    assert lm.generate(ids, seed=0, max_new_tokens=5).shape == (1, ids.shape[1] + 5)
+
+
 def test_cross_fitting_takes_the_transforms_gradient_from_the_other_half(folder, tmp_path):
     options = tiny_run.options(folder, output_dir=tmp_path)
     loop = loop_of(options)
