@@ -151,7 +151,7 @@ class Loop:
     def _gradients(self, blocks: list[Block]) -> Tensor:
         """Gradients of a batch; and this process's part of its loss, nll, ess and shift."""
         seed = noise.fold_in(self.options.seed, self.step)
-        # The rank is of the blocks: processes that share a batch's samples differ in dropout.
+        # Processes that share a batch's samples draw dropout of their own, as its copies would.
         torch.manual_seed(int(noise.fold_in(seed, self.world.rank)))
         self.optimizer.zero_grad()
         if not self.options.cross_fit:
@@ -184,10 +184,8 @@ class Loop:
             with torch.no_grad():
                 labelled = (part["labels"][:, 1:] != IGNORED).sum() / tokens
                 nll = -out.log_marginal.sum() / tokens
-                sums += torch.stack(
-                    [each.double() for each in (out.loss, nll, out.ess * labelled)]
-                    + [(out.shift * labelled).double()]
-                )
+                found = (out.loss, nll, out.ess * labelled, out.shift * labelled)
+                sums += torch.stack([each.double() for each in found])
         return sums
 
     def share(self, blocks: Sequence[Block]) -> list[Batch]:
