@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,7 +105,10 @@ def _with_adapter(base: nn.Module, options: TrainOptions) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(base, config)
+        with warnings.catch_warnings():
+            # Of an attribute that peft 0.21 reads: nothing that a user could do about it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            return get_peft_model(base, config)
     except ValueError as error:
         raise ValueError(f"lora.targets={lora.targets} does not fit the model: {error}") from error
 
