@@ -400,7 +400,7 @@ def test_a_run_does_not_continue_under_other_options(folder, tmp_path):
     with pytest.raises(ValueError, match="batch_size was 4 and is 2"):
         train(dataclasses.replace(resumed, batch_size=2), distributed.start())
     slower = dataclasses.replace(
-        resumed, learning_rate=0.005, perturb=dataclasses.replace(options.perturb, plan="chunked")
+        resumed, learning_rate=0.005, perturb=dataclasses.replace(options.perturb, chunk_size=1)
     )
     with pytest.warns(UserWarning, match="other options: learning_rate was 0.01 and is 0.005$"):
         train(slower, distributed.start())
@@ -478,6 +478,13 @@ def test_what_the_model_has_no_room_for_is_refused(changes, message, folder, tmp
         train(options, distributed.start())
 
 
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_missed_at_once(tracker, folder, monkeypatch):
+    monkeypatch.setattr("fastperturb.train.options.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"pip install {tracker}"):
+        tiny_run.options(folder, report_to=(tracker,))
+
+
 SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
 RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
 
@@ -494,7 +501,6 @@ RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=
         ({"edit_rate": 2.0}, "edit_rate"),
         ({"mc": 2, "method": "exact"}, "has one"),
         ({"eval_data": ("a", "b"), "data": ("b",)}, "'b' is trained on"),
-        ({"report_to": ("wandb",)}, "pip install wandb"),
         ({"streaming": True, "max_steps": None}, "give max_steps"),
         ({"early_stop": 2}, "eval_data"),
         ({"cross_fit": True, "method": "fixed"}, "method='learned'"),

@@ -201,7 +201,7 @@ class TrainOptions(DataOptions):
         if self.resume == "auto" and self.overwrite:
             raise ValueError("overwrite starts anew and resume=auto continues: give one of them")
         for name in self.report_to:
-            if find_spec("torch.utils.tensorboard" if name == "tensorboard" else name) is None:
+            if find_spec(name) is None:
                 raise ValueError(f"report_to {name} needs a package: pip install {name}")
 
     def _check_method(self) -> None:
@@ -275,13 +275,12 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 _SAME_NUMBERS = (
     *("output_dir", "overwrite", "resume", "dry_run", "trust_remote_code", "save_every", "keep"),
     *("report_to", "device", "parallel", "mc", "micro_batch_size", "early_stop", "eval_every"),
-    *("data", "attn_implementation", "gradient_checkpointing"),
-    *("perturb.plan", "perturb.chunk_size"),
+    *("data", "attn_implementation", "gradient_checkpointing", "perturb.chunk_size"),
 )
 # These may too, for a run that went wrong or is to go further, with a word about it.
 _ANOTHER_COURSE = (
     *("max_steps", "epochs", "learning_rate", "transform_learning_rate", "warmup"),
-    *("max_grad_norm", "weight_decay", "transform_weight_decay"),
+    *("max_grad_norm", "weight_decay", "transform_weight_decay", "perturb.plan"),
 )
 
 
