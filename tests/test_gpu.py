@@ -14,6 +14,19 @@ from fastperturb.transforms import make_transform
 pytestmark = pytest.mark.gpu
 
 
+def tiny_llama(*, width, heads):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        initializer_range=0.2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
 @pytest.mark.parametrize("latent", LATENTS)
 def test_noise_is_the_same_on_both_devices(latent):
     seed = torch.tensor(-9)
@@ -117,17 +130,8 @@ def test_an_out_of_range_target_is_nan_and_stops_nobody():
     ("plan", "chunk_size"), [("auto", None), ("batched", None), ("chunked", 3), ("resample", None)]
 )
 def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu(plan, chunk_size):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-    )
     options = {"backward_samples": 2} if plan == "resample" else {"chunk_size": chunk_size}
-    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig(plan=plan, **options))
+    lm = wrap(tiny_llama(width=32, heads=4), PerturbConfig(plan=plan, **options))
     ids = torch.randint(97, (2, 12))
     on_cpu = lm(input_ids=ids, labels=ids, seed=5).loss
     expected = torch.autograd.grad(on_cpu, lm.transform.U)[0]
@@ -162,16 +166,7 @@ def test_a_training_run_gives_the_model_that_it_gives_on_the_cpu(method, tmp_pat
 
 def test_packed_documents_under_flash_attention_2_give_what_sdpa_gives():
     pytest.importorskip("flash_attn")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.2,
-    )
-    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig()).cuda()
+    lm = wrap(tiny_llama(width=64, heads=2), PerturbConfig()).cuda()
     ids = torch.randint(97, (2, 9), device="cuda")
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1, 2, 3, 4]]).cuda()
     packed = {"input_ids": ids, "labels": ids, "position_ids": positions, "seed": 4}

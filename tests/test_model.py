@@ -493,12 +493,7 @@ def flash_attention(monkeypatch):
 
 
 def test_packed_documents_under_flash_attention_give_what_sdpa_gives(flash_attention):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(
-        vocab_size=97, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, **shape
-    )
-    lm = wrap(transformers.LlamaForCausalLM(config), PerturbConfig(num_samples=3))
+    lm = wrap(base_model(), PerturbConfig(num_samples=3))
     ids = torch.randint(97, (2, 9))
     packed = {
         "input_ids": ids,

@@ -1,11 +1,10 @@
 """The recipes for other trainers, run for a few steps as they stand."""
 
-import datetime
 import functools
-import os
 
 import pytest
 import torch
+import two_processes
 from torch import multiprocessing
 
 import fastperturb
@@ -46,20 +45,10 @@ def test_the_accelerate_loop_goes_on_from_its_checkpoint_as_if_never_stopped(tmp
 def process(rank, folder):
     from bench.recipes import plain_accelerate
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(minutes=2),
-    )
-    losses = plain_accelerate.main(output_dir=folder / "two", steps=3, accumulate=1)
-    if rank == 0:
-        torch.save(losses, folder / "losses.pt")
-    torch.distributed.destroy_process_group()
+    with two_processes.joined(rank, folder, ACCELERATE_USE_CPU="true"):
+        losses = plain_accelerate.main(output_dir=folder / "two", steps=3, accumulate=1)
+        if rank == 0:
+            torch.save(losses, folder / "losses.pt")
 
 
 @pytest.mark.slow

@@ -2,13 +2,11 @@
 
 import copy
 import dataclasses
-import datetime
-import gc
-import os
 
 import pytest
 import torch
 import transformers
+import two_processes
 from torch import multiprocessing
 
 import fastperturb
@@ -365,33 +363,23 @@ OF_THE_BATCH = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
 
 
 def process(rank, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, and not used
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(minutes=2),
+    with two_processes.joined(rank, folder):
+        for plan in PLANS:
+            record(rank, folder, plan)
+
+
+def record(rank, folder, plan):
+    trainer = trained(
+        folder,
+        lm=tiny_lm(plan=plan),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        per_device_eval_batch_size=2,
+        ddp_backend="gloo",
+        **OF_THE_BATCH,
     )
-    for plan in PLANS:
-        trainer = trained(
-            folder,
-            lm=tiny_lm(plan=plan),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            per_device_eval_batch_size=2,
-            ddp_backend="gloo",
-            **OF_THE_BATCH,
-        )
-        if rank == 0:
-            torch.save((parameters(trainer.lm), trainer.state.log_history), folder / plan)
-    # DDP's reducer must not be the last to hold gloo's group: it would end gloo's thread with the
-    # GIL held, which that thread may be waiting for.
-    del trainer
-    gc.collect()
-    torch.distributed.destroy_process_group()
+    if rank == 0:
+        torch.save((parameters(trainer.lm), trainer.state.log_history), folder / plan)
 
 
 @pytest.mark.slow

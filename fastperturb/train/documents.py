@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
-import hashlib
 import itertools
 import json
 import zlib
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from fastperturb.files import digest
 from fastperturb.train.packing import Tokens
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class DocumentTokenizer:
             settings.pop(name, None)
         vocabulary = sorted(self._tokenizer.get_vocab().items())
         [probe] = self(["The quick brown fox, 12345\n\tjumps.  Ünïcödé ❄"])
-        return _digest([settings, vocabulary, probe.tolist(), self.eos])
+        return digest([settings, vocabulary, probe.tolist(), self.eos])
 
 
 def open_source(name: str, options: DataOptions) -> Source:
@@ -134,7 +134,7 @@ def tokenised(source: Source, tokenize: DocumentTokenizer) -> Dataset:
         if empty:
             raise no_text([source])
 
-    key = _digest([_CACHE_VERSION, source.key, source.field, tokenize.fingerprint()])
+    key = digest([_CACHE_VERSION, source.key, source.field, tokenize.fingerprint()])
     features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
     try:
         with _no_progress_bars():
@@ -150,10 +150,6 @@ def tokenised(source: Source, tokenize: DocumentTokenizer) -> Dataset:
 def no_text(sources: Sequence[Source]) -> ValueError:
     names = ", ".join(repr(source.name) for source in sources)
     return ValueError(f"data {names} has no text: its documents are empty, or there are none")
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -204,7 +200,7 @@ def _files(name: str, paths: list[Path], options: DataOptions) -> Source:
             )
     stats = [path.stat() for path in paths]
     versions = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    key = _digest([[str(path.resolve()) for path in paths], versions, options.document_separator])
+    key = digest([[str(path.resolve()) for path in paths], versions, options.document_separator])
     rows = datasets.IterableDataset.from_generator(
         _file_rows,
         gen_kwargs={

@@ -35,9 +35,9 @@ from fastperturb.train.options import TrainOptions
 from fastperturb.train.report import Report
 
 # What keys the noise of evaluations; steps count from 0.
-_EVALUATION = -1
+EVALUATION = -1
 # The transform lives in relative units, in which a rate five times the base's was stable.
-_TRANSFORM_RATE = 5.0
+TRANSFORM_RATE = 5.0
 
 Batch = dict[str, Any]  # what a call of the model takes
 
@@ -244,7 +244,7 @@ class Loop:
         """Marginal perplexity of blocks, under noise that is always the same."""
         options, world = self.options, self.world
         samples = methods.evaluation_samples(options)
-        seed = noise.fold_in(options.seed, _EVALUATION)
+        seed = noise.fold_in(options.seed, EVALUATION)
         sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         batches = range(0, len(held_out), options.batch_size)
         with self._still(), methods.at_evaluation(self.lm, options), self.autocast():
@@ -373,7 +373,7 @@ def adamw(lm: PerturbedLM, options: TrainOptions) -> torch.optim.AdamW:
         (
             "transform",
             [p for p in trained if id(p) in transform],
-            _TRANSFORM_RATE * rate if transform_rate is None else transform_rate,
+            TRANSFORM_RATE * rate if transform_rate is None else transform_rate,
             options.transform_weight_decay,
         ),
     ]

@@ -37,7 +37,7 @@ def build(options: TrainOptions) -> PerturbedLM:
         base = _with_adapter(base, options)
     if options.gradient_checkpointing:
         inner: Any = base
-        enable = "activation_checkpointing_enable"  # gradient_... before transformers 5.20
+        enable = "activation_checkpointing_enable"  # of which older transformers have the second
         name = enable if hasattr(inner, enable) else "gradient_checkpointing_enable"
         getattr(inner, name)({"use_reentrant": False})
     if options.method == "learned":

@@ -15,7 +15,6 @@ or DeepSpeed, are refused: checkpoints could not be written from them.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +28,8 @@ from fastperturb import noise
 from fastperturb.batch import IGNORED
 from fastperturb.checkpoint import Checkpoint, is_adapted
 from fastperturb.model import PerturbedLM
+from fastperturb.train.loop import EVALUATION, TRANSFORM_RATE, perplexity
 
-# What keys the noise of evaluations; steps count from 0.
-_EVALUATION = -1
 # A packed document's number: that of its row, then its own within the row.
 _DOCUMENT_BITS = 16
 
@@ -138,7 +136,7 @@ class PerturbTrainer(transformers.Trainer):
         optimizer.add_param_group(
             {
                 "params": learned,
-                "lr": 5 * self.args.learning_rate if rate is None else rate,
+                "lr": TRANSFORM_RATE * self.args.learning_rate if rate is None else rate,
                 "weight_decay": self.transform_weight_decay,
             }
         )
@@ -171,7 +169,7 @@ class PerturbTrainer(transformers.Trainer):
             raise ValueError("there is no labelled token to evaluate on: every label is ignored")
         metrics = {
             "loss": nll / tokens,
-            "perplexity": math.exp(min(nll / tokens, 700.0)),
+            "perplexity": perplexity(nll / tokens),
             "ess": ess / tokens,
             "shift": shift / tokens,
         }
@@ -187,10 +185,9 @@ class PerturbTrainer(transformers.Trainer):
     ) -> tuple[Tensor, None, None]:
         inputs = self._prepare_inputs(inputs)
         _number(inputs, self._place(len(self._evaluated)) * self.args.eval_batch_size)
-        seed = noise.fold_in(self.args.seed, _EVALUATION)
-        config, plan = self.lm.config, {"estimator": "iwae", "plan": "chunked"}
-        size = config.chunk_size or config.num_samples  # as many at a time as training has
-        with torch.no_grad(), self.lm._configured(**plan, chunk_size=size):
+        seed = noise.fold_in(self.args.seed, EVALUATION)
+        plan = {"estimator": "iwae", "plan": "chunked", "chunk_size": self.lm.samples_at_once()}
+        with torch.no_grad(), self.lm._configured(**plan):
             found = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)  # [B]
         nll = -found.log_marginal.reshape(len(tokens), -1).sum(1)
