@@ -498,8 +498,9 @@ def test_packed_documents_under_flash_attention_give_what_sdpa_gives(flash_atten
     packed = {
         "input_ids": ids,
         "labels": ids,
-        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [3, 4, 5, 6, 0, 1, 2, 3, 4]]),
-        "rows": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [3, 3, 3, 3, 4, 4, 4, 4, 4]]),
+        # Documents of one token too, and a row that begins within one.
+        "position_ids": torch.tensor([[0, 0, 1, 0, 1, 2, 3, 4, 0], [3, 4, 5, 6, 0, 1, 2, 3, 4]]),
+        "rows": torch.tensor([[0, 1, 1, 2, 2, 2, 2, 2, 3], [4, 4, 4, 4, 5, 5, 5, 5, 5]]),
     }
     expected = lm(**packed, seed=4).log_probs
     lm.base.config._attn_implementation = "flash_attention_2"
