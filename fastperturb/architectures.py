@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class CausalLM:
     head: nn.Linear
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    def at_temperature(self, temperature: float) -> CausalLM:
+        """The same model, of logits / temperature: a soft cap c becomes c / temperature."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, logit_scale=self.logit_scale / temperature, softcap=softcap)
 
     @property
     def head_options(self) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class PerturbConfig:
     antithetic: bool = False
     """Draws come in pairs z, -z."""
 
+    deterministic: bool = False
+    """z is held at one draw, the same for all tokens: the parameters without the randomness, which
+    is what a learned perturbation should be compared with."""
+
     plan: str = "auto"
     """How the samples go through the trunk: auto, batched, chunked or resample."""
 
@@ -83,8 +87,11 @@ class PerturbConfig:
         if self.chunk_size is not None:
             _require_count("chunk_size", self.chunk_size, or_none=True)
         check_backward_samples(self.backward_samples, self.num_samples)
-        if not isinstance(self.antithetic, bool):
-            raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
+        for name in ("antithetic", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.antithetic and self.deterministic:
+            raise ValueError("antithetic=True pairs draws, and deterministic=True has one")
         _require_scale("init_scale", self.init_scale, positive=True)
         _require_scale("min_scale", self.min_scale, positive=False)
         if "quadratic" in self.equations and self.marginal == "sequence":

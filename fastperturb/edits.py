@@ -48,6 +48,7 @@ class EditConfig:
     plan: str = "auto"
     chunk_size: int | None = None
     antithetic: ClassVar[bool] = False  # an edit has no mirror image
+    deterministic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         estimation = self._estimation()

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
-from fastperturb import checks, noise, ops
+from fastperturb import checks, noise
 from fastperturb.config import check_draws, suggestion
 
 if TYPE_CHECKING:
@@ -204,10 +204,8 @@ class Decoder:
     def _logits(self, model: Any, sequences: Sequences, cache: Any) -> Tensor:  # [M N, V]
         start = 0 if cache is None else int(cache.get_seq_length())
         positions = (sequences.mask.cumsum(1) - 1).clamp_min(0)[:, start:]
-        moved = ops.perturb_embed(
+        moved = self.lm._moved(
             model.get_input_embeddings()(sequences.ids[:, start:]),
-            None,
-            self.lm.transform,
             self.seed,
             sequences.samples.T,
             rows=sequences.rows,

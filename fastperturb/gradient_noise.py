@@ -247,6 +247,8 @@ def _check(lm: PerturbedLM, inputs: dict[str, Any], repeats: int) -> None:
     checks.tensor("labels", inputs["labels"], "[B, T]", (torch.int64,))
     if lm._exact:
         raise ValueError("lm.exact() moves nothing, so its gradient has no noise")
+    if lm.config.deterministic:
+        raise ValueError("deterministic=True has no draws, so its gradient has no noise of them")
     dropout = architectures.dropout_sources(lm.base)
     if dropout:
         raise ValueError(

@@ -101,6 +101,7 @@ class PerturbedLM(nn.Module):
         self.config = config
         self.transform = self._make_transform(parts, config)
         self._exact = False
+        self._temperature = 1.0
         self._steps, self._collapsed = 0, False
         self._planner = plans.Planner()
         self._split = parallel.Split()
@@ -121,6 +122,20 @@ class PerturbedLM(nn.Module):
             yield self
         finally:
             self._exact = before
+
+    @contextlib.contextmanager
+    def _at_temperature(self, temperature: float) -> Iterator[None]:
+        """Within it every draw's probabilities are those of its logits / temperature."""
+        before, self._temperature = self._temperature, temperature
+        try:
+            yield
+        finally:
+            self._temperature = before
+
+    @property
+    def has_one_draw(self) -> bool:
+        """Whether all draws would be the same."""
+        return self._exact or self.config.deterministic
 
     def forward(
         self,
@@ -145,7 +160,7 @@ class PerturbedLM(nn.Module):
         seed: keys the noise; default drawn from torch's generator.
         num_items_in_batch: the labelled tokens of the global batch, which divide the loss.
         """
-        parts = understand(self.base)
+        parts = understand(self.base).at_temperature(self._temperature)
         embeddings = self._embeddings(parts.embed, input_ids, inputs_embeds)
         checks.like(embeddings, "attention_mask", attention_mask, checks.MASKS)
         checks.like(embeddings, "position_ids", position_ids, (torch.int64,))
@@ -275,7 +290,7 @@ class PerturbedLM(nn.Module):
         embeddings: Tensor,
     ) -> Draws:
         """The noise of a call, and how many samples the estimator takes of it."""
-        equations = {"iwae": 1.0} if self._exact else self.config.equations
+        equations = {"iwae": 1.0} if self.has_one_draw else self.config.equations
         if "jvi" in equations and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "estimator='jvi' is for evaluation: its weights can be negative and training "
@@ -287,7 +302,7 @@ class PerturbedLM(nn.Module):
         seed = noise.seed_tensor(seed, device)
         if rows is None:
             rows = torch.arange(len(embeddings), device=device)
-        if self._exact:
+        if self.has_one_draw:
             return Draws(seed, rows, 1, equations)
         wanted = self.config.num_samples if num_samples is None else num_samples
         for name in equations:
@@ -323,7 +338,7 @@ class PerturbedLM(nn.Module):
         samples = torch.arange(draws.count, device=batch.embeddings.device)
         by_default = "resample" in draws.equations and config.plan == "auto"
         resampling = torch.is_grad_enabled() and (by_default or config.plan == "resample")
-        if self._exact or not resampling:
+        if self.has_one_draw or not resampling:
             self._report = report = self._choose(batch, run, samples[: split.most(draws.count)])
             size = None if report.plan == "batched" else report.chunk_size
             return split.run(run, samples, size), None
@@ -384,10 +399,8 @@ class PerturbedLM(nn.Module):
     def _copies(self, batch: Batch, samples: Tensor) -> Copies:
         moved, count = batch.embeddings[None], len(samples)
         if not self._exact:
-            moved = ops.perturb_embed(
+            moved = self._moved(
                 batch.embeddings,
-                None,
-                self.transform,
                 batch.draws.seed,
                 samples,
                 rows=batch.draws.rows,
@@ -397,6 +410,33 @@ class PerturbedLM(nn.Module):
             )
         attention_mask = repeated(batch.attention_mask, count)
         return Copies(moved, attention_mask, repeated(batch.position_ids, count))
+
+    def _moved(
+        self,
+        embeddings: Tensor,  # [B, T, D]
+        seed: Tensor,
+        samples: Tensor,
+        *,
+        rows: Tensor,
+        positions: Tensor | None,
+        antithetic: bool,
+        perturb_mask: Tensor | None,
+    ) -> Tensor:
+        """The copies with these sample numbers [M, B, T, D]."""
+        if self.config.deterministic:
+            positions = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=rows.device)
+            seed, samples, rows = map(torch.zeros_like, (seed, samples, rows))
+        return ops.perturb_embed(
+            embeddings,
+            None,
+            self.transform,
+            seed,
+            samples,
+            rows=rows,
+            positions=positions,
+            antithetic=antithetic,
+            perturb_mask=perturb_mask,
+        )
 
     def _estimate(
         self,
@@ -503,6 +543,7 @@ class PerturbedLM(nn.Module):
         chunk_size: int | None = None,
         rows: Tensor | None = None,
         seed: int | Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Score:
         """Marginal log-likelihood, its Monte-Carlo error, jackknife and M-curve; no gradient.
 
@@ -510,6 +551,7 @@ class PerturbedLM(nn.Module):
         labels: by default every token that follows a real token of its document.
         num_samples: M; `chunk_size` of them at a time (default: as many as a training step has),
             so that memory grows with M by some 30 bytes a token and draw, and no more.
+        temperature: probabilities are each draw's softmax(logits / temperature).
         """
         from fastperturb.score import score
 
@@ -521,7 +563,7 @@ class PerturbedLM(nn.Module):
             "perturb_mask": perturb_mask,
         }
         draws = {"num_samples": num_samples, "rows": rows, "seed": seed}
-        return score(self, inputs, draws, chunk_size)
+        return score(self, inputs, draws, chunk_size, temperature)
 
     def gradient_noise(
         self,

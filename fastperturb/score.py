@@ -76,22 +76,29 @@ class Score:
 
 @torch.no_grad()
 def score(
-    lm: PerturbedLM, inputs: dict[str, Any], draws: dict[str, Any], chunk_size: int | None
+    lm: PerturbedLM,
+    inputs: dict[str, Any],
+    draws: dict[str, Any],
+    chunk_size: int | None,
+    temperature: float,
 ) -> Score:
     """`PerturbedLM.score`: inputs are what is scored, draws the number, rows and seed of draws."""
     dropout = architectures.dropout_sources(lm.base)
     if dropout:
         raise ValueError(f"dropout is active in {', '.join(dropout[:3])}: call lm.eval() to score")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
     labels = inputs["labels"]
     if labels is None:
         labels = _own_labels(*(inputs[k] for k in ("input_ids", "attention_mask", "position_ids")))
     if chunk_size is None:
         chunk_size = lm.samples_at_once()
-    log_probs = _log_probs(lm, chunk_size, {**inputs, "labels": labels, **draws})
+    with lm._at_temperature(temperature):
+        log_probs = _log_probs(lm, chunk_size, {**inputs, "labels": labels, **draws})
     rows = draws["rows"]
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    paired = lm.config.antithetic and not lm._exact
+    paired = lm.config.antithetic and not lm.has_one_draw
     return summarise(log_probs, labels, rows, marginal=lm.config.marginal, paired=paired)
 
 

@@ -243,6 +243,8 @@ def _bread(bread: str, estimator: str | Mapping[str, float], count: int) -> str:
 def _check_model(lm: PerturbedLM, bread: str) -> None:
     if lm._exact:
         raise ValueError("lm.exact() moves nothing, so its transform has no standard errors")
+    if lm.config.deterministic:
+        raise ValueError("deterministic=True has no draws, which these standard errors are of")
     dropout = architectures.dropout_sources(lm.base)
     if dropout:
         raise ValueError(f"dropout is active in {', '.join(dropout[:3])}: call lm.eval() first")

@@ -295,3 +295,51 @@ def test_bad_arguments_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         lm.score(**{**batch(), **changes})
     assert lm.config is config
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Granite"])
+def test_a_temperature_divides_the_logits_whatever_the_head_does_to_them(family, temperature):
+    options = {"Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 4}}.get(family, {})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
+            vocab_size=12,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            initializer_range=0.8,
+            pad_token_id=0,
+            **options,
+        )
+    ).eval()
+    lm = wrap(model, PerturbConfig())
+    ids = batch()["input_ids"] % 12
+    with lm.exact():
+        ours = lm.score(ids, temperature=temperature)
+        log_probs = (model(ids).logits[:, :-1] / temperature).log_softmax(-1)
+    expected = log_probs.gather(2, ids[:, 1:, None])[..., 0].detach()
+    torch.testing.assert_close(ours.log_marginal, expected, rtol=1e-4, atol=1e-5)
+    assert lm(ids, labels=ids, seed=0).loss == lm(ids, labels=ids, seed=0).loss  # left as it was
+    with lm.exact():
+        torch.testing.assert_close(lm.score(ids).nll.item(), lm(ids, labels=ids).loss.item())
+
+
+def test_a_temperature_is_of_each_draw_and_not_of_the_mean():
+    lm = four_valued()
+    ids = batch()["input_ids"]
+    found = lm.score(ids, num_samples=64, seed=1, temperature=1.7)
+    plain = lm.score(ids, num_samples=64, seed=1)
+    with torch.no_grad():
+        lm.base.lm_head.weight.div_(1.7)
+        expected = lm.score(ids, num_samples=64, seed=1)
+    torch.testing.assert_close(found.log_marginal, expected.log_marginal, rtol=1e-4, atol=1e-5)
+    assert (found.nll - plain.nll).abs() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_that_is_no_positive_number_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be a number above 0"):
+        wrap(llama(), PerturbConfig()).score(**batch(), temperature=temperature)

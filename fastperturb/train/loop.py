@@ -243,7 +243,7 @@ class Loop:
     def evaluate(self, held_out: Sequence[Block]) -> dict[str, float]:
         """Marginal perplexity of blocks, under noise that is always the same."""
         options, world = self.options, self.world
-        samples = methods.evaluation_samples(options)
+        samples = 1 if options.has_one_draw else options.eval_samples
         seed = noise.fold_in(options.seed, EVALUATION)
         sums = torch.zeros(5, dtype=torch.float64, device=world.device)
         batches = range(0, len(held_out), options.batch_size)

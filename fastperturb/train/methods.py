@@ -66,11 +66,6 @@ def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
             scale.copy_(before)
 
 
-def evaluation_samples(options: TrainOptions) -> int:
-    """Draws of an evaluation; where nothing moves they would all be the same."""
-    return 1 if options.method in ("exact", "neftune") else options.eval_samples
-
-
 def load_base(options: TrainOptions) -> nn.Module:
     from transformers import AutoModelForCausalLM
 

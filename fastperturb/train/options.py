@@ -205,10 +205,11 @@ class TrainOptions(DataOptions):
                 raise ValueError(f"report_to {name} needs a package: pip install {name}")
 
     def _check_method(self) -> None:
-        perturb, one_draw = self.perturb, self.method in ("exact", "neftune")
-        if one_draw:
-            if self.mc > 1:
-                raise ValueError(f"mc={self.mc} splits draws, and method={self.method!r} has one")
+        perturb = self.perturb
+        if self.has_one_draw and self.mc > 1:
+            what = "perturb.deterministic" if self.is_noisy else f"method={self.method!r}"
+            raise ValueError(f"mc={self.mc} splits draws, and {what} has one")
+        if not self.is_noisy:
             return
         if self.edit_rate > 1:
             raise ValueError(f"edit_rate is a share of the tokens, got {self.edit_rate}")
@@ -227,6 +228,17 @@ class TrainOptions(DataOptions):
                 "perturb.marginal='sequence' is of a row's sequence, and packing='documents' lays "
                 "several into one: set packing='stream', by which a block is one sequence"
             )
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the model is still perturbed after training."""
+        return self.method not in ("exact", "neftune")
+
+    @property
+    def has_one_draw(self) -> bool:
+        """Whether all draws of an evaluation would be the same."""
+        held = self.perturb.deterministic and self.method != "discrete"
+        return held or not self.is_noisy
 
     def _check_evaluation(self) -> None:
         if self.early_stop is not None and not self.eval_data:
