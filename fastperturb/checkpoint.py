@@ -11,10 +11,11 @@ known to be right, and no path that stands in a file is followed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,14 @@ def is_adapted(model: nn.Module) -> bool:
 
 def unadapted(model: Any) -> nn.Module:
     return model.get_base_model() if is_adapted(model) else model
+
+
+@contextlib.contextmanager
+def without_peft_deprecations() -> Iterator[None]:
+    """Without a warning of an attribute that peft 0.21 reads: a user could do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from fastperturb.version import __version__
 COMMANDS = {
     "demo": ("fastperturb.demo:DemoOptions", "learned against fixed noise on a toy language"),
     "train": ("fastperturb.train:TrainOptions", "adapt a model to text, by any of five methods"),
+    "eval": ("fastperturb.eval:EvalOptions", "how likely texts are under models, with intervals"),
+    "study": ("fastperturb.study:StudyOptions", "every method on one domain, judged on all"),
     "doctor": ("fastperturb.doctor:DoctorOptions", "what runs here, how, and whether it is right"),
 }
 

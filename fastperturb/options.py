@@ -24,7 +24,7 @@ def load(path: Path, options_class: type) -> Any:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
-    return _options({} if content is None else content, options_class, str(path))
+    return from_mapping({} if content is None else content, options_class, str(path))
 
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
@@ -32,7 +32,8 @@ def did_you_mean(name: str, choices: Collection[str]) -> str:
     return f"{suggestion(name, choices)}. Choices: {', '.join(choices)}"
 
 
-def _options(content: Any, options_class: type, where: str) -> Any:
+def from_mapping(content: Any, options_class: type, where: str) -> Any:
+    """An instance of `options_class` with values as YAML or JSON hold them; `where` they stand."""
     import tyro
 
     if not isinstance(content, dict):
@@ -60,6 +61,8 @@ def _options(content: Any, options_class: type, where: str) -> Any:
 def _value(value: Any, hint: Any, where: str) -> Any:
     """`value`, as YAML read it, in the type that the option wants."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         for choice in arguments:
             try:
@@ -85,7 +88,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
             for key, item in value.items()
         }
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _options(value, hint, where)
+        return from_mapping(value, hint, where)
     elif hint is Path and isinstance(value, str):
         return Path(value)
     elif hint is float and _is_number(value):

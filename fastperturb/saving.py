@@ -36,6 +36,7 @@ from fastperturb.checkpoint import (
     layout,
     refuse_non_finite,
     unadapted,
+    without_peft_deprecations,
     write_manifest,
 )
 from fastperturb.edits import EditConfig, edit
@@ -326,10 +327,11 @@ def _put_on(
         raise ImportError(f"{saved.folder} holds a PEFT adapter: pip install peft") from error
     half = any(value.dtype in (torch.bfloat16, torch.float16) for value in adapter.values())
     try:
-        # PEFT widens a half-precision adapter unless told not to.
-        return PeftModel.from_pretrained(
-            model, saved.folder, is_trainable=is_trainable, autocast_adapter_dtype=not half
-        )
+        with without_peft_deprecations():
+            # PEFT widens a half-precision adapter unless told not to.
+            return PeftModel.from_pretrained(
+                model, saved.folder, is_trainable=is_trainable, autocast_adapter_dtype=not half
+            )
     except Exception as error:  # PEFT raises whatever its methods do
         raise ValueError(
             f"the adapter of {saved.folder} does not fit this {_kind(model)}: {error}; it was "

@@ -24,7 +24,7 @@ from fastperturb.train.data import Block, TrainingData, evaluation_blocks, train
 from fastperturb.train.distributed import World
 from fastperturb.train.options import LoraOptions, TrainOptions
 
-__all__ = ["LoraOptions", "TrainOptions", "run"]
+__all__ = ["LoraOptions", "TrainOptions", "held_out_blocks", "run"]
 
 
 def run(options: TrainOptions) -> int:
@@ -110,16 +110,17 @@ def _read(options: TrainOptions, world: World) -> tuple[TrainingData, Sequence[B
     if not world.is_main:
         distributed.wait(world)
     data = training_data(options, tokenizer, seed=options.seed)
-    held_out: Sequence[Block] = ()
-    if options.eval_data:
-        split = options.eval_split or options.split
-        held_out = evaluation_blocks(
-            options.eval_data, dataclasses.replace(options, split=split), tokenizer
-        )
-        held_out = held_out[: options.eval_blocks]
+    held_out = held_out_blocks(options, tokenizer) if options.eval_data else ()
     if world.is_main:
         distributed.wait(world)
     return data, held_out, tokenizer
+
+
+def held_out_blocks(options: TrainOptions, tokenizer: Any) -> Sequence[Block]:
+    """What a run's evaluations are on."""
+    split = options.eval_split or options.split
+    reading = dataclasses.replace(options, split=split)
+    return evaluation_blocks(options.eval_data, reading, tokenizer)[: options.eval_blocks]
 
 
 def _finish(loop: Any, folder: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from fastperturb import shards
+from fastperturb.checkpoint import without_peft_deprecations
 from fastperturb.config import PerturbConfig
 from fastperturb.model import PerturbedLM, wrap
 from fastperturb.train.options import TrainOptions
@@ -100,9 +100,7 @@ def _with_adapter(base: nn.Module, options: TrainOptions) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():
-            # Of an attribute that peft 0.21 reads: nothing that a user could do about it.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        with without_peft_deprecations():
             return get_peft_model(base, config)
     except ValueError as error:
         raise ValueError(f"lora.targets={lora.targets} does not fit the model: {error}") from error

@@ -130,6 +130,13 @@ class PackedDocuments(Sequence[Block]):
         starts[self._document_starts[first:last] - begin] = True
         return self._layout.block(Cut(number, self._tokens(begin, end), starts))
 
+    def documents(self, number: int) -> NDArray[np.int64]:
+        """The document that each token of a block is of [T]; -1 for padding."""
+        begin = number * self._layout.block_size
+        offsets = np.arange(begin, begin + self._layout.block_size)
+        found = np.searchsorted(self._document_starts, offsets, side="right") - 1
+        return np.where(offsets < self.token_count, found, -1)
+
     def _tokens(self, begin: int, end: int) -> Tokens:
         parts = []
         chunk = bisect.bisect_right(self._chunk_ends, begin)

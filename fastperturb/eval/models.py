@@ -1,0 +1,128 @@
+"""The models that are judged: found, told apart, and loaded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastperturb
+from fastperturb.checkpoint import CONFIG_NAME, Checkpoint
+from fastperturb.config import PerturbConfig
+from fastperturb.eval.options import EvalOptions
+from fastperturb.model import PerturbedLM
+from fastperturb.train.documents import DocumentTokenizer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model lies.
+
+    checkpoint: the folder that `fastperturb.load` reads; None for a plain model.
+    base, tokenizer: what transformers loads.
+    """
+
+    name: str
+    checkpoint: Path | None
+    base: str
+    tokenizer: str
+
+
+def find(name: str, where: str, base: str | None) -> Place:
+    """The checkpoint or plain model at `where`; of a training run the best, or else the last."""
+    folder = Path(where).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1:
+            raise ValueError(f"model {name!r}: there is no folder {where}")
+        return Place(name, None, where, where)
+    inner = (folder / "best", folder / "model", folder)
+    checkpoint = next((each for each in inner if (each / CONFIG_NAME).is_file()), None)
+    if checkpoint is None:
+        if (folder / "config.json").is_file():
+            return Place(name, None, str(folder), str(folder))
+        raise ValueError(
+            f"model {name!r}: {folder} holds no {CONFIG_NAME}, in best/ or model/ neither, and no "
+            "config.json of a plain model. Has its training run finished?"
+        )
+    if (checkpoint / "config.json").is_file():  # the base was saved too
+        base = str(checkpoint)
+    base = base or Checkpoint.read(checkpoint).base.name
+    if not base:
+        raise ValueError(
+            f"model {name!r}: {checkpoint} does not say over what it was saved: set base"
+        )
+    has_tokenizer = (checkpoint / "tokenizer_config.json").is_file()
+    return Place(name, checkpoint, base, str(checkpoint) if has_tokenizer else base)
+
+
+def common_tokenizer(places: Sequence[Place]) -> Any:
+    """The tokenizer of all models: under two, a token would not be the same thing."""
+    from transformers import AutoTokenizer
+
+    found = []
+    for place in places:
+        try:
+            found.append(AutoTokenizer.from_pretrained(place.tokenizer))
+        except (OSError, ValueError) as error:
+            raise _unloadable(place, f"the tokenizer {place.tokenizer}", error) from error
+    first, *others = [DocumentTokenizer(each).fingerprint() for each in found]
+    for place, other in zip(places[1:], others):
+        if other != first:
+            raise ValueError(
+                f"models {places[0].name!r} and {place.name!r} have different tokenizers "
+                f"({places[0].tokenizer}, {place.tokenizer}), and a likelihood is of their tokens: "
+                "judge them in separate runs"
+            )
+    return found[0]
+
+
+def load(place: Place, options: EvalOptions) -> PerturbedLM:
+    """The model in eval mode; a plain one behind a transform that moves nothing."""
+    base = _base(place, options)
+    _check_room(place, base, options)
+    if place.checkpoint is not None:
+        lm = fastperturb.load(base, place.checkpoint)
+    else:
+        lm = fastperturb.wrap(base, PerturbConfig(transform="diagonal", num_samples=1))
+        nn.init.zeros_(lm.transform.get_parameter("s"))
+    return lm.to(device(options)).eval()
+
+
+def device(options: EvalOptions) -> torch.device:
+    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _base(place: Place, options: EvalOptions) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    try:
+        return AutoModelForCausalLM.from_pretrained(place.base, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _unloadable(place, place.base, error) from error
+
+
+def _unloadable(place: Place, what: str, error: Exception) -> ValueError:
+    advice = "" if place.checkpoint is None else ". If what it was saved over has moved, set base"
+    return ValueError(f"model {place.name!r}: {what} cannot be loaded: {error}{advice}")
+
+
+def _check_room(place: Place, base: Any, options: EvalOptions) -> None:
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if options.block_size > positions:
+        raise ValueError(
+            f"block_size={options.block_size} is more than the {positions} positions that model "
+            f"{place.name!r} was made for; lower it"
+        )
+    length = options.prompt_tokens + options.continuation_tokens
+    if options.continuations and length > positions:
+        raise ValueError(
+            f"prompt_tokens + continuation_tokens = {length} is more than the {positions} "
+            f"positions that model {place.name!r} was made for; lower them"
+        )

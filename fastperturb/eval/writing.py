@@ -1,0 +1,97 @@
+"""The part of an evaluation in which models write: their continuations of every domain, judged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastperturb.eval import models
+from fastperturb.eval.continuations import (
+    Mauve,
+    Prompts,
+    diversity,
+    generate,
+    prompts_of,
+    rouge1,
+    texts,
+)
+from fastperturb.eval.domains import Domain
+from fastperturb.eval.options import EvalOptions
+from fastperturb.model import PerturbedLM
+
+
+class Writing:
+    """Prompts of every domain, and what each model made of them."""
+
+    def __init__(self, options: EvalOptions, domains: Sequence[Domain], tokenizer: Any) -> None:
+        self._options, self._tokenizer = options, tokenizer
+        self._prompts: dict[str, Prompts] = {
+            text.name: prompts_of(
+                text,
+                documents=options.continuations,
+                prompt_tokens=options.prompt_tokens,
+                continuation_tokens=options.continuation_tokens,
+            )
+            for text in domains
+        }
+        self._written: dict[str, dict[str, list[str]]] = {text.name: {} for text in domains}
+
+    def add(self, model: str, lm: PerturbedLM) -> None:
+        """Let a model write."""
+        options = self._options
+        for domain, prompts in self._prompts.items():
+            self._written[domain][model] = generate(
+                lm,
+                prompts,
+                self._tokenizer,
+                mode=options.continuation_mode,
+                num_samples=options.num_samples,
+                seed=options.seed,
+                batch_size=options.batch_size,
+            )
+            print(f"{model} has continued {len(prompts.documents)} documents of {domain}")
+
+    def judged(self) -> list[dict[str, Any]]:
+        """For every domain, the text itself (model None) and then each model."""
+        options, found = self._options, []
+        mauve = None
+        if options.mauve_features is not None:
+            mauve = Mauve(options.mauve_features, device=models.device(options))
+        for domain, prompts in self._prompts.items():
+            truths = self._texts(prompts.truths)
+            own: dict[str, Any] = {"domain": domain, "documents": len(truths)}
+            found.append({**own, "model": None, "rouge1": None, **diversity(truths), "mauve": None})
+            beginnings = self._texts(prompts.tokens)
+            features = None if mauve is None else mauve.features(_joined(beginnings, truths))
+            for model, written in self._written[domain].items():
+                row = {**own, "model": model, **diversity(written), "mauve": None}
+                row["rouge1"] = rouge1(written, truths, seed=options.seed).to_dict()
+                if mauve is not None and features is not None:
+                    theirs = mauve.features(_joined(beginnings, written))
+                    row["mauve"] = mauve.score(features, theirs, seed=options.seed)
+                found.append(row)
+        return found
+
+    def save(self, path: Path) -> None:
+        """A line for each prompt: how it went on, and what every model wrote."""
+        with open(path, "w", encoding="utf-8") as file:
+            for domain, prompts in self._prompts.items():
+                beginnings, truths = self._texts(prompts.tokens), self._texts(prompts.truths)
+                for number, document in enumerate(prompts.documents):
+                    line = {
+                        "domain": domain,
+                        "document": document,
+                        "prompt": beginnings[number],
+                        "truth": truths[number],
+                        "written": {m: each[number] for m, each in self._written[domain].items()},
+                    }
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _texts(self, tokens: Any) -> list[str]:
+        return texts(tokens, self._tokenizer)
+
+
+def _joined(beginnings: Sequence[str], continuations: Sequence[str]) -> list[str]:
+    return [beginning + each for beginning, each in zip(beginnings, continuations)]

@@ -1,0 +1,218 @@
+"""What a study is told, and the runs that follow from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastperturb import options as option_files
+from fastperturb.config import suggestion
+from fastperturb.eval.domains import DomainOptions
+from fastperturb.files import digest
+from fastperturb.train.options import TrainOptions
+
+Overrides = Mapping[str, Any]
+Control = Literal["learning_rate", "equal_compute", "deterministic"]
+
+DEFAULT_METHODS: dict[str, dict[str, Any]] = {
+    name: {"method": name} for name in ("exact", "neftune", "fixed", "discrete", "learned")
+}
+# What a study decides itself, for each run.
+_RESERVED = ("output_dir", "overwrite", "resume", "dry_run", "seed", "report_to", "parallel", "mc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Train every method alike, judge all of them in and out of domain, and say who gained."""
+
+    train: TrainOptions
+    """What all runs share. Its eval_data is the validation text: it chooses each run's best step,
+    the baseline's learning rate, every temperature, and the configuration that counts."""
+
+    domains: dict[str, str]
+    """Texts to judge by, by name: all that `fastperturb eval` reads."""
+
+    in_domain: str
+    """Which of the domains is of the kind that is trained on."""
+
+    methods: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(DEFAULT_METHODS))
+    """By name, what sets a method apart: options of `fastperturb train`, which replace the shared
+    ones, as {method: learned, perturb: {transform: mlp}}."""
+
+    baseline: str = "exact"
+    """The method that the others are compared with; no perturbation is left after its training."""
+
+    seeds: tuple[int, ...] = (0, 1)
+    """Of the runs; each method is trained with each."""
+
+    learning_rate_factors: tuple[float, ...] = (0.5, 2.0)
+    """The baseline is also trained at its learning rate times these, and the best one counts."""
+
+    noise_scale: float | None = None
+    """Of the isotropic noise that the baseline is also judged under; default
+    train.perturb.init_scale."""
+
+    reading: DomainOptions = field(default_factory=DomainOptions)
+    """How the domains are read."""
+
+    draws: int = 32
+    """Of each judgement."""
+
+    tuning_draws: int = 8
+    """Of the choice of a temperature."""
+
+    output_dir: Path = Path("runs/study")
+    """Where runs, results.json, table.md and pictures go; what is finished there is kept."""
+
+    overwrite: bool = False
+    """Start anew in a folder that holds another study."""
+
+    workers: int | None = None
+    """Processes of one thread each; default: one a core."""
+
+    def __post_init__(self) -> None:
+        train = self.train
+        if not train.eval_data:
+            raise ValueError("train.eval_data must name the validation text, which chooses")
+        if train.streaming:
+            raise ValueError("train.streaming: a study counts its training text, so map it")
+        for name in _RESERVED:
+            given = getattr(train, name)
+            if given != _default(name):
+                raise ValueError(f"train.{name}={given!r}: a study sets it for each run; leave it")
+        if self.in_domain not in self.domains:
+            raise ValueError(
+                f"in_domain must be one of domains {list(self.domains)}, got {self.in_domain!r}"
+            )
+        if len(self.domains) < 2:
+            raise ValueError("domains must hold one that is not in_domain, to extrapolate to")
+        if self.baseline not in self.methods:
+            raise ValueError(
+                f"baseline must be one of methods {list(self.methods)}, got {self.baseline!r}"
+            )
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be one or more different ints >= 0, got {self.seeds}")
+        if 1.0 in self.learning_rate_factors or any(f <= 0 for f in self.learning_rate_factors):
+            raise ValueError(
+                "learning_rate_factors must be numbers above 0 other than 1, which always runs; "
+                f"got {self.learning_rate_factors}"
+            )
+        for name in ("draws", "tuning_draws", "workers", "noise_scale"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.options_of(self.methods[self.baseline], "baseline").is_noisy:
+            raise ValueError(f"baseline {self.baseline!r} is perturbed after its training too")
+        runs_of(self)  # every run's options are checked before the first begins
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain
+
+    def options_of(self, overrides: Overrides, name: str) -> TrainOptions:
+        """The shared options with these replaced."""
+        shared = self.train.to_dict()
+        fields = {each.name for each in dataclasses.fields(TrainOptions)}
+        for key in overrides:
+            if key not in fields or key in _RESERVED:
+                raise ValueError(f"methods.{name}: no option {key!r}{suggestion(key, fields)}")
+        return option_files.from_mapping(_merged(shared, overrides), TrainOptions, f"method {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training of one method, and what it is there for."""
+
+    method: str
+    options: TrainOptions
+    control: Control | None = None
+    of: str | None = None  # a control: of which method
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """The same for runs that would be the same."""
+        told = self.options.to_dict()
+        return digest([told[name] for name in sorted(told) if name != "output_dir"])[:16]
+
+    @property
+    def draws(self) -> int:
+        """How many copies of the text a step trains on."""
+        return 1 if self.options.has_one_draw else self.options.perturb.num_samples
+
+
+def runs_of(study: StudyOptions) -> list[Run]:
+    """Every method and every control, for every seed."""
+    return [run for seed in study.seeds for run in _runs_of_seed(study, seed)]
+
+
+def _runs_of_seed(study: StudyOptions, seed: int) -> list[Run]:
+    methods = {
+        name: dataclasses.replace(study.options_of(overrides, name), seed=seed)
+        for name, overrides in study.methods.items()
+    }
+    runs = [Run(method=name, options=options) for name, options in methods.items()]
+    own = methods[study.baseline]
+    for factor in study.learning_rate_factors:
+        options = dataclasses.replace(own, learning_rate=factor * own.learning_rate)
+        name = f"{study.baseline}, rate x {factor:g}"
+        runs.append(Run(method=name, options=options, control="learning_rate", of=study.baseline))
+    for draws in sorted({run.draws for run in runs} - {1}):
+        options = _lengthened(own, draws)
+        name = f"{study.baseline}, compute x {draws}"
+        runs.append(Run(method=name, options=options, control="equal_compute", of=study.baseline))
+    for name, options in methods.items():
+        if options.method == "learned" and not options.perturb.deterministic:
+            twin = f"{name}, deterministic"
+            held = _deterministic(options)
+            runs.append(Run(method=twin, options=held, control="deterministic", of=name))
+    return runs
+
+
+def _lengthened(options: TrainOptions, factor: int) -> TrainOptions:
+    """As many times the steps; the validation text chooses among them, as ever."""
+    longer = dataclasses.replace(options, eval_every=factor * options.eval_every)
+    if options.max_steps is None:
+        return dataclasses.replace(longer, epochs=factor * options.epochs)
+    return dataclasses.replace(longer, max_steps=factor * options.max_steps)
+
+
+def _deterministic(options: TrainOptions) -> TrainOptions:
+    """The same parameters with z held; what is about draws as by default, without effect."""
+    perturb = options.perturb
+    held = dataclasses.replace(
+        type(perturb)(),
+        transform=perturb.transform,
+        latent=perturb.latent,
+        latent_dim=perturb.latent_dim,
+        hidden_dim=perturb.hidden_dim,
+        init_scale=perturb.init_scale,
+        min_scale=perturb.min_scale,
+        deterministic=True,
+    )
+    return dataclasses.replace(options, perturb=held)
+
+
+def _merged(shared: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """`shared` with `overrides`, group by group."""
+    merged = dict(shared)
+    for key, value in overrides.items():
+        grouped = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if grouped and key != "estimator" else value
+    return merged
+
+
+def _default(name: str) -> Any:
+    [found] = [each for each in dataclasses.fields(TrainOptions) if each.name == name]
+    return found.default

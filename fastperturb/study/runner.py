@@ -1,0 +1,228 @@
+"""One run of a study: trained in its own folder, then judged; both are kept and not done again.
+
+FOLDER/train/         what `fastperturb train` leaves, without its checkpoints
+FOLDER/trained.json   steps, choice of the best, shift: the training is whole
+FOLDER/judged.json    its measurements under each view and temperature
+FOLDER/log.txt        what the training printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastperturb
+from fastperturb import PerturbConfig, PerturbedLM, ops, runs, train
+from fastperturb.architectures import understand
+from fastperturb.eval import domains, likelihood
+from fastperturb.eval.domains import Domain
+from fastperturb.files import digest
+from fastperturb.study.options import Run, StudyOptions
+from fastperturb.train import methods
+from fastperturb.train.report import METRICS_NAME, read_metrics
+
+# What keys the noise of every judgement: methods of one family meet the same.
+SEED = 0
+# Tokens named as the most and the least moved, and the draws that tell.
+_NAMED, _SCALE_DRAWS = 12, 64
+
+Measurement = dict[str, Any]
+
+
+def train_run(run: Run, folder: Path) -> dict[str, Any]:
+    """Train, or go on where a training was killed, or read what one left."""
+    done = folder / "trained.json"
+    if done.exists():
+        return read(done)
+    folder.mkdir(parents=True, exist_ok=True)
+    own, start = folder / "train", time.process_time()
+    with logged(folder / "log.txt"):
+        train.run(_at(run, own))
+    results = read(own / "results.json")
+    labelled = [line for line in read_metrics(own / METRICS_NAME) if "shift" in line]
+    steps, options = results["steps"], run.options
+    trained = {
+        "learning_rate": options.learning_rate,
+        "steps": steps,
+        "best_step": results["best"]["step"],
+        "validation_nll": results["best"]["nll"],
+        "draws": run.draws,
+        "token_passes": steps * options.batch_size * options.block_size * run.draws,
+        "training_seconds": round(time.process_time() - start, 1),
+        "shift": [[line["step"], line["shift"]] for line in labelled]
+        if options.method == "learned"
+        else [],
+    }
+    shutil.rmtree(own / "checkpoints", ignore_errors=True)
+    shutil.rmtree(own / "model", ignore_errors=True)
+    runs.write_json(done, trained)
+    return trained
+
+
+def judge_run(run: Run, folder: Path, study: StudyOptions, with_noise: bool) -> dict[str, Any]:
+    """Measure the best model of a training; with_noise: also under noise new to it."""
+    done, by = folder / "judged.json", judged_by(study, with_noise=with_noise)
+    if done.exists() and (before := read(done))["judged_by"] == by:
+        return before
+    start = time.process_time()
+    with logged(folder / "log.txt"):
+        lm, tokenizer = load_best(run, folder / "train" / "best")
+        judged = _judge(lm, tokenizer, run, study, with_noise=with_noise)
+    seconds = round(time.process_time() - start, 1)
+    judged |= {"judging_seconds": seconds, "judged_by": by}
+    runs.write_json(done, judged)
+    return judged
+
+
+def _judge(
+    lm: PerturbedLM, tokenizer: Any, run: Run, study: StudyOptions, *, with_noise: bool
+) -> dict[str, Any]:
+    judge = Judge(study, tokenizer)
+    noisy = not run.options.has_one_draw
+    measurements = judge.measure(lm, "as_trained", draws=study.draws if noisy else 1)
+    if noisy:
+        with lm.exact():
+            measurements += judge.measure(lm, "without_noise", draws=1)
+    scales = None
+    if run.options.method == "learned" and not run.options.perturb.deterministic:
+        scales = token_scales(lm, tokenizer)
+    if with_noise:
+        scale = study.noise_scale or study.train.perturb.init_scale
+        config = PerturbConfig(transform="diagonal", init_scale=scale)
+        moved = fastperturb.wrap(lm.base, config).eval()
+        measurements += judge.measure(moved, "noise_added", draws=study.draws)
+    return {"token_scales": scales, "measurements": measurements}
+
+
+def judge_base(study: StudyOptions, folder: Path) -> list[Measurement]:
+    """The model as it was given, which no run has trained."""
+    done, by = folder / "base.json", judged_by(study, with_noise=False)
+    if not done.exists() or read(done)["judged_by"] != by:
+        options = study.options_of({**study.methods[study.baseline], "lora": {"rank": 0}}, "base")
+        with logged(folder / "log.txt"):
+            lm = methods.build(options).eval()
+            judge = Judge(study, tokenizer_of(study))
+            with lm.exact():
+                found = judge.measure(lm, "as_trained", draws=1)
+        runs.write_json(done, {"measurements": found, "judged_by": by})
+    measurements: list[Measurement] = read(done)["measurements"]
+    return measurements
+
+
+def judged_by(study: StudyOptions, *, with_noise: bool) -> str:
+    """Changes with what a judgement depends on, besides the model."""
+    told = study.to_dict()
+    names = ("domains", "reading", "draws", "tuning_draws", "noise_scale")
+    return digest([with_noise, *(told[name] for name in names)])[:16]
+
+
+class Judge:
+    """Likelihoods of every domain, at temperature 1 and at the one that the validation chose."""
+
+    def __init__(self, study: StudyOptions, tokenizer: Any) -> None:
+        self.study = study
+        held_out = train.held_out_blocks(study.train, tokenizer)
+        one_document = np.zeros(study.train.block_size, np.int64)
+        self.validation = Domain("validation", held_out, [one_document] * len(held_out))
+        self.domains = [
+            domains.read(name, where, study.reading, tokenizer)
+            for name, where in study.domains.items()
+        ]
+
+    def measure(self, lm: PerturbedLM, view: str, *, draws: int) -> list[Measurement]:
+        batch_size = self.study.train.batch_size
+        tuned = likelihood.tuned_temperature(
+            lm,
+            self.validation,
+            num_samples=min(draws, self.study.tuning_draws),
+            seed=SEED,
+            batch_size=batch_size,
+        )
+
+        def at(domain: Domain, temperature: float) -> dict[str, Any]:
+            found = likelihood.measure(
+                lm,
+                domain,
+                num_samples=draws,
+                seed=SEED,
+                batch_size=batch_size,
+                temperature=temperature,
+            )
+            return found.to_dict()
+
+        return [
+            {
+                "view": view,
+                "temperature": temperature,
+                "tuned": is_tuned,
+                "domains": {domain.name: at(domain, temperature) for domain in self.domains},
+            }
+            for temperature, is_tuned in ((1.0, False), (tuned, True))
+        ]
+
+
+def load_best(run: Run, folder: Path) -> tuple[PerturbedLM, Any]:
+    """The model that a training kept, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    options = run.options
+    if not options.lora.rank:
+        options = replace(options, model=str(folder))
+    lm = fastperturb.load(methods.load_base(options), folder)
+    return lm.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def tokenizer_of(study: StudyOptions) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(study.train.tokenizer or study.train.model)
+
+
+@torch.no_grad()
+def token_scales(lm: PerturbedLM, tokenizer: Any) -> dict[str, list[tuple[str, float]]]:
+    """E |T(e) - e| / |e| of single tokens: those that move most, and those that move least."""
+    embed: Any = understand(lm.base).embed
+    special = set(tokenizer.all_special_ids)
+    ids = torch.tensor([number for number in range(len(tokenizer)) if number not in special])
+    found: list[Tensor] = []
+    for part in ids.to(embed.weight.device).split(1024):
+        e = embed(part[:, None])  # (N, 1, D)
+        moved = ops.perturb_embed(e, None, lm.transform, SEED, _SCALE_DRAWS)
+        found.append(((moved - e).norm(dim=-1) / e.norm(dim=-1)).mean(0)[:, 0].cpu())
+    scales = torch.cat(found)
+    order = scales.argsort(descending=True)
+
+    def named(chosen: Tensor) -> list[tuple[str, float]]:
+        tokens = tokenizer.convert_ids_to_tokens(ids[chosen].tolist())
+        return list(zip(tokens, scales[chosen].tolist()))
+
+    return {"most": named(order[:_NAMED]), "least": named(order[-_NAMED:].flip(0))}
+
+
+def _at(run: Run, folder: Path) -> train.TrainOptions:
+    return replace(run.options, output_dir=folder, resume="auto")
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """What is printed within goes to a file: many runs at once would garble a terminal."""
+    with (
+        path.open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,185 @@
+"""What a study found, in Markdown that reads well in a terminal too: verdicts, then the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastperturb.study.verdict import GAIN
+
+Row = Mapping[str, Any]
+Cells = list[str]
+
+_HEADINGS = [
+    "model",
+    "T",
+    "draws",
+    "steps",
+    "compute",
+    "in domain",
+    "out of domain",
+    "change in domain",
+    "change out of domain",
+]
+# Controls count as they are tempered; of the others it also matters how they come.
+_SHOWN_UNTEMPERED = ("unigram_own", "unigram_training", "untrained", "baseline", "method")
+_NAMES = {
+    "unigram_own": "unigram of the text itself",
+    "unigram_training": "unigram of the training text",
+    "untrained": "{method}, untrained",
+    "baseline": "**{method}** (baseline)",
+    "learning_rate": "· at rate {learning_rate:.3g}",
+    "equal_compute": "· {method}",
+    "method": "**{method}**",
+    "deterministic": "· deterministic twin",
+}
+_VIEWS = {"noise_added": "· noise added", "without_noise": "· without noise"}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Of a study's results with their summary."""
+    summary = results["summary"]
+    shown = [row for row in summary["rows"] if _is_shown(row)]
+    parts = [
+        f"# Trained on {summary['in_domain']}, judged on {_count(summary['out_of_domain'])}",
+        _headline(summary),
+        "\n".join(f"- {verdict['sentence']}" for verdict in summary["verdicts"]),
+        "## Negative log-likelihood of a token",
+        _aligned([_HEADINGS, *(_cells(row, summary) for row in shown)]),
+        "## By domain, tempered",
+        _aligned(_by_domain(shown, summary)),
+        "## How to read it",
+        _reading(summary),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    chosen = summary["chosen"]
+    if chosen is None:
+        return "No method with a learned perturbation was trained."
+    [verdict] = [each for each in summary["verdicts"] if each["chosen"]]
+    [row] = [row for row in summary["rows"] if row["method"] == chosen and _is_main(row)]
+    inside, outside = (row["difference"][where] for where in ("in_domain", "out_of_domain"))
+    uncertain = verdict["outcome"] == GAIN and verdict["uncertain"]
+    outcome = verdict["outcome"].capitalize() + (", uncertain over documents," * bool(uncertain))
+    text = (
+        f"**{outcome}** for {chosen}, the learned method that in-domain validation prefers: "
+        f"tempered, its nll out of domain is {row['out_of_domain']:.3f}"
+    )
+    if outside is None:
+        return f"{text}."
+    return (
+        f"{text}, {_change(outside)} from that of {summary['baseline']['method']}, tempered and at "
+        f"its best rate; in domain {_change(inside)}."
+    )
+
+
+def _is_main(row: Row) -> bool:
+    return row["what"] == "method" and row["view"] == "as_trained" and row["tuned"]
+
+
+def _is_shown(row: Row) -> bool:
+    if row["view"] == "as_trained":
+        return row["tuned"] or row["what"] in _SHOWN_UNTEMPERED
+    # Of the baseline's rates the one that counts has its own row.
+    return row["tuned"] and row["what"] != "learning_rate"
+
+
+def _cells(row: Row, summary: Mapping[str, Any]) -> Cells:
+    changes = row["difference"] or {"in_domain": None, "out_of_domain": None}
+    inside, outside = changes["in_domain"], changes["out_of_domain"]
+    return [
+        _name(row, summary),
+        "" if row["what"].startswith("unigram") else f"{row['temperature']:.3g}",
+        f"{row['draws']:.3g}" if "draws" in row else "",
+        f"{row['steps']:.0f}" if "steps" in row else "",
+        f"{row['compute']:.2g}x" if "compute" in row else "",
+        f"{row['in_domain']:.3f}",
+        f"{row['out_of_domain']:.3f}",
+        _spread(inside) if inside else "",
+        _change(outside) if outside else "",
+    ]
+
+
+def _name(row: Row, summary: Mapping[str, Any]) -> str:
+    if row["view"] in _VIEWS:
+        return _VIEWS[row["view"]]
+    name = _NAMES[row["what"]].format(**row)
+    if row["what"] == "method" and row["method"] == summary["chosen"]:
+        name += " (chosen)"
+    if row["tuned"] and row["what"] in _SHOWN_UNTEMPERED:
+        name += ", tempered"
+    return name
+
+
+def _by_domain(shown: Sequence[Row], summary: Mapping[str, Any]) -> list[Cells]:
+    """The nll without a perturbation; below, what each method changes."""
+    domains = [summary["in_domain"], *summary["out_of_domain"]]
+    lines = [["model", *domains]]
+    for row in shown:
+        if row["what"] in _SHOWN_UNTEMPERED and row["what"] != "method":
+            found = [f"{row['domains'][name]:.3f}" for name in domains]
+            lines.append([_name(row, summary), *found])
+    for row in shown:
+        if _is_main(row):
+            changes = [row["difference"]["domains"][name] for name in domains]
+            found = ["" if each is None else _spread(each) + _mark(each) for each in changes]
+            lines.append([_name(row, summary), *found])
+    return lines
+
+
+def _mark(change: Mapping[str, Any]) -> str:
+    return "" if change["low"] <= 0 <= change["high"] else "*"
+
+
+def _change(change: Mapping[str, Any]) -> str:
+    if _is_nothing(change):
+        return "0"
+    return f"{_spread(change)} [{change['low']:+.4f}, {change['high']:+.4f}]"
+
+
+def _spread(change: Mapping[str, Any]) -> str:
+    if _is_nothing(change):
+        return "0"
+    spread = "" if change["spread"] is None else f" ± {change['spread']:.4f}"
+    return f"{change['mean']:+.4f}{spread}"
+
+
+def _is_nothing(change: Mapping[str, Any]) -> bool:
+    """Whether it is the tempered baseline's from itself."""
+    return change["low"] == change["high"] == 0 and not change["spread"]
+
+
+def _reading(summary: Mapping[str, Any]) -> str:
+    baseline = summary["baseline"]["method"]
+    documents = ", ".join(f"{name} {count}" for name, count in summary["documents"].items())
+    return "\n".join(
+        [
+            f"- nll in nats a token, lower is better; out of domain is the mean over "
+            f"{_count(summary['out_of_domain'])}. Documents: {documents}.",
+            f"- Changes are from {baseline}, tempered, at the rate and step that in-domain "
+            "validation prefers: mean ± standard deviation over seeds [95% interval over "
+            "documents; * if it is without 0].",
+            "- T divides the logits; tempered is at the T that in-domain validation prefers, "
+            "each model at its own. Controls (·) are tempered.",
+            "- compute: draws times tokens that training ran, in units of the baseline's.",
+            "- A gain is below every control out of domain, at T = 1 and tempered, by more than "
+            "twice the standard deviation of that difference, and costs nothing in domain.",
+        ]
+    )
+
+
+def _count(domains: Sequence[str]) -> str:
+    return f"{len(domains)} other domain{'s' if len(domains) > 1 else ''}"
+
+
+def _aligned(lines: Sequence[Cells]) -> str:
+    """A table whose columns line up without being rendered; all but the first hold numbers."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
+        for line in (escaped[0], rule, *escaped[1:])
+    )
