@@ -164,6 +164,50 @@ def test_a_training_run_gives_the_model_that_it_gives_on_the_cpu(method, tmp_pat
         assert on_gpu["nll"] == pytest.approx(on_cpu["nll"], rel=1e-3)
 
 
+@pytest.mark.parametrize("config", [PerturbConfig(), PerturbConfig(deterministic=True)])
+def test_a_score_at_a_temperature_is_the_same_on_both_devices(config):
+    lm = wrap(tiny_llama(width=32, heads=4), config).eval()
+    ids = torch.randint(97, (2, 12))
+    on_cpu, on_gpu = (
+        lm.to(device).score(ids.to(device), num_samples=8, seed=3, temperature=1.4)
+        for device in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(on_gpu.log_marginal.cpu(), on_cpu.log_marginal, rtol=1e-3, atol=1e-3)
+
+
+def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatch):
+    for package in ("datasets", "matplotlib", "scipy", "tyro"):
+        pytest.importorskip(package)
+    import tiny_run
+
+    from fastperturb import cli
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_run.model_folder(tmp_path / "base")
+    text = str(tiny_run.text_file(tmp_path / "text.txt"))
+    wrap(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PerturbConfig()
+    ).save_pretrained(tmp_path / "perturbed")
+    measurements = []
+    for device in ("cpu", "cuda"):
+        flags = {
+            "models": str(tmp_path / "perturbed"),
+            "domains": text,
+            "tune-on": text,
+            "base": str(tmp_path / "base"),
+            "block-size": "16",
+            "device": device,
+            "output-dir": str(tmp_path / device),
+        }
+        assert cli.main(["eval", *(w for k, v in flags.items() for w in (f"--{k}", v))]) == 0
+        results = json.loads((tmp_path / device / "results.json").read_text())
+        measurements.append(results["measurements"])
+    for on_cpu, on_gpu in zip(*measurements, strict=True):
+        assert on_gpu["temperature"] == pytest.approx(on_cpu["temperature"], rel=2e-2)
+        for name, found in on_gpu["domains"].items():
+            assert found["nll"] == pytest.approx(on_cpu["domains"][name]["nll"], rel=1e-3)
+
+
 def test_packed_documents_under_flash_attention_2_give_what_sdpa_gives():
     pytest.importorskip("flash_attn")
     lm = wrap(tiny_llama(width=64, heads=2), PerturbConfig()).cuda()

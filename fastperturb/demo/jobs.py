@@ -5,27 +5,39 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 from fastperturb.demo.methods import Method
-from fastperturb.demo.training import Outcome, run_job
+from fastperturb.demo.training import Outcome, Setting, run_job
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train."""
+
+    seed: int
+    method: Method
+    steps: int
+    setting: Setting = field(default_factory=Setting)
 
 
 def run_all(
     methods: Sequence[Method], seeds: Sequence[int], *, steps: int, workers: int
 ) -> dict[Method, list[Outcome]]:
     """Outcomes of each method in the order of the seeds, whatever order the jobs end in."""
-    jobs = [(seed, method) for method in methods for seed in seeds]
-    jobs.sort(key=lambda job: cost(job[1]), reverse=True)  # long ones last would leave cores idle
+    jobs = [Job(seed, method, steps) for method in methods for seed in seeds]
+    # Long ones last would leave cores idle.
+    jobs.sort(key=lambda job: cost(job.method), reverse=True)
     found: dict[tuple[int, Method], Outcome] = {}
-    total = sum(cost(method) for _, method in jobs)
+    total = sum(cost(job.method) for job in jobs)
     with tqdm(total=total, desc="training", bar_format=_BAR) as bar:
-        for (seed, method), outcome in _finished(jobs, steps=steps, workers=workers):
-            found[seed, method] = outcome
+        for job, outcome in finished(jobs, workers=workers):
+            found[job.seed, job.method] = outcome
             bar.set_postfix_str(f"{len(found)} of {len(jobs)} models")
-            bar.update(cost(method))
+            bar.update(cost(job.method))
     return {method: [found[seed, method] for seed in seeds] for method in methods}
 
 
@@ -34,12 +46,11 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed} < {remaining}{postfix}"
 
 def cost(method: Method) -> int:
     """About what a step takes: its draws, and what it takes without any."""
-    return 3 + (2 if method.estimator == "mlmc" else method.num_samples)
+    return 3 + round(method.expected_draws)
 
 
-def _finished(
-    jobs: Sequence[tuple[int, Method]], *, steps: int, workers: int
-) -> Iterator[tuple[tuple[int, Method], Outcome]]:
+def finished(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, Outcome]]:
+    """Each job and its outcome as it ends; they start in the order given."""
     # Spawned, not forked: a fork copies locks that torch's own threads may hold.
     with ProcessPoolExecutor(
         workers,
@@ -47,7 +58,9 @@ def _finished(
         initializer=torch.set_num_threads,
         initargs=(1,),
     ) as pool:
-        futures = {pool.submit(run_job, *job, steps): job for job in jobs}
+        futures = {
+            pool.submit(run_job, job.seed, job.method, job.steps, job.setting): job for job in jobs
+        }
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()

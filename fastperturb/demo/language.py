@@ -16,6 +16,7 @@ tell of g beyond 0.1. Both factors depend on a midpoint of grid points alone: of
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -47,11 +48,11 @@ class Language:
     embeddings: Tensor  # [V, D]
 
 
-def make_language(generator: torch.Generator) -> Language:
+def make_language(generator: torch.Generator, *, id_sd: float = ID_SD) -> Language:
     square = torch.randn(EMBED_DIM, EMBED_DIM, dtype=torch.float64, generator=generator)
     axes = torch.linalg.qr(square).Q[:, :2].T  # (2, D)
     positions = torch.cartesian_prod(grid(), grid())  # (V, 2)
-    ids = ID_SD * torch.randn(VOCAB, EMBED_DIM, dtype=torch.float64, generator=generator)
+    ids = id_sd * torch.randn(VOCAB, EMBED_DIM, dtype=torch.float64, generator=generator)
     return Language(axes=axes.float(), embeddings=(positions @ axes + ids).float())
 
 
@@ -66,33 +67,34 @@ def respond(centre: Tensor) -> Tensor:
     return torch.softmax(-(grid() - centre[..., None]).square() / (2 * RESPONSE_SD**2), dim=-1)
 
 
-def truth_tables() -> tuple[Tensor, Tensor]:
+@functools.cache
+def truth_tables(noise_sd: float = NOISE_SD) -> tuple[Tensor, Tensor]:
     """p_a and p_b by the sum of the two tokens' grid indices: [23, 12] each."""
     midpoints = torch.linspace(-1, 1, 2 * SIDE - 1, dtype=torch.float64)
     # The midpoint's noise is one Gaussian; a fine sum over +-8 sd is exact to 1e-6.
     steps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     mass = torch.softmax(-0.5 * steps.square(), dim=0)
-    moved = midpoints[:, None] + NOISE_SD / math.sqrt(2) * steps  # (23, steps)
+    moved = midpoints[:, None] + noise_sd / math.sqrt(2) * steps  # (23, steps)
     noisy = (mass[:, None] * respond(link(moved))).sum(1)
     return noisy, respond(midpoints)
 
 
-def truth(prefixes: Tensor) -> Tensor:
+def truth(prefixes: Tensor, noise_sd: float = NOISE_SD) -> Tensor:
     """The exact law of y after each prefix: [N, 2] to [N, V], fp64."""
-    noisy, precise = _factors(prefixes)
+    noisy, precise = _factors(prefixes, noise_sd)
     return (noisy[:, :, None] * precise[:, None, :]).flatten(1)
 
 
-def sample(prefixes: Tensor, generator: torch.Generator) -> Tensor:
+def sample(prefixes: Tensor, generator: torch.Generator, *, noise_sd: float = NOISE_SD) -> Tensor:
     """One y after each prefix: [N, 2] to [N]."""
     noisy, precise = (
-        torch.multinomial(law, 1, generator=generator)[:, 0] for law in _factors(prefixes)
+        torch.multinomial(law, 1, generator=generator)[:, 0] for law in _factors(prefixes, noise_sd)
     )
     return noisy * SIDE + precise
 
 
-def _factors(prefixes: Tensor) -> tuple[Tensor, Tensor]:
-    noisy, precise = truth_tables()
+def _factors(prefixes: Tensor, noise_sd: float) -> tuple[Tensor, Tensor]:
+    noisy, precise = truth_tables(noise_sd)
     return noisy[(prefixes // SIDE).sum(1)], precise[(prefixes % SIDE).sum(1)]
 
 

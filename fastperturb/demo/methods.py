@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastperturb.config import PerturbConfig
+from fastperturb.estimators import Telescope
 
 # Isotropic noise is tried at these scales (sd in grid units, where the truth's is 0.3 along one
 # axis), and the demo reports the one that is best out of support: an oracle's choice.
@@ -13,25 +14,46 @@ SWEEP = (0.07, 0.1, 0.15)
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to train. `scale`: the noise's sd per embedding dimension (at first, if learned)."""
+    """One way to train."""
 
     name: str
     transform: str | None = None  # None: the exact prefix
     estimator: str = "iwae"
+    quadratic: float = 0.0  # how much of the quadratic equation is added to the estimator's
     num_samples: int = 16
-    scale: float = 0.2
+    scale: float = 0.2  # the noise's sd per embedding dimension (at first, if learned)
+    latent_dim: int = 4
 
     @property
     def learned(self) -> bool:
         return self.transform == "lowrank"
+
+    @property
+    def telescope(self) -> Telescope | None:
+        """What sumo and mlmc draw their levels from; num_samples is the deepest."""
+        if self.estimator not in ("sumo", "mlmc"):
+            return None
+        return Telescope(self.estimator, self.num_samples)
+
+    @property
+    def expected_draws(self) -> float:
+        """The mean number of draws that a row takes."""
+        return self.telescope.expected_draws if self.telescope else self.num_samples
+
+    @property
+    def equations(self) -> str | dict[str, float]:
+        """The estimator as PerturbConfig takes it."""
+        if not self.quadratic:
+            return self.estimator
+        return {self.estimator: 1.0, "quadratic": self.quadratic}
 
     def config(self, embed_rms: float) -> PerturbConfig:
         """The library's configuration, whose scales are relative to the embeddings'."""
         assert self.transform is not None, "an exact prefix has no perturbation to configure"
         return PerturbConfig(
             transform=self.transform,
-            latent_dim=4,
-            estimator=self.estimator,
+            latent_dim=self.latent_dim,
+            estimator=self.equations,
             num_samples=self.num_samples,
             init_scale=self.scale / embed_rms,
         )

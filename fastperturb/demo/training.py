@@ -3,7 +3,8 @@
 A ReLU net reads the two moved embeddings and answers with a point h of embedding space. Token y
 scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a constant: a
 linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head are
-frozen, as in a language model that is only adapted.
+frozen, as in a language model that is only adapted. Where the trunk is held at the truth the
+net is `TrueResponse`, and the transform alone trains.
 """
 
 from __future__ import annotations
@@ -34,20 +35,53 @@ PREFIXES_PER_REGION = 400
 PREFIXES_PER_POSITION = 48
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is learned from, and how much of it a step takes."""
+
+    pairs: int | None = PAIRS  # None: fresh ones every step
+    batch: int = BATCH
+    noise_sd: float = language.NOISE_SD  # the truth's
+    true_trunk: bool = False  # the net is the truth's own response, held; embeddings have no ids
+
+
+class TrueResponse(nn.Module):
+    """The truth's answer to two embeddings: g of the mean along the noisy axis, the other's mean.
+
+    Under noise of the truth's sd along the noisy axis a model with this net is the truth, where
+    embeddings are grid positions: ids would add to the positions, and to the head's distances.
+    """
+
+    axes: Tensor
+
+    def __init__(self, axes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("axes", axes)  # [2, D]
+
+    def forward(self, moved: Tensor) -> Tensor:  # [..., 2D] to [..., D]
+        position = moved.unflatten(-1, (2, -1)).mean(-2) @ self.axes.T
+        return torch.stack([language.link(position[..., 0]), position[..., 1]], -1) @ self.axes
+
+
 class Model(nn.Module):
     """pi(y | T(E(x), z)): the transform, the net and the frozen embeddings."""
 
     embeddings: Tensor
     head: Tensor
 
-    def __init__(self, embeddings: Tensor, method: Method) -> None:
+    def __init__(
+        self, embeddings: Tensor, method: Method, trunk: TrueResponse | None = None
+    ) -> None:
         super().__init__()
         D = embeddings.shape[1]
         squares = embeddings.square().sum(1, keepdim=True)
         self.register_buffer("embeddings", embeddings)  # [V, D]
         self.register_buffer("head", torch.cat([embeddings, -squares], dim=1))  # [V, D + 1]
-        self.net = nn.Sequential(nn.Linear(2 * D, WIDTH), nn.ReLU(), nn.Linear(WIDTH, D))
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(FIRST_SHARPNESS)))
+        self.net = trunk or nn.Sequential(nn.Linear(2 * D, WIDTH), nn.ReLU(), nn.Linear(WIDTH, D))
+        sharpness = 1 / (2 * language.RESPONSE_SD**2) if trunk else FIRST_SHARPNESS
+        self.log_sharpness = nn.Parameter(
+            torch.tensor(math.log(sharpness)), requires_grad=trunk is None
+        )
         self.transform = None
         # Made last: every method of a seed starts from the same net.
         if method.transform is not None:
@@ -79,7 +113,9 @@ class Model(nn.Module):
         samples: Tensor | int,
         rows: Tensor | None = None,
     ) -> Tensor:  # [M, B]
-        hidden = self.hidden(prefixes, noise_seed, samples, rows)
+        return self.head_log_probs(self.hidden(prefixes, noise_seed, samples, rows), targets)
+
+    def head_log_probs(self, hidden: Tensor, targets: Tensor) -> Tensor:  # [M, B, D + 1] to [M, B]
         repeated = targets.expand(len(hidden), -1)
         return ops.linear_logprob(hidden.flatten(0, 1), self.head, repeated.flatten()).view_as(
             repeated
@@ -100,17 +136,44 @@ class Outcome:
     """What one method learned from one seed. Distances are means of KL(truth || model)."""
 
     kl: dict[str, float]
+    entropy: dict[str, float]  # of the truth; with kl it makes the cross-entropy
     curve: list[float]  # by prefix position along the noisy axis
     movement: dict[str, float] | None  # the noise's sd along the noisy and the precise axis
     samples: float  # draws a row and step
 
 
-def run_job(seed: int, method: Method, steps: int) -> Outcome:
-    """Make the language of this seed, train on it and evaluate: the same in every process."""
+@dataclass(frozen=True)
+class Data:
+    """What a seed settles before any model is made. No pairs: fresh ones every step."""
+
+    world: Language
+    prefixes: Tensor | None  # [pairs, 2]
+    targets: Tensor | None  # [pairs]
+    regions: dict[str, Tensor]  # {name: [N, 2]}
+    columns: list[Tensor]  # of each position along the noisy axis
+    generator: torch.Generator
+
+    def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
+        """A random batch of pairs."""
+        if self.prefixes is None or self.targets is None:
+            return draw_pairs(setting.batch, setting.noise_sd, self.generator)
+        chosen = torch.randint(len(self.targets), (setting.batch,), generator=self.generator)
+        return self.prefixes[chosen], self.targets[chosen]
+
+
+def draw_pairs(count: int, noise_sd: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Prefixes in support and what the truth continues them with."""
+    tokens = language.tokens_between(*language.SUPPORT)
+    prefixes = language.draw_prefixes(tokens, count, generator)
+    return prefixes, language.sample(prefixes, generator, noise_sd=noise_sd)
+
+
+def make_data(seed: int, setting: Setting) -> Data:
     generator = torch.Generator().manual_seed(seed)
-    world = language.make_language(generator)
-    prefixes = language.draw_prefixes(language.tokens_between(*language.SUPPORT), PAIRS, generator)
-    targets = language.sample(prefixes, generator)
+    world = language.make_language(generator, id_sd=0.0 if setting.true_trunk else language.ID_SD)
+    prefixes = targets = None
+    if setting.pairs is not None:
+        prefixes, targets = draw_pairs(setting.pairs, setting.noise_sd, generator)
     regions = {
         name: language.some_prefixes(
             language.tokens_between(*limits), PREFIXES_PER_REGION, generator
@@ -121,35 +184,43 @@ def run_job(seed: int, method: Method, steps: int) -> Outcome:
         language.some_prefixes(tokens, PREFIXES_PER_POSITION, generator)
         for tokens in torch.arange(language.VOCAB).chunk(language.SIDE)
     ]
+    return Data(world, prefixes, targets, regions, columns, generator)
+
+
+def run_job(seed: int, method: Method, steps: int, setting: Setting = Setting()) -> Outcome:
+    """Make the language of this seed, train on it and evaluate: the same in every process."""
+    data = make_data(seed, setting)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Model(world.embeddings, method)
-    samples = train(model, method, prefixes, targets, steps=steps, generator=generator)
+        trunk = TrueResponse(data.world.axes) if setting.true_trunk else None
+        model = Model(data.world.embeddings, method, trunk)
+    samples = train(model, method, data, setting, steps=steps)
+    laws = {name: language.truth(chosen, setting.noise_sd) for name, chosen in data.regions.items()}
     return Outcome(
-        kl={name: distance(model, chosen) for name, chosen in regions.items()},
-        curve=[distance(model, chosen) for chosen in columns],
-        movement=movement(model, world),
+        kl={name: distance(model, data.regions[name], law) for name, law in laws.items()},
+        entropy={name: -torch.xlogy(law, law).sum(1).mean().item() for name, law in laws.items()},
+        curve=[
+            distance(model, chosen, language.truth(chosen, setting.noise_sd))
+            for chosen in data.columns
+        ],
+        movement=movement(model, data.world),
         samples=samples,
     )
 
 
-def train(
-    model: Model,
-    method: Method,
-    prefixes: Tensor,  # [pairs, 2]
-    targets: Tensor,  # [pairs]
-    *,
-    steps: int,
-    generator: torch.Generator,
-) -> float:
+def train(model: Model, method: Method, data: Data, setting: Setting, *, steps: int) -> float:
     """AdamW, its rate constant for half of the steps and then falling to zero.
 
     Returns the mean number of draws that a row took.
     """
-    groups = [{"params": [*model.net.parameters(), model.log_sharpness], "lr": LEARNING_RATE}]
+    groups = []
+    if not setting.true_trunk:
+        trunk = [*model.net.parameters(), model.log_sharpness]
+        groups.append({"params": trunk, "lr": LEARNING_RATE})
     if method.learned:
         assert model.transform is not None
-        groups.append({"params": model.transform.parameters(), "lr": TRANSFORM_LEARNING_RATE})
+        shift = [*model.transform.parameters()]
+        groups.append({"params": shift, "lr": TRANSFORM_LEARNING_RATE})
     # Decay would shrink the noise towards the exact prefix, whatever the data say.
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -157,14 +228,14 @@ def train(
     )
     draws = 0
     for _ in range(steps):
-        chosen = torch.randint(len(targets), (BATCH,), generator=generator)
-        value, used = objective(model, method, prefixes[chosen], targets[chosen], generator)
+        prefixes, targets = data.batch(setting)
+        value, used = objective(model, method, prefixes, targets, data.generator)
         optimizer.zero_grad()
         (-value.mean()).backward()
         optimizer.step()
         schedule.step()
         draws += used
-    return draws / (steps * BATCH)
+    return draws / (steps * setting.batch)
 
 
 def objective(
@@ -172,16 +243,21 @@ def objective(
 ) -> tuple[Tensor, int]:
     """The estimator's value for each row [B], to be raised, and the number of draws it took."""
     noise_seed = torch.randint(2**62, (), generator=generator)
-    if method.estimator == "mlmc":
-        telescope = Telescope("mlmc", method.num_samples)
+    telescope = method.telescope
+    if telescope is not None:
         level = telescope.sample(torch.rand(len(targets), generator=generator))  # (B,)
         return telescoped(model, telescope, level, prefixes, targets, noise_seed)
     draws = method.num_samples * len(targets)
     if method.estimator == "quadratic":
         hidden = model.hidden(prefixes, noise_seed, method.num_samples)
         return ops.linear_quadratic(hidden, model.head, targets), draws
-    log_probs = model.log_probs(prefixes, targets, noise_seed, method.num_samples)
-    return combine(log_probs, method.estimator)[0], draws
+    if not method.quadratic:
+        log_probs = model.log_probs(prefixes, targets, noise_seed, method.num_samples)
+        return combine(log_probs, method.estimator)[0], draws
+    hidden = model.hidden(prefixes, noise_seed, method.num_samples)
+    log_probs = model.head_log_probs(hidden, targets)
+    quadratic = ops.linear_quadratic(hidden, model.head, targets)
+    return combine(log_probs, method.estimator)[0] + method.quadratic * quadratic, draws
 
 
 def telescoped(
@@ -211,9 +287,9 @@ def divergence(law: Tensor, log_model: Tensor) -> Tensor:
     return (torch.xlogy(law, law) - law * log_model).sum(1)
 
 
-def distance(model: Model, prefixes: Tensor) -> float:
-    """The mean over prefixes of KL(truth || the model's marginal)."""
-    return divergence(language.truth(prefixes), model.log_marginal(prefixes)).mean().item()
+def distance(model: Model, prefixes: Tensor, law: Tensor) -> float:
+    """The mean over prefixes of KL(law || the model's marginal)."""
+    return divergence(law, model.log_marginal(prefixes)).mean().item()
 
 
 @torch.no_grad()

@@ -12,12 +12,9 @@ texts, `models` finds and loads, `likelihood` measures, `bootstrap` makes interv
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from fastperturb import runs
 from fastperturb.eval import bootstrap, likelihood, models
@@ -49,7 +46,7 @@ def run(options: EvalOptions) -> int:
     for place in places:
         lm = models.load(place, options)
         told.append(_told(place, lm))
-        with autocast(lm, options):
+        with models.autocast(lm, options.precision):
             measured += measure(place.name, lm, texts, validation, options)
             if writing is not None:
                 writing.add(place.name, lm)
@@ -152,11 +149,6 @@ def own_unigram(text: Domain, vocab_size: int) -> Likelihood:
     """What the token frequencies of the text itself say of it: the entropy without context."""
     counts = likelihood.label_counts(text.blocks, vocab_size)
     return likelihood.unigram(text, counts, smoothing=0.0)
-
-
-def autocast(lm: PerturbedLM, options: EvalOptions) -> contextlib.AbstractContextManager[Any]:
-    device = lm.transform.embed_rms.device.type
-    return torch.autocast(device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
 def _told(place: Place, lm: PerturbedLM) -> dict[str, Any]:

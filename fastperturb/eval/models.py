@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import fastperturb
+from fastperturb import runs
 from fastperturb.checkpoint import CONFIG_NAME, Checkpoint
 from fastperturb.config import PerturbConfig
 from fastperturb.eval.options import EvalOptions
@@ -89,11 +91,13 @@ def load(place: Place, options: EvalOptions) -> PerturbedLM:
     else:
         lm = fastperturb.wrap(base, PerturbConfig(transform="diagonal", num_samples=1))
         nn.init.zeros_(lm.transform.get_parameter("s"))
-    return lm.to(device(options)).eval()
+    return lm.to(runs.torch_device(options.device)).eval()
 
 
-def device(options: EvalOptions) -> torch.device:
-    return torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def autocast(lm: PerturbedLM, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Under which a model of this precision is judged."""
+    device = lm.transform.embed_rms.device.type
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _base(place: Place, options: EvalOptions) -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastperturb.eval import models
+from fastperturb import runs
 from fastperturb.eval.continuations import (
     Mauve,
     Prompts,
@@ -58,7 +58,7 @@ class Writing:
         options, found = self._options, []
         mauve = None
         if options.mauve_features is not None:
-            mauve = Mauve(options.mauve_features, device=models.device(options))
+            mauve = Mauve(options.mauve_features, device=runs.torch_device(options.device))
         for domain, prompts in self._prompts.items():
             truths = self._texts(prompts.truths)
             own: dict[str, Any] = {"domain": domain, "documents": len(truths)}

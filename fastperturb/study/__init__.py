@@ -167,7 +167,9 @@ def _all(
     ordered = sorted(tasks, key=lambda task: task[1], reverse=True)
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, BaseException] = {}
-    workers = options.workers or jobs.cores()
+    # Processes would not share a GPU's memory well.
+    on_gpu = runs.torch_device(options.train.device).type == "cuda"
+    workers = options.workers or (1 if on_gpu else jobs.cores())
     done = jobs.finished(work, [arguments for _, _, arguments in ordered], workers=workers)
     for index, future in tqdm(done, desc=doing, total=len(ordered)):
         run, error = ordered[index][0], future.exception()

@@ -72,7 +72,7 @@ class StudyOptions:
     """Start anew in a folder that holds another study."""
 
     workers: int | None = None
-    """Processes of one thread each; default: one a core."""
+    """Processes of one thread each; default: one a core, and on a GPU one."""
 
     def __post_init__(self) -> None:
         train = self.train

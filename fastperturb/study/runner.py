@@ -24,7 +24,7 @@ from torch import Tensor
 import fastperturb
 from fastperturb import PerturbConfig, PerturbedLM, ops, runs, train
 from fastperturb.architectures import understand
-from fastperturb.eval import domains, likelihood
+from fastperturb.eval import domains, likelihood, models
 from fastperturb.eval.domains import Domain
 from fastperturb.files import digest
 from fastperturb.study.options import Run, StudyOptions
@@ -77,7 +77,8 @@ def judge_run(run: Run, folder: Path, study: StudyOptions, with_noise: bool) -> 
     start = time.process_time()
     with logged(folder / "log.txt"):
         lm, tokenizer = load_best(run, folder / "train" / "best")
-        judged = _judge(lm, tokenizer, run, study, with_noise=with_noise)
+        with models.autocast(lm, run.options.precision):
+            judged = _judge(lm, tokenizer, run, study, with_noise=with_noise)
     seconds = round(time.process_time() - start, 1)
     judged |= {"judging_seconds": seconds, "judged_by": by}
     runs.write_json(done, judged)
@@ -110,9 +111,9 @@ def judge_base(study: StudyOptions, folder: Path) -> list[Measurement]:
     if not done.exists() or read(done)["judged_by"] != by:
         options = study.options_of({**study.methods[study.baseline], "lora": {"rank": 0}}, "base")
         with logged(folder / "log.txt"):
-            lm = methods.build(options).eval()
+            lm = methods.build(options).to(runs.torch_device(options.device)).eval()
             judge = Judge(study, tokenizer_of(study))
-            with lm.exact():
+            with lm.exact(), models.autocast(lm, options.precision):
                 found = judge.measure(lm, "as_trained", draws=1)
         runs.write_json(done, {"measurements": found, "judged_by": by})
     measurements: list[Measurement] = read(done)["measurements"]
@@ -179,6 +180,7 @@ def load_best(run: Run, folder: Path) -> tuple[PerturbedLM, Any]:
     if not options.lora.rank:
         options = replace(options, model=str(folder))
     lm = fastperturb.load(methods.load_base(options), folder)
+    lm = lm.to(runs.torch_device(options.device))
     return lm.eval(), AutoTokenizer.from_pretrained(folder)
 
 

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastperturb import shards
+from fastperturb import runs, shards
 from fastperturb.checkpoint import unadapted
 from fastperturb.model import PerturbedLM
 
@@ -65,7 +65,7 @@ def start(*, mc: int = 1, device: str | None = None) -> World:
     """
     if mc < 1:
         raise ValueError(f"mc must be a positive number of processes, got {mc}")
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = runs.torch_device(device)
     if "WORLD_SIZE" not in os.environ:
         if mc > 1:
             raise ValueError(
