@@ -1,5 +1,7 @@
 """What every command's run folder needs: its opening, its provenance, its JSON files."""
 
+from __future__ import annotations
+
 import json
 import os
 import platform

@@ -50,15 +50,17 @@ def find(name: str, where: str, base: str | None) -> Place:
             f"model {name!r}: {folder} holds no {CONFIG_NAME}, in best/ or model/ neither, and no "
             "config.json of a plain model. Has its training run finished?"
         )
-    if (checkpoint / "config.json").is_file():  # the base was saved too
-        base = str(checkpoint)
-    base = base or Checkpoint.read(checkpoint).base.name
-    if not base:
+    saved_over = base or Checkpoint.read(checkpoint).base.name
+    # Beside a perturbation there may be the base that trained, and the tokenizer, or not.
+    of_base, of_tokenizer = (
+        str(checkpoint) if (checkpoint / file).is_file() else saved_over
+        for file in ("config.json", "tokenizer_config.json")
+    )
+    if not of_base or not of_tokenizer:
         raise ValueError(
             f"model {name!r}: {checkpoint} does not say over what it was saved: set base"
         )
-    has_tokenizer = (checkpoint / "tokenizer_config.json").is_file()
-    return Place(name, checkpoint, base, str(checkpoint) if has_tokenizer else base)
+    return Place(name, checkpoint, of_base, of_tokenizer)
 
 
 def common_tokenizer(places: Sequence[Place]) -> Any:
