@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastperturb.demo import language
+from fastperturb.drawing import FAINT, INK, plain, spread_out
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the pale ones are darkened,
 # because names are lettered in them.
@@ -33,8 +34,6 @@ NAMES = {
     "learned_quadratic_m2": "learned, quadratic",
     "learned_mlmc": "learned, mlmc",
 }
-INK = "#333333"
-FAINT = "#8a8a8a"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -113,25 +112,6 @@ def label_ends(axes: Axes, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def spread_out(heights: list[float], *, gap: float) -> list[float]:
-    """Rising heights at least `gap` apart, each group of neighbours kept around its own middle."""
-    groups: list[list[float]] = []
-    for height in heights:
-        groups.append([height])
-        while len(groups) > 1 and _bottom(groups[-1], gap) < _top(groups[-2], gap) + gap:
-            last = groups.pop()
-            groups[-1] += last
-    return [_bottom(group, gap) + gap * rank for group in groups for rank in range(len(group))]
-
-
-def _bottom(group: list[float], gap: float) -> float:
-    return sum(group) / len(group) - gap * (len(group) - 1) / 2
-
-
-def _top(group: list[float], gap: float) -> float:
-    return sum(group) / len(group) + gap * (len(group) - 1) / 2
-
-
 def draw_movement(axes: Axes, results: dict[str, Any]) -> None:
     rows = [row for row in results["rows"] if "movement" in row][::-1]
     title(
@@ -190,11 +170,3 @@ def remark(axes: Axes, position: float, text: str) -> None:
         fontsize=9,
         color=FAINT,
     )
-
-
-def plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#bbbbbb")
-    axes.tick_params(colors=INK, which="both", length=3, color="#bbbbbb")

@@ -10,8 +10,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK = "#333333"
-FAINT = "#8a8a8a"
+from fastperturb.drawing import FAINT, INK, plain
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart, and again in other markers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 MARKERS = ("o", "s", "^", "D")
@@ -61,7 +61,7 @@ def draw_curves(figure: Any, results: Results, domains: Sequence[str]) -> None:
         axes.set_title(name, loc="left", fontsize=10, color=INK)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
-        _plain(axes, grid="y")
+        plain(axes, grid="y")
     figure.supylabel("nll of a token", color=INK, fontsize=10)
     figure.supxlabel("draws (dashed: models that have one)", color=INK, fontsize=10)
     look = {"frameon": False, "labelcolor": INK, "fontsize": 9}
@@ -88,7 +88,7 @@ def draw_differences(figure: Any, results: Results, domains: Sequence[str]) -> N
         axes.set_yticks(range(len(rows)), labels)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.15)
-        _plain(axes, grid="x")
+        plain(axes, grid="x")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
     about = f"change of the nll against {_label(results['reference'])}: left is better"
     figure.supxlabel(about, color=INK, fontsize=10)
@@ -128,12 +128,3 @@ def _style(number: int) -> dict[str, Any]:
         "color": PALETTE[number % len(PALETTE)],
         "marker": MARKERS[number // len(PALETTE) % len(MARKERS)],
     }
-
-
-def _plain(axes: Axes, *, grid: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#bbbbbb")
-    axes.grid(axis=grid, color="#e6e6e6", linewidth=0.8)
-    axes.tick_params(colors=INK, length=3, color="#bbbbbb")

@@ -18,11 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from fastperturb.demo.picture import plain, spread_out
+from fastperturb.drawing import FAINT, INK, plain, spread_out
 from fastperturb.study.arms import AS_TRAINED, TEMPERED, Arm, Arms, Measured, read
 
-INK = "#333333"
-FAINT = "#8a8a8a"
 GAINS = "#e8f2ea"
 CHOSEN = "#0072B2"
 # Okabe and Ito's palette, which colour-blind readers can tell apart, darkened for lettering, and

@@ -11,13 +11,12 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastperturb.drawing import INK, plain
 from fastperturb.train.report import read_metrics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 TRAIN = "#0072B2"
 EVAL = "#D55E00"
-INK = "#333333"
-FAINT = "#8a8a8a"
 
 Series = tuple[list[int], list[float]]
 
@@ -114,12 +113,7 @@ def _title(axes: Axes, text: str, *, size: float) -> None:
 
 
 def _plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#bbbbbb")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.tick_params(colors=INK, length=3, color="#bbbbbb")
+    plain(axes, grid="y")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
