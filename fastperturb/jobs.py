@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any
@@ -18,6 +19,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches all processes: this one ends at once, instead of taking another task.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def finished(
     function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, workers: int
 ) -> Iterator[tuple[int, Future[Any]]]:
@@ -29,8 +36,7 @@ def finished(
         min(workers, len(tasks)),
         # Spawned, not forked: a fork copies locks that torch's own threads may hold.
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        initializer=_prepare,
     ) as pool:
         futures = {pool.submit(function, *task): index for index, task in enumerate(tasks)}
         try:

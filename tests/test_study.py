@@ -92,7 +92,7 @@ def test_runs_that_would_be_the_same_are_one(folder):
 def test_equal_compute_lengthens_epochs_where_there_are_no_steps(folder):
     found = runs_of(study(folder, train={"max_steps": None, "epochs": 3}))
     longer = next(run for run in found if run.control == "equal_compute").options
-    assert (longer.epochs, longer.eval_every) == (12, 8)
+    assert (longer.epochs, longer.eval_every) == (12, 2)  # judged as often, to stop as well
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,13 @@ def test_equal_compute_lengthens_epochs_where_there_are_no_steps(folder):
         ({"baseline": "learned"}, "perturbed after its training"),
         ({"seeds": ()}, "seeds must be one or more"),
         ({"learning_rate_factors": (1.0,)}, "other than 1"),
-        ({"draws": 0}, "draws must be above 0"),
+        ({"draws": 1}, "draws and tuning_draws must be at least 2"),
+        ({"noise_scale": 0.0}, "noise_scale must be above 0"),
         ({"train": {"eval_data": ()}}, "train.eval_data must name"),
         ({"train": {"seed": 3}}, "a study sets it for each run"),
         ({"methods": {"exact": {"method": "exact", "sed": 1}}}, "no option 'sed'"),
+        ({"methods": {"exact": {"method": "exact", "seed": 1}}}, "all runs of a study share it"),
+        ({"methods": {"exact": {"method": "exact", "data": ["x"]}}}, "all runs of a study share"),
         ({"methods": {"exact": {"method": "exact", "perturb": {"m": 1}}}}, "unknown option 'm'"),
         ({"methods": {"exact": {"method": "exact"}, "x": {"method": "y"}}}, "expected one of"),
     ],

@@ -33,7 +33,7 @@ def run(options: EvalOptions) -> int:
 
     folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
     places = [models.find(*each, options.base) for each in named("models", options.models).items()]
-    tokenizer = models.common_tokenizer(places)
+    tokenizer = models.common_tokenizer(places, trust_remote_code=options.trust_remote_code)
     where = named("domains", options.domains)
     texts = [read(name, each, options, tokenizer) for name, each in where.items()]
     validation = None
@@ -48,6 +48,10 @@ def run(options: EvalOptions) -> int:
         told.append(_told(place, lm))
         with models.autocast(lm, options.precision):
             measured += measure(place.name, lm, texts, validation, options)
+            if likelihood.moves(lm) and not lm.has_one_draw:
+                with lm.exact():
+                    still = f"{place.name}, without noise"
+                    measured += measure(still, lm, texts, validation, options)
             if writing is not None:
                 writing.add(place.name, lm)
         del lm  # before the next one is loaded

@@ -150,6 +150,12 @@ def tuned_temperature(
     return math.exp(found.x)
 
 
+def at_bound(temperature: float) -> bool:
+    """Whether a tuned temperature is as far as was sought."""
+    low, high = TEMPERATURES
+    return not 1.01 * low < temperature < 0.99 * high
+
+
 def label_counts(blocks: Sequence[Block], vocab_size: int) -> NDArray[np.int64]:
     """How often each token is a label [V]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -233,6 +239,8 @@ def _combined(batches: Sequence[_Batch]) -> dict[str, Any]:
     """Monte-Carlo error, effective samples and M-curve over batches, whose noise is independent."""
     # A batch may have no labels, and then its nll is 0 / 0.
     batches = [batch for batch in batches if batch.count]
+    if not batches:
+        raise ValueError("the text has nothing to predict: each of its documents is one token")
     count = sum(batch.count for batch in batches)
     sizes = batches[0].num_samples
     nll, jackknife = (
@@ -244,7 +252,8 @@ def _combined(batches: Sequence[_Batch]) -> dict[str, Any]:
         return {"num_samples": 1, "curve": curve}
     return {
         "num_samples": sizes[-1],
-        "standard_error": math.sqrt(sum(b.squared_error for b in batches)) / count,
+        # Of a single pair of antithetic draws there is none.
+        "standard_error": _finite(math.sqrt(sum(b.squared_error for b in batches)) / count),
         "ess": sum(b.ess[0] for b in batches) / sum(b.ess[1] for b in batches),
         "curve": curve,
     }

@@ -63,14 +63,16 @@ def find(name: str, where: str, base: str | None) -> Place:
     return Place(name, checkpoint, of_base, of_tokenizer)
 
 
-def common_tokenizer(places: Sequence[Place]) -> Any:
+def common_tokenizer(places: Sequence[Place], *, trust_remote_code: bool) -> Any:
     """The tokenizer of all models: under two, a token would not be the same thing."""
     from transformers import AutoTokenizer
 
     found = []
     for place in places:
         try:
-            found.append(AutoTokenizer.from_pretrained(place.tokenizer))
+            found.append(
+                AutoTokenizer.from_pretrained(place.tokenizer, trust_remote_code=trust_remote_code)
+            )
         except (OSError, ValueError) as error:
             raise _unloadable(place, f"the tokenizer {place.tokenizer}", error) from error
     first, *others = [DocumentTokenizer(each).fingerprint() for each in found]
@@ -87,7 +89,10 @@ def common_tokenizer(places: Sequence[Place]) -> Any:
 def load(place: Place, options: EvalOptions) -> PerturbedLM:
     """The model in eval mode; a plain one behind a transform that moves nothing."""
     base = _base(place, options)
-    _check_room(place, base, options)
+    check_positions(place.name, base, options.block_size)
+    if options.continuations:
+        length = options.prompt_tokens + options.continuation_tokens
+        check_positions(place.name, base, length, "prompt_tokens + continuation_tokens")
     if place.checkpoint is not None:
         lm = fastperturb.load(base, place.checkpoint)
     else:
@@ -107,7 +112,12 @@ def _base(place: Place, options: EvalOptions) -> nn.Module:
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     try:
-        return AutoModelForCausalLM.from_pretrained(place.base, dtype=dtype, use_safetensors=True)
+        return AutoModelForCausalLM.from_pretrained(
+            place.base,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         raise _unloadable(place, place.base, error) from error
 
@@ -117,18 +127,11 @@ def _unloadable(place: Place, what: str, error: Exception) -> ValueError:
     return ValueError(f"model {place.name!r}: {what} cannot be loaded: {error}{advice}")
 
 
-def _check_room(place: Place, base: Any, options: EvalOptions) -> None:
+def check_positions(name: str, base: Any, tokens: int, what: str = "block_size") -> None:
+    """Refuse texts of more tokens than a model has positions."""
     positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if options.block_size > positions:
+    if positions is not None and tokens > positions:
         raise ValueError(
-            f"block_size={options.block_size} is more than the {positions} positions that model "
-            f"{place.name!r} was made for; lower it"
-        )
-    length = options.prompt_tokens + options.continuation_tokens
-    if options.continuations and length > positions:
-        raise ValueError(
-            f"prompt_tokens + continuation_tokens = {length} is more than the {positions} "
-            f"positions that model {place.name!r} was made for; lower them"
+            f"{what} = {tokens} is more than the {positions} positions that model {name!r} was "
+            "made for; lower it"
         )

@@ -29,6 +29,9 @@ class EvalOptions(DomainOptions):
     base: str | None = None
     """What checkpoints were saved over, where that has moved: a folder or an id."""
 
+    trust_remote_code: bool = False
+    """Run code that a model's repository brings."""
+
     baseline: str | None = None
     """The model that the others are compared with; default: the first."""
 
@@ -80,7 +83,9 @@ class EvalOptions(DomainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         models = named("models", self.models)
-        named("domains", self.domains)
+        places = named("domains", self.domains).values()
+        if self.tune_on in places:
+            raise ValueError(f"tune_on {self.tune_on!r} is judged on too: give a text of its own")
         if self.baseline is not None and self.baseline not in models:
             raise ValueError(f"baseline must be one of {list(models)}, got {self.baseline!r}")
         for name in ("num_samples", "batch_size", "prompt_tokens", "continuation_tokens"):

@@ -79,10 +79,11 @@ def draw_differences(figure: Any, results: Results, domains: Sequence[str]) -> N
         axes.axvline(0, color=FAINT, linewidth=1)
         for height, (label, each) in enumerate(zip(labels, rows)):
             found = each["mean"] if name is None else each["domains"][name]
-            middle = found["estimate"]
-            error = [[middle - found["low"]], [found["high"] - middle]]
-            look = {"capsize": 3, "markersize": 5, "linewidth": 1.6, **_style(numbers[label])}
-            axes.errorbar(middle, height, xerr=error, **look)
+            style = _style(numbers[label])
+            # A line of its own: an interval between percentiles need not hold the estimate.
+            ends = (found["low"], found["high"])
+            axes.plot(ends, [height, height], linewidth=1.6, color=style["color"])
+            axes.plot(found["estimate"], height, markersize=5, **style)
         title = "mean of the domains" if name is None else name
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.set_yticks(range(len(rows)), labels)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from fastperturb.eval.likelihood import TEMPERATURES, Likelihood
+from fastperturb.eval.likelihood import Likelihood, at_bound
 
 # Below this many documents an interval over them is hardly one.
 FEW_DOCUMENTS = 5
@@ -39,12 +39,21 @@ def tables(results: Results) -> list[Table]:
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    parts = []
-    for table in tables:
-        lines = [table.header, ["---"] * len(table.header), *table.rows]
-        cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        parts.append(f"## {table.title}\n\n{cells}\n\n{table.note}\n")
-    return "\n".join(parts)
+    return "\n".join(
+        f"## {table.title}\n\n{aligned([table.header, *table.rows])}\n\n{table.note}\n"
+        for table in tables
+    )
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose columns line up without being rendered; the first holds words."""
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
+        for line in (escaped[0], rule, *escaped[1:])
+    )
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -126,7 +135,7 @@ def monte_carlo(results: Results) -> Table:
     for each in results["measurements"]:
         for name, values in each["domains"].items():
             found = Likelihood.from_dict(values)
-            if found.num_samples == 1:
+            if found.standard_error is None:
                 continue
             rows.append(
                 [
@@ -180,9 +189,7 @@ def _temperature(measurement: Mapping[str, Any]) -> str:
     temperature = measurement["temperature"]
     if not measurement["tuned"]:
         return f"{temperature:.3g}"
-    low, high = TEMPERATURES
-    at_bound = not 1.01 * low < temperature < 0.99 * high
-    return f"{temperature:.3g} tuned{' (bound)' if at_bound else ''}"
+    return f"{temperature:.3g} tuned{' (bound)' if at_bound(temperature) else ''}"
 
 
 def _interval(found: Mapping[str, Any], form: str) -> str:

@@ -18,6 +18,7 @@ continues from its last checkpoint. Methods, seeds and domains may be added.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -28,59 +29,68 @@ from tqdm import tqdm
 
 from fastperturb import jobs, runs
 from fastperturb.eval import domains, likelihood
+from fastperturb.files import digest
 from fastperturb.study import runner
-from fastperturb.study.options import Run, StudyOptions, runs_of
-from fastperturb.train.data import evaluation_blocks
+from fastperturb.study.options import Run, StudyOptions, essence, runs_of
+from fastperturb.study.runner import Texts
+from fastperturb.train import held_out_blocks
+from fastperturb.train.data import Block, evaluation_blocks
 
 __all__ = ["StudyOptions", "run"]
 
 # What makes a study another one. Methods, seeds and domains may be added to it: each run and each
 # judgement is known by what it was told.
-_SETTLED = ("train", "in_domain", "baseline")
+_SETTLED = ("in_domain", "baseline")
 
 
 def run(options: StudyOptions) -> int:
     folder = _open(options)
+    # Texts and the base first: what cannot be read or judged should be known before training.
+    unigrams, texts = read_texts(options)
+    base = runner.judge_base(options, folder / "runs", texts)
     planned = runs_of(options)
     distinct = list({each.key: each for each in reversed(planned)}.values())[::-1]
-    trained = _all(
+    folders = {each.key: _folder(folder, each) for each in distinct}
+    trained, failed = _all(
         runner.train_run,
-        [(each, each.draws, (each, _folder(folder, each))) for each in distinct],
+        [(each, each.draws, (each, folders[each.key], texts)) for each in distinct],
         options,
         "training",
     )
     best = {_best_baseline(planned, trained, seed, options) for seed in options.seeds}
-    judged = _all(
-        runner.judge_run,
-        [
-            (
-                each,
-                1 if each.options.has_one_draw else options.draws,
-                (each, _folder(folder, each), options, each.key in best),
-            )
-            for each in distinct
-        ],
-        options,
-        "judging",
-    )
+    judging = [
+        (
+            each,
+            1 if each.options.has_one_draw else options.draws,
+            (each, folders[each.key], options, each.key in best, texts),
+        )
+        for each in distinct
+        if each.key in trained
+    ]
+    judged, unjudged = _all(runner.judge_run, judging, options, "judging")
     results = {
         "in_domain": options.in_domain,
         "domains": list(options.domains),
         "baseline": options.baseline,
         "seeds": list(options.seeds),
-        "base": runner.judge_base(options, folder / "runs"),
-        "unigram": unigrams(options),
-        "cells": [_cell(each, options) | trained[each.key] | judged[each.key] for each in planned],
+        "base": base,
+        "unigram": unigrams,
+        "cells": [
+            _cell(each, options) | trained[each.key] | judged[each.key]
+            for each in planned
+            if each.key in judged
+        ],
         "config": options.to_dict(),
-        "cpu_seconds": round(sum(map(_seconds, (*trained.values(), *judged.values())))),
+        "cpu_seconds": round(
+            sum(each["training_seconds"] for each in trained.values())
+            + sum(each["judging_seconds"] for each in judged.values())
+        ),
         **runs.provenance(),
     }
     report(results, folder)
-    return 0
-
-
-def _seconds(done: dict[str, Any]) -> float:
-    return float(done.get("training_seconds") or done["judging_seconds"])
+    for name, error in (failed | unjudged).items():
+        print(f"failed: {name}: {error}; its log.txt in {folder / 'runs'} says more")
+    return 1 if failed or unjudged else 0
 
 
 def report(results: dict[str, Any], folder: Path) -> None:
@@ -96,27 +106,37 @@ def report(results: dict[str, Any], folder: Path) -> None:
     print(f"results.json, table.md and pictures are in {folder}")
 
 
-def unigrams(options: StudyOptions) -> dict[str, dict[str, Any]]:
-    """Every domain under the token frequencies of the training text, and under its own."""
-    tokenizer = runner.tokenizer_of(options)
-    train = options.train
+def read_texts(options: StudyOptions) -> tuple[dict[str, dict[str, Any]], Texts]:
+    """Every domain under token frequencies, the training text's and its own; and all digests."""
+    tokenizer, train = runner.tokenizer_of(options), options.train
     blocks = evaluation_blocks(train.data, train, tokenizer)
     if train.max_tokens is not None:
         blocks = blocks[: -(-train.max_tokens // train.block_size)]
     counts = likelihood.label_counts(blocks, len(tokenizer))
+    held_out = content(held_out_blocks(train, tokenizer))
     found: dict[str, dict[str, Any]] = {"training": {}, "own": {}}
+    judged = [held_out]
     for name, where in options.domains.items():
         domain = domains.read(name, where, options.reading, tokenizer)
         own = likelihood.label_counts(domain.blocks, len(tokenizer))
         found["training"][name] = likelihood.unigram(domain, counts).to_dict()
         found["own"][name] = likelihood.unigram(domain, own, smoothing=0.0).to_dict()
-    return found
+        judged.append(content(domain.blocks))
+    return found, Texts(digest([content(blocks), held_out])[:16], digest(judged)[:16])
+
+
+def content(blocks: Sequence[Block]) -> str:
+    """A digest of the tokens."""
+    found = hashlib.sha256()
+    for block in blocks:
+        found.update(block.tokens.tobytes())
+    return found.hexdigest()
 
 
 def _open(options: StudyOptions) -> Path:
     """The output folder: new, or that of this same study, to go on with."""
     folder, settled = options.output_dir, options.output_dir / "study.json"
-    told = {key: options.to_dict()[key] for key in _SETTLED}
+    told = {"train": essence(options.train), **{k: getattr(options, k) for k in _SETTLED}}
     if settled.exists() and not options.overwrite:
         before = runner.read(settled)
         other = [key for key in told if before.get(key) != told[key]]
@@ -146,15 +166,32 @@ def _best_baseline(
         each
         for each in planned
         if each.seed == seed
+        and each.key in trained
         and (each.method == options.baseline or each.control == "learning_rate")
     ]
-    return min(rates, key=lambda each: float(trained[each.key]["validation_nll"])).key
+    if not rates:
+        raise ChildProcessError(
+            f"every training of the baseline {options.baseline!r} failed with seed {seed}: see "
+            f"the log.txt of its folders in {options.output_dir / 'runs'}"
+        )
+    # As the summary chooses: of equal ones the lowest rate.
+    return min(
+        rates,
+        key=lambda each: (trained[each.key]["validation_nll"], each.options.learning_rate),
+    ).key
 
 
 def _cell(run: Run, options: StudyOptions) -> dict[str, Any]:
     role = "baseline" if run.method == options.baseline else "control" if run.control else "method"
-    named = {"method": run.method, "seed": run.seed, "control": run.control, "of": run.of}
-    return {**named, "role": role, "run": run.key}
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "role": role,
+        "control": run.control,
+        "of": run.of,
+        "learned": run.learned,
+        "run": run.key,
+    }
 
 
 def _all(
@@ -162,8 +199,8 @@ def _all(
     tasks: Sequence[tuple[Run, int, tuple[Any, ...]]],  # of which run, its cost, arguments
     options: StudyOptions,
     doing: str,
-) -> dict[str, dict[str, Any]]:
-    """Each run's result by its key; one that fails does not stop the others."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, BaseException]]:
+    """Each run's result by its key, and the errors of those that failed, by their names."""
     ordered = sorted(tasks, key=lambda task: task[1], reverse=True)
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, BaseException] = {}
@@ -177,10 +214,4 @@ def _all(
             found[run.key] = future.result()
         else:
             failed[run.name] = error
-    if failed:
-        name, error = next(iter(failed.items()))
-        raise ChildProcessError(
-            f"{doing}: {len(failed)} of {len(tasks)} runs failed, as {name}: {error}. The others "
-            f"are kept; logs are in {options.output_dir / 'runs'}"
-        ) from error
-    return found
+    return found, failed

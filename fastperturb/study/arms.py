@@ -64,8 +64,18 @@ class Arm:
 
     @property
     def learned(self) -> bool:
-        """Whether it has a learned transform, whose shift was then followed."""
-        return any(cell["shift"] for cell in self.cells.values())
+        """Whether it has a learned perturbation."""
+        return any(cell["learned"] for cell in self.cells.values())
+
+    @property
+    def validation_nll(self) -> float:
+        """Tempered, under the draws and on the text that are the same for all; mean over seeds."""
+        return statistics.fmean(
+            measurement["validation_nll"]
+            for cell in self.cells.values()
+            for measurement in cell["measurements"]
+            if (measurement["view"], measurement["tuned"]) == TEMPERED
+        )
 
     @property
     def moves(self) -> bool:
@@ -102,9 +112,9 @@ class Arms:
 
     @property
     def chosen(self) -> Arm | None:
-        """The learned method that in-domain validation prefers."""
+        """The learned method that in-domain validation prefers, tempered."""
         learned = [arm for arm in self.methods if arm.learned]
-        return min(learned, key=lambda arm: (arm.mean("validation_nll"), arm.method), default=None)
+        return min(learned, key=lambda arm: (arm.validation_nll, arm.method), default=None)
 
 
 def read(results: Mapping[str, Any]) -> Arms:

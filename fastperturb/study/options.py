@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,16 @@ DEFAULT_METHODS: dict[str, dict[str, Any]] = {
 }
 # What a study decides itself, for each run.
 _RESERVED = ("output_dir", "overwrite", "resume", "dry_run", "seed", "report_to", "parallel", "mc")
+# What methods must share to be compared.
+_SHARED = (
+    *("model", "tokenizer", "data", "text_field", "split", "document_separator", "max_tokens"),
+    *("eval_data", "eval_split", "eval_blocks", "block_size", "max_steps", "epochs"),
+)
+# What a run's outcome does not depend on, but for rounding.
+_INCIDENTAL = (
+    *("output_dir", "overwrite", "resume", "dry_run", "report_to", "parallel", "mc"),
+    *("device", "micro_batch_size", "save_every", "keep", "trust_remote_code"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +112,27 @@ class StudyOptions:
                 "learning_rate_factors must be numbers above 0 other than 1, which always runs; "
                 f"got {self.learning_rate_factors}"
             )
-        for name in ("draws", "tuning_draws", "workers", "noise_scale"):
+        if self.draws < 2 or self.tuning_draws < 2:
+            raise ValueError(
+                "draws and tuning_draws must be at least 2 to show a marginal, "
+                f"got {self.draws} and {self.tuning_draws}"
+            )
+        for name in ("workers", "noise_scale"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, where in self.domains.items():
+            if where in (*train.data, *train.eval_data) and self.reading.split in (
+                train.split,
+                train.eval_split or train.split,
+            ):
+                raise ValueError(
+                    f"domains.{name} {where!r} is trained on, or chooses: give a text of its own"
+                )
+        for package in ("matplotlib", "scipy"):
+            if find_spec(package) is None:
+                raise ValueError(
+                    f"a study needs the package {package}: pip install 'fastperturb[eval]'"
+                )
         if self.options_of(self.methods[self.baseline], "baseline").is_noisy:
             raise ValueError(f"baseline {self.baseline!r} is perturbed after its training too")
         runs_of(self)  # every run's options are checked before the first begins
@@ -118,7 +147,11 @@ class StudyOptions:
         shared = self.train.to_dict()
         fields = {each.name for each in dataclasses.fields(TrainOptions)}
         for key in overrides:
-            if key not in fields or key in _RESERVED:
+            if key in (*_RESERVED, *_SHARED):
+                raise ValueError(
+                    f"methods.{name}.{key}: all runs of a study share it; set it there"
+                )
+            if key not in fields:
                 raise ValueError(f"methods.{name}: no option {key!r}{suggestion(key, fields)}")
         return option_files.from_mapping(_merged(shared, overrides), TrainOptions, f"method {name}")
 
@@ -137,19 +170,28 @@ class Run:
         return self.options.seed
 
     @property
+    def learned(self) -> bool:
+        """Whether it has a learned perturbation, which a deterministic transform is not."""
+        return self.options.method == "learned" and not self.options.perturb.deterministic
+
+    @property
     def name(self) -> str:
         return f"{self.method}, seed {self.seed}"
 
     @property
     def key(self) -> str:
         """The same for runs that would be the same."""
-        told = self.options.to_dict()
-        return digest([told[name] for name in sorted(told) if name != "output_dir"])[:16]
+        return digest(essence(self.options))[:16]
 
     @property
     def draws(self) -> int:
         """How many copies of the text a step trains on."""
         return 1 if self.options.has_one_draw else self.options.perturb.num_samples
+
+
+def essence(options: TrainOptions) -> dict[str, Any]:
+    """What a run's outcome depends on, texts by where they lie."""
+    return {name: told for name, told in options.to_dict().items() if name not in _INCIDENTAL}
 
 
 def runs_of(study: StudyOptions) -> list[Run]:
@@ -163,6 +205,7 @@ def _runs_of_seed(study: StudyOptions, seed: int) -> list[Run]:
         for name, overrides in study.methods.items()
     }
     runs = [Run(method=name, options=options) for name, options in methods.items()]
+    runs_by_name = {run.method: run for run in runs}
     own = methods[study.baseline]
     for factor in study.learning_rate_factors:
         options = dataclasses.replace(own, learning_rate=factor * own.learning_rate)
@@ -173,7 +216,7 @@ def _runs_of_seed(study: StudyOptions, seed: int) -> list[Run]:
         name = f"{study.baseline}, compute x {draws}"
         runs.append(Run(method=name, options=options, control="equal_compute", of=study.baseline))
     for name, options in methods.items():
-        if options.method == "learned" and not options.perturb.deterministic:
+        if runs_by_name[name].learned:
             twin = f"{name}, deterministic"
             held = _deterministic(options)
             runs.append(Run(method=twin, options=held, control="deterministic", of=name))
@@ -182,7 +225,8 @@ def _runs_of_seed(study: StudyOptions, seed: int) -> list[Run]:
 
 def _lengthened(options: TrainOptions, factor: int) -> TrainOptions:
     """As many times the steps; the validation text chooses among them, as ever."""
-    longer = dataclasses.replace(options, eval_every=factor * options.eval_every)
+    patience = None if options.early_stop is None else factor * options.early_stop
+    longer = dataclasses.replace(options, early_stop=patience)
     if options.max_steps is None:
         return dataclasses.replace(longer, epochs=factor * options.epochs)
     return dataclasses.replace(longer, max_steps=factor * options.max_steps)

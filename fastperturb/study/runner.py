@@ -12,10 +12,11 @@ import contextlib
 import json
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +40,20 @@ _NAMED, _SCALE_DRAWS = 12, 64
 Measurement = dict[str, Any]
 
 
-def train_run(run: Run, folder: Path) -> dict[str, Any]:
+class Texts(NamedTuple):
+    """Digests of what is read, by which a text that was changed in its place is known."""
+
+    training: str
+    judging: str
+
+
+def train_run(run: Run, folder: Path, texts: Texts) -> dict[str, Any]:
     """Train, or go on where a training was killed, or read what one left."""
     done = folder / "trained.json"
-    if done.exists():
-        return read(done)
+    if done.exists() and (before := read(done))["texts"] == texts.training:
+        return before
+    if done.exists():  # of other texts at the same place
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own, start = folder / "train", time.process_time()
     with logged(folder / "log.txt"):
@@ -59,19 +69,23 @@ def train_run(run: Run, folder: Path) -> dict[str, Any]:
         "draws": run.draws,
         "token_passes": steps * options.batch_size * options.block_size * run.draws,
         "training_seconds": round(time.process_time() - start, 1),
-        "shift": [[line["step"], line["shift"]] for line in labelled]
-        if options.method == "learned"
-        else [],
+        "shift": [[line["step"], line["shift"]] for line in labelled] if run.learned else [],
+        "texts": texts.training,
+        "trained_by": runs.provenance(),
     }
+    runs.write_json(done, trained)
     shutil.rmtree(own / "checkpoints", ignore_errors=True)
     shutil.rmtree(own / "model", ignore_errors=True)
-    runs.write_json(done, trained)
     return trained
 
 
-def judge_run(run: Run, folder: Path, study: StudyOptions, with_noise: bool) -> dict[str, Any]:
+def judge_run(
+    run: Run, folder: Path, study: StudyOptions, with_noise: bool, texts: Texts
+) -> dict[str, Any]:
     """Measure the best model of a training; with_noise: also under noise new to it."""
-    done, by = folder / "judged.json", judged_by(study, with_noise=with_noise)
+    trained = read(folder / "trained.json")
+    done = folder / "judged.json"
+    by = judged_by(study, texts, with_noise, trained["best_step"], trained["validation_nll"])
     if done.exists() and (before := read(done))["judged_by"] == by:
         return before
     start = time.process_time()
@@ -95,7 +109,7 @@ def _judge(
         with lm.exact():
             measurements += judge.measure(lm, "without_noise", draws=1)
     scales = None
-    if run.options.method == "learned" and not run.options.perturb.deterministic:
+    if run.learned:
         scales = token_scales(lm, tokenizer)
     if with_noise:
         scale = study.noise_scale or study.train.perturb.init_scale
@@ -105,13 +119,17 @@ def _judge(
     return {"token_scales": scales, "measurements": measurements}
 
 
-def judge_base(study: StudyOptions, folder: Path) -> list[Measurement]:
+def judge_base(study: StudyOptions, folder: Path, texts: Texts) -> list[Measurement]:
     """The model as it was given, which no run has trained."""
-    done, by = folder / "base.json", judged_by(study, with_noise=False)
+    options = study.train
+    done = folder / "base.json"
+    by = judged_by(study, texts, options.model, options.precision, options.attn_implementation)
     if not done.exists() or read(done)["judged_by"] != by:
-        options = study.options_of({**study.methods[study.baseline], "lora": {"rank": 0}}, "base")
+        folder.mkdir(parents=True, exist_ok=True)
         with logged(folder / "log.txt"):
-            lm = methods.build(options).to(runs.torch_device(options.device)).eval()
+            base = methods.load_base(options).to(runs.torch_device(options.device))
+            models.check_positions(options.model, base, study.reading.block_size)
+            lm = fastperturb.wrap(base, PerturbConfig()).eval()
             judge = Judge(study, tokenizer_of(study))
             with lm.exact(), models.autocast(lm, options.precision):
                 found = judge.measure(lm, "as_trained", draws=1)
@@ -120,11 +138,11 @@ def judge_base(study: StudyOptions, folder: Path) -> list[Measurement]:
     return measurements
 
 
-def judged_by(study: StudyOptions, *, with_noise: bool) -> str:
-    """Changes with what a judgement depends on, besides the model."""
+def judged_by(study: StudyOptions, texts: Texts, *others: Any) -> str:
+    """Changes with what a judgement depends on."""
     told = study.to_dict()
     names = ("domains", "reading", "draws", "tuning_draws", "noise_scale")
-    return digest([with_noise, *(told[name] for name in names)])[:16]
+    return digest([*texts, *others, *(told[name] for name in names)])[:16]
 
 
 class Judge:
@@ -166,6 +184,7 @@ class Judge:
                 "view": view,
                 "temperature": temperature,
                 "tuned": is_tuned,
+                "validation_nll": at(self.validation, temperature)["nll"],
                 "domains": {domain.name: at(domain, temperature) for domain in self.domains},
             }
             for temperature, is_tuned in ((1.0, False), (tuned, True))
@@ -181,13 +200,17 @@ def load_best(run: Run, folder: Path) -> tuple[PerturbedLM, Any]:
         options = replace(options, model=str(folder))
     lm = fastperturb.load(methods.load_base(options), folder)
     lm = lm.to(runs.torch_device(options.device))
-    return lm.eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    return lm.eval(), tokenizer
 
 
 def tokenizer_of(study: StudyOptions) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(study.train.tokenizer or study.train.model)
+    options = study.train
+    return AutoTokenizer.from_pretrained(
+        options.tokenizer or options.model, trust_remote_code=options.trust_remote_code
+    )
 
 
 @torch.no_grad()
@@ -198,9 +221,10 @@ def token_scales(lm: PerturbedLM, tokenizer: Any) -> dict[str, list[tuple[str, f
     ids = torch.tensor([number for number in range(len(tokenizer)) if number not in special])
     found: list[Tensor] = []
     for part in ids.to(embed.weight.device).split(1024):
-        e = embed(part[:, None])  # (N, 1, D)
+        e = embed(part[:, None]).float()  # (N, 1, D)
         moved = ops.perturb_embed(e, None, lm.transform, SEED, _SCALE_DRAWS)
-        found.append(((moved - e).norm(dim=-1) / e.norm(dim=-1)).mean(0)[:, 0].cpu())
+        length = e.norm(dim=-1).clamp_min(1e-12)  # a padding token's may be 0
+        found.append(((moved - e).norm(dim=-1) / length).mean(0)[:, 0].cpu())
     scales = torch.cat(found)
     order = scales.argsort(descending=True)
 
@@ -223,7 +247,11 @@ def logged(path: Path) -> Iterator[None]:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        yield
+        try:
+            yield
+        except Exception:
+            traceback.print_exc(file=file)
+            raise
 
 
 def read(path: Path) -> Any:

@@ -44,6 +44,7 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
                 for seed, cell in arms.baseline.cells.items()
             ],
         },
+        "judging": _judging(results, arms),
         "chosen": None if chosen is None else chosen.method,
         "rows": [*_untrained(arms), *_of_baseline(arms), *_of_methods(arms)],
         "verdicts": [each.to_dict() for each in verdict.judge(arms)],
@@ -119,6 +120,22 @@ def _differences(arms: Arms, measured: Measured) -> dict[str, Any]:
         "in_domain": over([arms.in_domain]),
         "out_of_domain": over(arms.out_of_domain),
         "domains": {name: over([name]) for name in arms.domains},
+    }
+
+
+def _judging(results: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
+    config = results["config"]
+    errors = [
+        found.standard_error or 0.0
+        for arm in (arms.baseline, *arms.methods)
+        for form in arm.forms.values()
+        for by_domain in form.by_seed.values()
+        for found in by_domain.values()
+    ]
+    return {
+        "draws": config["draws"],
+        "noise_scale": config["noise_scale"] or config["train"]["perturb"]["init_scale"],
+        "largest_error": max(errors),
     }
 
 

@@ -2,7 +2,8 @@
 
 A method is judged as it was trained, at temperature 1 and tempered. Either way it must be below
 every control out of domain by more than twice the spread, over seeds, of their difference; and in
-domain not above the tempered baseline by more than that. Controls are tempered, all of them:
+domain not above the tempered baseline by more than that, nor surely above it over documents.
+Controls are tempered, all of them:
 
 * the baseline, at the learning rate that validation prefers;
 * the baseline under noise that it was not trained with;
@@ -173,7 +174,7 @@ def _passed(found: Difference, where: str) -> bool | None:
     if found.spread is None:
         return None
     if where == "in_domain":
-        return found.mean <= 2 * found.spread
+        return found.mean <= 2 * found.spread and found.low <= 0
     return found.mean < -2 * found.spread
 
 
