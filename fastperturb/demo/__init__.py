@@ -39,7 +39,6 @@ What it took, and what it taught:
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -57,6 +56,7 @@ from fastperturb import runs
 from fastperturb.demo import jobs, language
 from fastperturb.demo.methods import METHODS, SWEEP, Method
 from fastperturb.demo.training import Outcome
+from fastperturb.jobs import cores
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,6 @@ def run(options: DemoOptions) -> int:
     show(results, Console())
     print(f"{results['seconds']:.0f} s; wrote {folder / 'results.json'} and extrapolation.png")
     return 0
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def variants_of(method: Method) -> list[Method]:

@@ -1,15 +1,13 @@
-"""Every method for every seed, on all cores: one job a process, one thread a job."""
+"""Every method for every seed, on all cores."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-import torch
 from tqdm import tqdm
 
+from fastperturb import jobs as processes
 from fastperturb.demo.methods import Method
 from fastperturb.demo.training import Outcome, Setting, run_job
 
@@ -51,19 +49,6 @@ def cost(method: Method) -> int:
 
 def finished(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, Outcome]]:
     """Each job and its outcome as it ends; they start in the order given."""
-    # Spawned, not forked: a fork copies locks that torch's own threads may hold.
-    with ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
-    ) as pool:
-        futures = {
-            pool.submit(run_job, job.seed, job.method, job.steps, job.setting): job for job in jobs
-        }
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    tasks = [(job.seed, job.method, job.steps, job.setting) for job in jobs]
+    for index, future in processes.finished(run_job, tasks, workers=workers):
+        yield jobs[index], future.result()

@@ -1,0 +1,236 @@
+"""The study's pictures, from what results.json holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.synthetic.summary import best_fixed, pick
+from fastperturb.demo.language import NOISE_SD, REGIONS
+from fastperturb.drawing import FAINT, INK, plain
+
+# Okabe and Ito's palette, the pale ones darkened.
+COLOURS = {
+    "iwae": "#0072B2",
+    "jvi_clip": "#C060A0",
+    "quadratic": "#009E73",
+    "mlmc": "#D18F00",
+    "sumo": "#8B5A2B",
+    "iwae + 10 quadratic": "#56B4E9",
+    "jensen": "#8C8C8C",
+    "jvi": "#6A3D9A",
+    "exact": "#222222",
+    "fixed": "#D55E00",
+    "learned": "#0072B2",
+}
+TITLES = {"in_support": "in support", "band1": "band 1", "band2": "band 2"}
+
+
+def draw_all(results: dict[str, Any], folder: Path) -> None:
+    for name, panels in (
+        ("draws", draw_draws),
+        ("flops", draw_flops),
+        ("scale", draw_scale),
+        ("size", draw_size),
+        ("statistics", draw_statistics),
+    ):
+        figure = Figure(figsize=(13, 4.6), dpi=130, facecolor="white", layout="constrained")
+        panels(figure, results)
+        figure.savefig(folder / f"{name}.png")
+
+
+def draw_draws(figure: Figure, results: dict[str, Any]) -> None:
+    """KL in and out of support, and the learned movement, by draws and equation."""
+    rows = results["rows"]
+    panels = figure.subplots(1, 4)
+    equations = dict.fromkeys(r["line"] for r in rows if r["experiment"] == "draws")
+    del equations["exact"]
+    for axes, region in zip(panels, REGIONS):
+        titled(axes, f"KL {TITLES[region]}")
+        for equation in equations:
+            line(axes, of(rows, "draws", equation), equation, lambda row: row["kl"][region])  # noqa: B023
+        exact = pick(rows, "fixed", "exact", 0.0)["kl"][region]["mean"]
+        axes.axhline(exact, color=INK, linewidth=1.2, linestyle="--", label="exact prefix")
+        best = [best_fixed(rows, f"iwae, M = {M}") for M in (4, 16)]
+        axes.plot(
+            (4, 16),
+            [row["kl"][region]["mean"] for row in best],
+            "s--",
+            color=COLOURS["fixed"],
+            label="best fixed noise",
+        )
+        axes.set_yscale("log")
+    titled(panels[3], "sd along the noisy axis")
+    for equation in equations:
+        row = of(rows, "draws", equation)
+        line(panels[3], row, equation, lambda row: row["movement"]["noisy"])
+    panels[3].axhline(NOISE_SD, color=INK, linewidth=1, linestyle=":")
+    for axes in panels:
+        draws_axis(axes, upto=16)
+    legend(figure, panels[0])
+
+
+def draw_flops(figure: Figure, results: dict[str, Any]) -> None:
+    """Every arm at equal flops, best out of support on top."""
+    rows = [row for row in results["rows"] if row["experiment"] == "flops"]
+    rows.sort(key=lambda row: row["kl"]["band1"]["mean"] + row["kl"]["band2"]["mean"], reverse=True)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, region in zip(panels, REGIONS):
+        titled(axes, f"KL {TITLES[region]}")
+        for height, row in enumerate(rows):
+            value = row["kl"][region]
+            axes.plot([value["low"], value["high"]], [height] * 2, color=colour(row), linewidth=2)
+            axes.plot(value["mean"], height, "o", color=colour(row), ms=7)
+        axes.set_xscale("log")
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        readable(axes.xaxis)
+        plain(axes)
+    labels = [f"{row['line']}, batch {row['x']:g}" for row in rows]
+    panels[0].set_yticks(range(len(rows)), labels)
+
+
+def draw_scale(figure: Figure, results: dict[str, Any]) -> None:
+    """The learned scale against the true one, against draws and against pairs."""
+    rows = results["rows"]
+    panels = figure.subplots(1, 3)
+    titled(panels[0], "learned sd against the truth's")
+    panels[0].plot([0, 0.5], [0, 0.5], color=INK, linewidth=1, linestyle=":")
+    panels[0].set_xlabel("the truth's sd along the noisy axis", color=INK)
+    noisy = lambda row: row["movement"]["noisy"]  # noqa: E731
+    for experiment, where, style in (("held_noise", "trunk held", "-"), ("noise", "free", "--")):
+        for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == experiment):
+            chosen = of(rows, experiment, name)
+            if "movement" in chosen[0]:
+                line(panels[0], chosen, f"{name} ({where})", noisy, style=style)
+    panels[0].legend(fontsize=8, frameon=False)
+    titled(panels[1], "trunk held: learned sd by draws")
+    for equation in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "held_draws"):
+        line(panels[1], of(rows, "held_draws", equation), equation, noisy)
+    draws_axis(panels[1], upto=64)
+    panels[1].legend(fontsize=8, frameon=False)
+    titled(panels[2], "trunk held: learned sd by training pairs")
+    for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "held_size"):
+        line(panels[2], of(rows, "held_size", name), name, noisy)
+    panels[2].legend(fontsize=8, frameon=False)
+    pairs_axis(panels[2])
+    for axes in panels[1:]:
+        axes.axhspan(0.95 * NOISE_SD, 1.05 * NOISE_SD, color="#eef1f4", zorder=0)
+        axes.axhline(NOISE_SD, color=INK, linewidth=1, linestyle=":")
+    for axes in panels:
+        plain(axes)
+
+
+def draw_size(figure: Figure, results: dict[str, Any]) -> None:
+    """KL by the number of training pairs."""
+    rows = results["rows"]
+    panels = figure.subplots(1, 3)
+    for axes, region in zip(panels, REGIONS):
+        titled(axes, f"KL {TITLES[region]}")
+        for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "size"):
+            style = "--" if name == "fixed 0.2" else "-"
+            chosen = of(rows, "size", name)
+            line(axes, chosen, name, lambda row: row["kl"][region], style=style)  # noqa: B023
+        axes.set_yscale("log")
+        readable(axes.yaxis)
+        pairs_axis(axes)
+        plain(axes)
+    legend(figure, panels[0])
+
+
+def draw_statistics(figure: Figure, results: dict[str, Any]) -> None:
+    """What training converges to by draws, and how often intervals cover."""
+    left, middle, right = figure.subplots(1, 3)
+    titled(left, "bias of the gradient, over its size")
+    titled(middle, "learned |U| over the true one, endless data")
+    for name in dict.fromkeys(row["equation"] for row in results["bias"]):
+        chosen = [row for row in results["bias"] if row["equation"] == name]
+        draws = [row["num_samples"] for row in chosen]
+        shown = [max(row["gradient"], 1e-5) for row in chosen]
+        left.plot(draws, shown, "o-", color=COLOURS[name], label=name, ms=4)
+        solution = [row["solution"] for row in chosen]
+        middle.plot(draws, solution, "o-", color=COLOURS[name], label=name, ms=4)
+    left.set_yscale("log")
+    left.set_ylabel("1e-5 stands for zero", color=FAINT)
+    middle.axhline(1, color=INK, linewidth=1, linestyle=":")
+    middle.legend(fontsize=8, frameon=False, loc="center right")
+    for axes in (left, middle):
+        draws_axis(axes)
+    left.yaxis.set_major_locator(ticker.LogLocator())
+    titled(right, "coverage of 95% intervals, by n")
+    for name in dict.fromkeys(row["name"] for row in results["coverage"]):
+        chosen = [row for row in results["coverage"] if row["name"] == name]
+        n = [row["examples"] for row in chosen]
+        covered = [row["coverage"]["information"] for row in chosen]
+        ink = COLOURS[name.split(",")[0]] if "," in name else INK
+        style = "o--" if name == "iwae, M = 4" else "o-"
+        right.plot(n, covered, style, color=ink, label=name, ms=5)
+    right.axhspan(0.93, 0.97, color="#eef1f4", zorder=0)
+    right.set_xscale("log")
+    right.set_xticks(n, [str(count) for count in n])
+    right.xaxis.set_minor_locator(ticker.NullLocator())
+    right.set_xlabel("n", color=INK)
+    right.legend(fontsize=8, frameon=False)
+    plain(right)
+
+
+def of(rows: Sequence[dict[str, Any]], experiment: str, name: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["experiment"], row["line"]) == (experiment, name)]
+
+
+def colour(row: dict[str, Any]) -> str:
+    return COLOURS[row["line"].split(",")[0].split(" 0.")[0]]
+
+
+def line(
+    axes: Axes, rows: Sequence[dict[str, Any]], label: str, value: Any, *, style: str = "-"
+) -> None:
+    """Means with their intervals; fresh pairs stand at half a million."""
+    x = [5e5 if row["x"] is None else row["x"] for row in rows]
+    found = [value(row) for row in rows]
+    off = [
+        [each["mean"] - each["low"] for each in found],
+        [each["high"] - each["mean"] for each in found],
+    ]
+    means = [each["mean"] for each in found]
+    ink = colour(rows[0])
+    axes.errorbar(
+        x, means, yerr=off, fmt=f"o{style}", color=ink, label=label, ms=4, capsize=2, linewidth=1.6
+    )
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+
+
+def titled(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=11, color=INK, loc="left", fontweight="bold")
+
+
+def draws_axis(axes: Axes, upto: int = 32) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([2**power for power in range(1, upto.bit_length())])
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
+    axes.set_xlabel("draws M", color=INK)
+    readable(axes.yaxis)
+    plain(axes)
+
+
+def pairs_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks([500, 2000, 8000, 30000, 120000, 5e5], ["500", "2k", "8k", "30k", "120k", "∞"])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlabel("training pairs", color=INK)
+
+
+def readable(axis: Any) -> None:
+    """Plain numbers where the scale is logarithmic."""
+    if axis.get_scale() == "log":
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+        axis.set_minor_locator(ticker.NullLocator())
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
