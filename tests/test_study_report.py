@@ -190,13 +190,11 @@ def row_of(found, method, *, what=None, view="as_trained", tuned=True):
 def test_below_every_control_out_of_domain_and_no_worse_in_it_is_a_gain():
     found = verdict_of(study())
     assert (found["outcome"], found["chosen"], found["missing"]) == ("gain", True, ())
-    assert len(found["comparisons"]) == 12  # five controls and the cost in domain, in two forms
+    assert len(found["comparisons"]) == 6  # five controls, and the cost in domain
     assert all(each["passed"] for each in found["comparisons"])
     assert found["sentence"] == (
-        "learned: gain: at temperature 1, the nearest control (the baseline at equal compute) is "
-        "worse by 0.0600 ± 0.0020, and the change in domain is -0.0100; tempered, the nearest "
-        "control (the baseline at equal compute) is worse by 0.0800 ± 0.0020, and the change in "
-        "domain is -0.0100"
+        "learned: gain: the nearest control (the baseline at equal compute) is worse by "
+        "0.0800 ± 0.0020, and the change in domain is -0.0100"
     )
 
 
@@ -213,18 +211,36 @@ def test_below_every_control_out_of_domain_and_no_worse_in_it_is_a_gain():
 def test_one_control_that_is_better_settles_that_there_is_no_gain(control, form, told):
     found = verdict_of(study(changes={(control, form): (3.0, 3.888)}))
     assert found["outcome"] == "no gain"
-    assert f"at temperature 1, {told} is better by 0.0320" in found["sentence"]
-    assert f"tempered, {told} is better by 0.0120" in found["sentence"]
+    assert f"no gain: {told} is better by 0.0120" in found["sentence"]
     failed = {each["control"] for each in found["comparisons"] if each["passed"] is False}
     assert failed == {told}
 
 
-def test_a_gain_that_only_tempering_makes_is_none_and_both_sides_are_told():
-    found = verdict_of(study(changes={("learned", ("as_trained", False)): (2.99, 4.05)}))
-    assert found["sentence"] == (
-        "learned: no gain: at temperature 1, the baseline at equal compute is better by "
-        "0.0700 ± 0.0020; tempered, it is below every control"
-    )
+@pytest.mark.parametrize("level", [3.0, 4.5])
+def test_what_a_method_is_before_it_is_tempered_decides_nothing(level):
+    found = verdict_of(study(changes={("learned", ("as_trained", False)): (level, level)}))
+    assert found == verdict_of(study())
+
+
+@pytest.mark.parametrize(("level", "outcome"), [(3.85, "no gain"), (4.0, "gain")])
+def test_the_baseline_at_the_rate_of_the_method_is_a_control_where_another_rate_won(level, outcome):
+    results = study()
+    for each in results["cells"]:
+        if each["control"] == "learning_rate":
+            each["validation_nll"] = 2.5  # at twice the rate of all others
+        if each["method"] == "exact":
+            for measured in each["measurements"]:
+                if (measured["view"], measured["tuned"]) == ("as_trained", True):
+                    moved = (3.0 + 0.1 * each["seed"], level + 0.1 * each["seed"])
+                    measured |= measurement(("as_trained", True), moved, draws=1)
+        if each["control"] == "learning_rate":
+            noisy = measurement(("noise_added", True), (3.1, 4.2 + 0.1 * each["seed"]), draws=32)
+            each["measurements"].append(noisy | {"validation_nll": 2.5})
+    found = verdict_of(results)
+    assert found["outcome"] == outcome
+    told = [each["control"] for each in found["comparisons"] if each["passed"] is False]
+    assert told == (["the baseline at its rate"] if outcome == "no gain" else [])
+    assert "the baseline at its rate" in [each["control"] for each in found["comparisons"]]
 
 
 @pytest.mark.parametrize(("below", "outcome"), [(0.0035, "no gain"), (0.0045, "gain")])
@@ -234,7 +250,7 @@ def test_it_must_be_below_by_more_than_twice_the_spread(below, outcome):
     found = verdict_of(study(changes=changes))
     assert found["outcome"] == outcome
     if outcome == "no gain":
-        told = "tempered, it is below the baseline at equal compute by only 0.0035 ± 0.0020"
+        told = "it is below the baseline at equal compute by only 0.0035 ± 0.0020"
         assert told in found["sentence"]
 
 
@@ -248,7 +264,7 @@ def test_a_cost_in_domain_spoils_a_gain(cost, wobble, outcome):
     found = verdict_of(study(changes=changes, wobble=wobble))
     assert found["outcome"] == outcome
     if outcome == "no gain":
-        assert f"tempered, it costs {cost:.4f} ± 0.0020 in domain" in found["sentence"]
+        assert f"it costs {cost:.4f} ± 0.0020 in domain" in found["sentence"]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +297,7 @@ def test_one_seed_establishes_nothing():
     assert {(each["spread"], each["passed"]) for each in found["comparisons"]} == {(None, None)}
     worse = verdict_of(study(seeds=[1], changes={("exact", ("as_trained", True)): (3.0, 3.8)}))
     assert worse["outcome"] == "not established"
-    assert "tempered, the tempered baseline is better by 0.1000" in worse["sentence"]
+    assert "the tempered baseline is better by 0.1000" in worse["sentence"]
 
 
 def test_a_control_that_shares_one_seed_with_a_method_leaves_it_open():

@@ -63,6 +63,11 @@ class Arm:
         return statistics.fmean(cell[fact] for cell in self.cells.values())
 
     @property
+    def rates(self) -> list[float]:
+        """The learning rate of every seed."""
+        return [float(cell["learning_rate"]) for cell in self.cells.values()]
+
+    @property
     def learned(self) -> bool:
         """Whether it has a learned perturbation."""
         return any(cell["learned"] for cell in self.cells.values())

@@ -1,11 +1,12 @@
 """What counts as a gain: to stand beside every control, out of domain, at no cost in domain.
 
-A method is judged as it was trained, at temperature 1 and tempered. Either way it must be below
-every control out of domain by more than twice the spread, over seeds, of their difference; and in
-domain not above the tempered baseline by more than that, nor surely above it over documents.
-Controls are tempered, all of them:
+Every model counts at its own temperature, tuned on in-domain validation: one that was not tempered
+says little beside one that was. A method must be below every control out of domain by more than
+twice the spread, over seeds, of their difference; and in domain not above the tempered baseline by
+more than that, nor surely above it over documents. The controls:
 
 * the baseline, at the learning rate that validation prefers;
+* the baseline at the method's own rate, where that is another one: a lower rate forgets less;
 * the baseline under noise that it was not trained with;
 * the method without its noise, if it has any left after training;
 * of a learned transform its deterministic twin, which has the same parameters and one draw;
@@ -23,7 +24,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastperturb.study.arms import (
-    AS_TRAINED,
     TEMPERED,
     Arm,
     Arms,
@@ -44,7 +44,6 @@ class Comparison:
     """Of the nll a token, the method's less the control's: below 0 the method is better.
 
     where: "out_of_domain" (the mean over the other domains) or "in_domain".
-    tempered: whether the method is; the control always is.
     spread: over seeds, of the difference; None for one seed.
     low, high: 95% bootstrap interval over documents.
     passed: None where one seed cannot tell.
@@ -52,7 +51,6 @@ class Comparison:
 
     control: str
     where: str
-    tempered: bool
     difference: float
     spread: float | None
     low: float
@@ -119,6 +117,9 @@ def controls(arms: Arms, arm: Arm) -> dict[str, Measured | None]:
         _BASELINE: baseline.forms.get(TEMPERED),
         "noise added to the baseline at evaluation": baseline.forms.get(("noise_added", True)),
     }
+    own_rate = [each for each in arms.rates if each.rates == arm.rates != baseline.rates]
+    if own_rate:
+        found["the baseline at its rate"] = _tempered(own_rate[0])
     if arm.moves:
         found["itself without noise"] = arm.forms.get(("without_noise", True))
     if arm.learned and arm.moves:
@@ -149,25 +150,23 @@ def _tempered(arm: Arm | None) -> Measured | None:
 
 
 def _compared(arms: Arms, arm: Arm, control: str, theirs: Measured | None) -> Iterator[Comparison]:
-    """With one control, in both forms of the method; nothing if they share no seed."""
+    """With one control; nothing if they share no seed."""
     places = {"out_of_domain": arms.out_of_domain}
     if control == _BASELINE:
         places["in_domain"] = [arms.in_domain]
     for where, domains in places.items():
-        for form in (AS_TRAINED, TEMPERED):
-            found = None if theirs is None else difference(arm.forms[form], theirs, domains)
-            if found is not None:
-                yield Comparison(
-                    control=control,
-                    where=where,
-                    tempered=form == TEMPERED,
-                    difference=found.mean,
-                    spread=found.spread,
-                    low=found.low,
-                    high=found.high,
-                    seeds=found.seeds,
-                    passed=_passed(found, where),
-                )
+        found = None if theirs is None else difference(arm.forms[TEMPERED], theirs, domains)
+        if found is not None:
+            yield Comparison(
+                control=control,
+                where=where,
+                difference=found.mean,
+                spread=found.spread,
+                low=found.low,
+                high=found.high,
+                seeds=found.seeds,
+                passed=_passed(found, where),
+            )
 
 
 def _passed(found: Difference, where: str) -> bool | None:
@@ -192,45 +191,29 @@ def _because(
     missing: Sequence[str],
     uncertain: Sequence[str],
 ) -> str:
-    if outcome == GAIN:
-        return _of_gain(comparisons, uncertain)
+    outside = [each for each in comparisons if each.where == "out_of_domain"]
+    inside = [each for each in comparisons if each.where == "in_domain"]
     clauses = []
-    for form, found in _by_form(comparisons):
-        outside = [each for each in found if each.where == "out_of_domain"]
-        if outcome == NO_GAIN:
-            outside_failed = [each for each in outside if each.passed is False]
-            if outside_failed:
-                clauses.append(f"{form}, {_told(max(outside_failed, key=_short_of))}")
-            elif not missing and all(each.passed for each in outside):
-                clauses.append(f"{form}, it is below every control")
-            costs = [each for each in found if each.where == "in_domain" and each.passed is False]
-            clauses += [f"{form}, it costs {_size(each)} in domain" for each in costs]
-        elif outside:
-            clauses.append(f"{form}, {_told(max(outside, key=_short_of))}")
-    if missing:
-        clauses.insert(0, f"not measured: {', '.join(missing)}")
     if any(each.passed is None for each in comparisons):
-        clauses.insert(0, "one seed has no spread, two are needed")
-    return "; ".join(clauses)
-
-
-def _of_gain(comparisons: Sequence[Comparison], uncertain: Sequence[str]) -> str:
-    clauses = []
-    for form, found in _by_form(comparisons):
-        nearest = max((each for each in found if each.where == "out_of_domain"), key=_short_of)
-        [inside] = [each for each in found if each.where == "in_domain"]
+        clauses.append("one seed has no spread, two are needed")
+    if missing:
+        clauses.append(f"not measured: {', '.join(missing)}")
+    if outcome == GAIN:
+        nearest = max(outside, key=_short_of)
         clauses.append(
-            f"{form}, the nearest control ({nearest.control}) is worse by {_size(nearest)}, "
-            f"and the change in domain is {inside.difference:+.4f}"
+            f"the nearest control ({nearest.control}) is worse by {_size(nearest)}, and the change "
+            f"in domain is {inside[0].difference:+.4f}"
         )
-    if uncertain:
-        clauses.append(f"but over documents it is not certain against {', '.join(uncertain)}")
+        if uncertain:
+            clauses.append(f"but over documents it is not certain against {', '.join(uncertain)}")
+    elif failed := [each for each in outside if each.passed is False]:
+        clauses.append(_told(max(failed, key=_short_of)))
+    elif outside and outcome == NOT_ESTABLISHED:
+        clauses.append(_told(max(outside, key=_short_of)))
+    elif not missing:
+        clauses.append("it is below every control")
+    clauses += [f"it costs {_size(each)} in domain" for each in inside if each.passed is False]
     return "; ".join(clauses)
-
-
-def _by_form(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:
-    for form, tempered in (("at temperature 1", False), ("tempered", True)):
-        yield form, [each for each in comparisons if each.tempered == tempered]
 
 
 def _short_of(comparison: Comparison) -> float:
