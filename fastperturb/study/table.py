@@ -177,8 +177,9 @@ def _reading(summary: Mapping[str, Any]) -> str:
             f"nll a Monte-Carlo error of {judging['largest_error']:.4f} at the most.",
             "- compute: draws times tokens that training ran, in units of the baseline's.",
             "- A gain is below every control out of domain, all of them tempered, by more than "
-            "twice the standard deviation of that difference, with no cost seen in domain. Few "
-            "seeds know that deviation badly: of two, one comparison in nine passes by chance.",
+            "twice the standard deviation of that difference, with no cost seen in domain, at "
+            "equal steps and at equal compute. Few seeds know that deviation badly: of two, one "
+            "comparison in nine passes by chance.",
             "- Rates and steps are chosen at T = 1. Seeds change adapters, order and noise, not "
             "the texts.",
         ]

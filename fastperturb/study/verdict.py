@@ -2,8 +2,8 @@
 
 Every model counts at its own temperature, tuned on in-domain validation: one that was not tempered
 says little beside one that was. A method must be below every control out of domain by more than
-twice the spread, over seeds, of their difference; and in domain not above the tempered baseline by
-more than that, nor surely above it over documents. The controls:
+twice the spread, over seeds, of their difference; and in domain not above the baseline, at equal
+steps and at equal compute, by more than that, nor surely above it over documents. The controls:
 
 * the baseline, at the learning rate that validation prefers;
 * the baseline at the method's own rate, where that is another one: a lower rate forgets less;
@@ -35,6 +35,7 @@ from fastperturb.study.arms import (
 GAIN, NO_GAIN, NOT_ESTABLISHED = "gain", "no gain", "not established"
 
 _BASELINE = "the tempered baseline"
+_EQUAL_COMPUTE = "the baseline at equal compute"
 # A method that trains on this much more than the baseline must stand beside it at equal compute.
 _COSTS_MORE = 1.1
 
@@ -125,7 +126,7 @@ def controls(arms: Arms, arm: Arm) -> dict[str, Measured | None]:
     if arm.learned and arm.moves:
         found["its deterministic twin"] = _tempered(twin_of(arms, arm))
     if arm.mean("token_passes") > _COSTS_MORE * baseline.mean("token_passes"):
-        found["the baseline at equal compute"] = _tempered(at_equal_compute(arms, arm))
+        found[_EQUAL_COMPUTE] = _tempered(at_equal_compute(arms, arm))
     return found
 
 
@@ -152,7 +153,7 @@ def _tempered(arm: Arm | None) -> Measured | None:
 def _compared(arms: Arms, arm: Arm, control: str, theirs: Measured | None) -> Iterator[Comparison]:
     """With one control; nothing if they share no seed."""
     places = {"out_of_domain": arms.out_of_domain}
-    if control == _BASELINE:
+    if control in (_BASELINE, _EQUAL_COMPUTE):
         places["in_domain"] = [arms.in_domain]
     for where, domains in places.items():
         found = None if theirs is None else difference(arm.forms[TEMPERED], theirs, domains)
@@ -212,7 +213,11 @@ def _because(
         clauses.append(_told(max(outside, key=_short_of)))
     elif not missing:
         clauses.append("it is below every control")
-    clauses += [f"it costs {_size(each)} in domain" for each in inside if each.passed is False]
+    clauses += [
+        f"it costs {_size(each)} in domain beside {each.control}"
+        for each in inside
+        if each.passed is False
+    ]
     return "; ".join(clauses)
 
 
