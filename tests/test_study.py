@@ -178,7 +178,7 @@ def in_yaml(folder, **changes):
         **changes,
     }
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 
