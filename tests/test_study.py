@@ -267,6 +267,12 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(folder, capsys):
     }
     path = in_yaml(folder, methods=methods, learning_rate_factors=[])
     out = folder / "failing"
-    assert cli.main(["study", "--config", str(path), "--output-dir", str(out)]) == 2
-    assert "runs failed, as bad, seed 0: lora.targets" in capsys.readouterr().err
+    assert cli.main(["study", "--config", str(path), "--output-dir", str(out)]) == 1
+    assert "failed: bad, seed 0: lora.targets=('nothing',)" in capsys.readouterr().out
+    [log] = (out / "runs").glob("bad_seed_0_*/log.txt")
+    assert "Traceback" in log.read_text()
+    assert [cell["method"] for cell in json.loads((out / "results.json").read_text())["cells"]] == [
+        "exact",
+        "exact, compute x 4",
+    ]
     assert (next((out / "runs").glob("exact_seed_0_*")) / "trained.json").exists()
