@@ -4,6 +4,7 @@ Every mistake in the file is an error that names the file, the key and what was 
 """
 
 import dataclasses
+import json
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,6 +26,12 @@ def load(path: Path, options_class: type) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     return from_mapping({} if content is None else content, options_class, str(path))
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """A dataclass of options as JSON holds it; `from_mapping` makes an equal one of it."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return found
 
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:

@@ -11,7 +11,7 @@ schedule then stay what they are for all, and a noisy equation gets the average 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastperturb.demo.jobs import Job
@@ -41,7 +41,7 @@ class Arm:
     x: float | None  # None: fresh pairs every step
     method: Method
     steps: int = STEPS
-    setting: Setting = Setting()  # noqa: RUF009  (frozen)
+    setting: Setting = field(default_factory=Setting)
 
     def job(self, seed: int) -> Job:
         return Job(seed, self.method, self.steps, self.setting)

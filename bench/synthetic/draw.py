@@ -28,6 +28,7 @@ COLOURS = {
     "fixed": "#D55E00",
     "learned": "#0072B2",
 }
+NOISY = ("movement", "noisy")
 TITLES = {"in_support": "in support", "band1": "band 1", "band2": "band 2"}
 
 
@@ -53,7 +54,7 @@ def draw_draws(figure: Figure, results: dict[str, Any]) -> None:
     for axes, region in zip(panels, REGIONS):
         titled(axes, f"KL {TITLES[region]}")
         for equation in equations:
-            line(axes, of(rows, "draws", equation), equation, lambda row: row["kl"][region])  # noqa: B023
+            line(axes, of(rows, "draws", equation), equation, ("kl", region))
         exact = pick(rows, "fixed", "exact", 0.0)["kl"][region]["mean"]
         axes.axhline(exact, color=INK, linewidth=1.2, linestyle="--", label="exact prefix")
         best = [best_fixed(rows, f"iwae, M = {M}") for M in (4, 16)]
@@ -67,8 +68,7 @@ def draw_draws(figure: Figure, results: dict[str, Any]) -> None:
         axes.set_yscale("log")
     titled(panels[3], "sd along the noisy axis")
     for equation in equations:
-        row = of(rows, "draws", equation)
-        line(panels[3], row, equation, lambda row: row["movement"]["noisy"])
+        line(panels[3], of(rows, "draws", equation), equation, NOISY)
     panels[3].axhline(NOISE_SD, color=INK, linewidth=1, linestyle=":")
     for axes in panels:
         draws_axis(axes, upto=16)
@@ -101,21 +101,20 @@ def draw_scale(figure: Figure, results: dict[str, Any]) -> None:
     titled(panels[0], "learned sd against the truth's")
     panels[0].plot([0, 0.5], [0, 0.5], color=INK, linewidth=1, linestyle=":")
     panels[0].set_xlabel("the truth's sd along the noisy axis", color=INK)
-    noisy = lambda row: row["movement"]["noisy"]  # noqa: E731
     for experiment, where, style in (("held_noise", "trunk held", "-"), ("noise", "free", "--")):
         for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == experiment):
             chosen = of(rows, experiment, name)
             if "movement" in chosen[0]:
-                line(panels[0], chosen, f"{name} ({where})", noisy, style=style)
+                line(panels[0], chosen, f"{name} ({where})", NOISY, style=style)
     panels[0].legend(fontsize=8, frameon=False)
     titled(panels[1], "trunk held: learned sd by draws")
     for equation in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "held_draws"):
-        line(panels[1], of(rows, "held_draws", equation), equation, noisy)
+        line(panels[1], of(rows, "held_draws", equation), equation, NOISY)
     draws_axis(panels[1], upto=64)
     panels[1].legend(fontsize=8, frameon=False)
     titled(panels[2], "trunk held: learned sd by training pairs")
     for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "held_size"):
-        line(panels[2], of(rows, "held_size", name), name, noisy)
+        line(panels[2], of(rows, "held_size", name), name, NOISY)
     panels[2].legend(fontsize=8, frameon=False)
     pairs_axis(panels[2])
     for axes in panels[1:]:
@@ -134,7 +133,7 @@ def draw_size(figure: Figure, results: dict[str, Any]) -> None:
         for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "size"):
             style = "--" if name == "fixed 0.2" else "-"
             chosen = of(rows, "size", name)
-            line(axes, chosen, name, lambda row: row["kl"][region], style=style)  # noqa: B023
+            line(axes, chosen, name, ("kl", region), style=style)
         axes.set_yscale("log")
         readable(axes.yaxis)
         pairs_axis(axes)
@@ -187,11 +186,17 @@ def colour(row: dict[str, Any]) -> str:
 
 
 def line(
-    axes: Axes, rows: Sequence[dict[str, Any]], label: str, value: Any, *, style: str = "-"
+    axes: Axes,
+    rows: Sequence[dict[str, Any]],
+    label: str,
+    measured: tuple[str, str],
+    *,
+    style: str = "-",
 ) -> None:
-    """Means with their intervals; fresh pairs stand at half a million."""
+    """Means of what was measured, with their intervals; fresh pairs stand at half a million."""
     x = [5e5 if row["x"] is None else row["x"] for row in rows]
-    found = [value(row) for row in rows]
+    what, where = measured
+    found = [row[what][where] for row in rows]
     off = [
         [each["mean"] - each["low"] for each in found],
         [each["high"] - each["mean"] for each in found],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from fastperturb import options as option_files
 from fastperturb.eval.domains import DomainOptions
 
 
@@ -122,8 +121,7 @@ class EvalOptions(DomainOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return plain
+        return option_files.plain(self)
 
 
 def named(option: str, entries: Sequence[str]) -> dict[str, str]:

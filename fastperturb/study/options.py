@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -139,8 +138,7 @@ class StudyOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return plain
+        return option_files.plain(self)
 
     def options_of(self, overrides: Overrides, name: str) -> TrainOptions:
         """The shared options with these replaced."""
@@ -204,22 +202,21 @@ def _runs_of_seed(study: StudyOptions, seed: int) -> list[Run]:
         name: dataclasses.replace(study.options_of(overrides, name), seed=seed)
         for name, overrides in study.methods.items()
     }
-    runs = [Run(method=name, options=options) for name, options in methods.items()]
-    runs_by_name = {run.method: run for run in runs}
+    of_methods = [Run(method=name, options=options) for name, options in methods.items()]
+    runs = list(of_methods)
     own = methods[study.baseline]
     for factor in study.learning_rate_factors:
         options = dataclasses.replace(own, learning_rate=factor * own.learning_rate)
         name = f"{study.baseline}, rate x {factor:g}"
         runs.append(Run(method=name, options=options, control="learning_rate", of=study.baseline))
-    for draws in sorted({run.draws for run in runs} - {1}):
+    for draws in sorted({run.draws for run in of_methods} - {1}):
         options = _lengthened(own, draws)
         name = f"{study.baseline}, compute x {draws}"
         runs.append(Run(method=name, options=options, control="equal_compute", of=study.baseline))
-    for name, options in methods.items():
-        if runs_by_name[name].learned:
-            twin = f"{name}, deterministic"
-            held = _deterministic(options)
-            runs.append(Run(method=twin, options=held, control="deterministic", of=name))
+    for run in of_methods:
+        if run.learned:
+            twin, held = f"{run.method}, deterministic", _deterministic(run.options)
+            runs.append(Run(method=twin, options=held, control="deterministic", of=run.method))
     return runs
 
 

@@ -57,7 +57,7 @@ def train_run(run: Run, folder: Path, texts: Texts) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     own, start = folder / "train", time.process_time()
     with logged(folder / "log.txt"):
-        train.run(_at(run, own))
+        train.run(replace(run.options, output_dir=own, resume="auto"))
     results = read(own / "results.json")
     labelled = [line for line in read_metrics(own / METRICS_NAME) if "shift" in line]
     steps, options = results["steps"], run.options
@@ -108,9 +108,7 @@ def _judge(
     if noisy:
         with lm.exact():
             measurements += judge.measure(lm, "without_noise", draws=1)
-    scales = None
-    if run.learned:
-        scales = token_scales(lm, tokenizer)
+    scales = token_scales(lm, tokenizer) if run.learned else None
     if with_noise:
         scale = study.noise_scale or study.train.perturb.init_scale
         config = PerturbConfig(transform="diagonal", init_scale=scale)
@@ -233,10 +231,6 @@ def token_scales(lm: PerturbedLM, tokenizer: Any) -> dict[str, list[tuple[str, f
         return list(zip(tokens, scales[chosen].tolist()))
 
     return {"most": named(order[:_NAMED]), "least": named(order[-_NAMED:].flip(0))}
-
-
-def _at(run: Run, folder: Path) -> train.TrainOptions:
-    return replace(run.options, output_dir=folder, resume="auto")
 
 
 @contextlib.contextmanager

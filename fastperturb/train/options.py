@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -11,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from fastperturb import options as option_files
 from fastperturb.config import PerturbConfig
 from fastperturb.train.data import DataOptions
 
@@ -249,8 +248,7 @@ class TrainOptions(DataOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
-        return plain
+        return option_files.plain(self)
 
     def refuse_changes(self, before: dict[str, Any], checkpoint: Path) -> None:
         """Refuse to continue a run that was another one, and warn of a new course."""
