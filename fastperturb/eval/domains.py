@@ -52,11 +52,8 @@ KNOWN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DomainOptions:
-    """How texts are read, and how they are laid into blocks."""
-
-    block_size: int = 256
-    """Tokens a block: of longer documents each piece of a block is predicted by itself."""
+class TextOptions:
+    """How texts are read."""
 
     text_field: str = "text"
     """Where a record of JSON or of a dataset holds its text."""
@@ -90,10 +87,20 @@ class DomainOptions:
             text_field=self.text_field,
             split=self.split,
             document_separator=self.document_separator,
-            block_size=self.block_size,
             # Of a text on the hub only what is needed is fetched.
             streaming=self.max_documents is not None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainOptions(TextOptions):
+    """How texts are read, and how they are laid into blocks."""
+
+    block_size: int = 256
+    """Tokens a block: of longer documents each piece of a block is predicted by itself."""
+
+    def reading(self, where: str) -> DataOptions:
+        return dataclasses.replace(super().reading(where), block_size=self.block_size)
 
 
 @dataclass(frozen=True)
@@ -123,14 +130,14 @@ def read(name: str, where: str | Sequence[str], options: DomainOptions, tokenize
     """A domain of this name, of the text at `where`, or of several laid end to end."""
     tokenize = DocumentTokenizer(tokenizer)
     places = [where] if isinstance(where, str) else where
-    documents = [tokens for place in places for tokens in _documents(place, options, tokenize)]
+    documents = [tokens for place in places for tokens in read_documents(place, options, tokenize)]
     layout = Layout(options.block_size, "documents", tokenize.eos)
     blocks = PackedDocuments([_table(documents)], layout)
     return Domain(name, blocks, [blocks.documents(number) for number in range(len(blocks))])
 
 
-def _documents(
-    where: str, options: DomainOptions, tokenize: DocumentTokenizer
+def read_documents(
+    where: str, options: TextOptions, tokenize: DocumentTokenizer
 ) -> list[NDArray[np.int32]]:
     """The tokens of each document at one place."""
     known = None if Path(where).expanduser().exists() else KNOWN.get(where)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ import fastperturb
 from fastperturb import runs
 from fastperturb.checkpoint import CONFIG_NAME, Checkpoint
 from fastperturb.config import PerturbConfig
-from fastperturb.eval.options import EvalOptions
 from fastperturb.model import PerturbedLM
 from fastperturb.train.documents import DocumentTokenizer
 
@@ -32,6 +31,24 @@ class Place:
     checkpoint: Path | None
     base: str
     tokenizer: str
+
+
+class LoadOptions(Protocol):
+    """What loading asks of a command's options."""
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+    @property
+    def device(self) -> str | None: ...
+
+    @property
+    def lengths(self) -> Mapping[str, int]:
+        """How long a text gets, by the options that make it so."""
+        ...
 
 
 def find(name: str, where: str, base: str | None) -> Place:
@@ -86,13 +103,11 @@ def common_tokenizer(places: Sequence[Place], *, trust_remote_code: bool) -> Any
     return found[0]
 
 
-def load(place: Place, options: EvalOptions) -> PerturbedLM:
+def load(place: Place, options: LoadOptions) -> PerturbedLM:
     """The model in eval mode; a plain one behind a transform that moves nothing."""
     base = _base(place, options)
-    check_positions(place.name, base, options.block_size)
-    if options.continuations:
-        length = options.prompt_tokens + options.continuation_tokens
-        check_positions(place.name, base, length, "prompt_tokens + continuation_tokens")
+    for what, tokens in options.lengths.items():
+        check_positions(place.name, base, tokens, what)
     if place.checkpoint is not None:
         lm = fastperturb.load(base, place.checkpoint)
     else:
@@ -107,7 +122,7 @@ def autocast(lm: PerturbedLM, precision: str) -> contextlib.AbstractContextManag
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _base(place: Place, options: EvalOptions) -> nn.Module:
+def _base(place: Place, options: LoadOptions) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32

@@ -119,6 +119,15 @@ class EvalOptions(DomainOptions):
                     f"{what} needs the package {named}: pip install 'fastperturb[{extra}]'"
                 )
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How long a text gets, by the options that make it so."""
+        found = {"block_size": self.block_size}
+        if self.continuations:
+            longest = self.prompt_tokens + self.continuation_tokens
+            found["prompt_tokens + continuation_tokens"] = longest
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return option_files.plain(self)
