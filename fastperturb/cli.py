@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("fastperturb.train:TrainOptions", "adapt a model to text, by any of five methods"),
     "eval": ("fastperturb.eval:EvalOptions", "how likely texts are under models, with intervals"),
     "study": ("fastperturb.study:StudyOptions", "every method on one domain, judged on all"),
+    "rank": ("fastperturb.rank:RankOptions", "logit rank, and writing by combinations of prompts"),
     "doctor": ("fastperturb.doctor:DoctorOptions", "what runs here, how, and whether it is right"),
 }
 

@@ -8,6 +8,9 @@ from matplotlib.axes import Axes
 
 INK = "#333333"
 FAINT = "#8a8a8a"
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and again in other markers.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+MARKERS = ("o", "s", "^", "D")
 
 
 def plain(axes: Axes, *, grid: Literal["x", "y", "both"] | None = None) -> None:

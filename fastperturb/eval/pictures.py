@@ -10,11 +10,8 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastperturb.drawing import FAINT, INK, plain
+from fastperturb.drawing import FAINT, INK, MARKERS, PALETTE, plain
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and again in other markers.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
-MARKERS = ("o", "s", "^", "D")
 ACROSS = 5  # panels in a row
 
 Results = Mapping[str, Any]

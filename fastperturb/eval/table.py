@@ -16,20 +16,21 @@ from fastperturb.eval.likelihood import Likelihood, at_bound
 # Below this many documents an interval over them is hardly one.
 FEW_DOCUMENTS = 5
 
-# Columns of words; the others hold numbers, which are not broken over lines.
-_TEXT = ("domain", "model", "written by", "read from")
-
 Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a heading, and a word on how to read them."""
+    """Rows of cells under a heading, and a word on how to read them.
+
+    words: the columns of words; the others hold numbers.
+    """
 
     title: str
     header: list[str]
     rows: list[list[str]]
     note: str
+    words: tuple[str, ...] = ("domain", "model", "written by", "read from")
 
 
 def tables(results: Results) -> list[Table]:
@@ -60,15 +61,25 @@ def show(tables: Sequence[Table]) -> None:
     console = Console()
     for table in tables:
         shown = RichTable(box=box.SIMPLE, pad_edge=False)
+        fits = _width(table) <= console.width  # else all is there on several lines
         for name in table.header:
-            is_text = name in _TEXT
+            is_text = name in table.words
             justify: Any = "left" if is_text else "right"
-            shown.add_column(name, justify=justify, no_wrap=not is_text, overflow="fold")
+            shown.add_column(name, justify=justify, no_wrap=fits and not is_text, overflow="fold")
         for row in table.rows:
             shown.add_row(*map(escape, row))
         console.print(f"[bold]{escape(table.title)}[/bold]")
         console.print(shown)
         console.print(escape(table.note) + "\n")
+
+
+def _width(table: Table) -> int:
+    """With three blanks between columns; those of words can be narrow."""
+    widest = (
+        10 if name in table.words else max(len(name), *(len(row[number]) for row in table.rows))
+        for number, name in enumerate(table.header)
+    )
+    return sum(widest) + 3 * len(table.header)
 
 
 def texts(results: Results) -> Table:

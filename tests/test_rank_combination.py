@@ -1,0 +1,338 @@
+"""Linear combinations of histories: weights, streams that go on by them, and what they lose."""
+
+import numpy as np
+import pytest
+import torch
+from test_architectures import base_model
+
+from fastperturb import PerturbConfig, wrap
+from fastperturb.rank import ISAN, FunctionOracle, Metered, ModelOracle, logit_matrix, streams
+from fastperturb.rank.combination import fit, shares_by_length
+from fastperturb.rank.comparison import combined, compare, drawn, told, truncations
+from fastperturb.rank.oracle import QueryBudgetSpent
+from fastperturb.rank.streams import open_streams, write
+from fastperturb.rank.texts import pieces, shuffled, with_prefixes
+
+HISTORIES = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15), (8, 3)]
+WRITTEN = torch.tensor([[4, 5, 6, 7], [4, 9, 9, 3]])
+
+
+def weights_of(sums=3):
+    return np.random.default_rng(0).standard_normal((sums, len(HISTORIES)))
+
+
+def one_at_a_time(oracle, weights, written):
+    """softmax(sum_n w[n] centred log-probs of history n), history by history [W, L + 1, V]."""
+    contexts = [tuple(written[:end]) for end in range(len(written) + 1)]
+    logits = torch.stack([oracle.log_probs([h], contexts)[0].double() for h in HISTORIES])
+    logits = logits - logits.mean(-1, keepdim=True)
+    return torch.einsum("wn,nlv->wlv", torch.from_numpy(weights), logits).log_softmax(-1)
+
+
+def isan(rank=3, vocab_size=6, length=9):
+    return ISAN.random(vocab_size, length, rank, seed=1)
+
+
+def some(count, length, *, vocab_size=6, seed=0):
+    random = np.random.default_rng(seed)
+    return [tuple(row) for row in random.integers(vocab_size, size=(count, length)).tolist()]
+
+
+def models():
+    torch.manual_seed(0)
+    plain = {name: base_model(name) for name in ("Llama", "GPT2", "Gemma2", "Cohere", "GPTNeoX")}
+    noisy = wrap(base_model("Llama"), PerturbConfig(latent_dim=4, init_scale=1.0))
+    sequence = wrap(
+        base_model("Llama"), PerturbConfig(latent_dim=4, init_scale=1.0, marginal="sequence")
+    )
+    return {**plain, "noisy": noisy, "noisy, sequence marginal": sequence}
+
+
+# Weights
+
+
+def test_weights_are_those_of_ridge_regression():
+    random = np.random.default_rng(0)
+    values, targets = random.standard_normal((7, 5, 4)), random.standard_normal((3, 5, 4))
+    found = fit(values, targets, ridges=[0.02])
+    rows, wanted = values.reshape(7, -1), targets.reshape(3, -1)
+    penalty = 0.02 * np.square(rows).sum(1).mean()
+    expected = np.linalg.lstsq(
+        np.vstack([rows.T, np.sqrt(penalty) * np.eye(7)]),
+        np.vstack([wanted.T, np.zeros((7, 3))]),
+        rcond=None,
+    )[0].T
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-9)
+    missed = np.linalg.norm(wanted - expected @ rows) / np.linalg.norm(wanted)
+    assert found.error == pytest.approx(missed, rel=1e-9)
+
+
+def test_a_future_of_twice_the_share_counts_as_two():
+    random = np.random.default_rng(0)
+    values, targets = random.standard_normal((7, 5, 4)), random.standard_normal((3, 5, 4))
+    twice = [0, 1, 1, 2, 3, 3, 4]
+    expected = fit(values[:, twice], targets[:, twice], ridges=[0.02])
+    found = fit(values, targets, shares=np.array([1.0, 2, 1, 2, 1]), ridges=[0.02])
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-9)
+    assert found.error == pytest.approx(expected.error, rel=1e-9)
+
+
+def test_every_length_of_futures_has_the_same_share():
+    futures = with_prefixes([(1, 2, 3), (1, 4), (5,)])
+    shares = shares_by_length(futures)
+    by_length = {n: sum(s for s, f in zip(shares, futures) if len(f) == n) for n in range(4)}
+    assert by_length == pytest.approx(dict.fromkeys(range(4), 1.0))
+
+
+def test_without_a_penalty_weights_are_the_shortest_that_fit():
+    values = np.random.default_rng(0).standard_normal((2, 3, 4))
+    doubled = np.concatenate([values, values])
+    found = fit(doubled, values, ridges=[0.0])
+    np.testing.assert_allclose(found.weights, 0.5 * np.hstack([np.eye(2), np.eye(2)]), atol=1e-9)
+
+
+def test_the_ridge_is_the_one_that_predicts_futures_it_has_not_seen():
+    random = np.random.default_rng(0)
+    truth = random.standard_normal((2, 40))
+    columns = random.standard_normal((40, 30, 4))
+    targets = np.einsum("tn,nfk->tfk", truth, columns) + 5.0 * random.standard_normal((2, 30, 4))
+    ridges = (1e-8, 1e-2, 1.0, 100.0)
+    found = fit(columns, targets, ridges=ridges)
+    errors = []
+    for ridge in ridges:
+        seen = fit(columns[:, :22], targets[:, :22], ridges=[ridge]).weights  # three quarters
+        rest = targets[:, 22:] - np.einsum("tn,nfk->tfk", seen, columns[:, 22:])
+        errors.append(np.linalg.norm(rest) / np.linalg.norm(targets[:, 22:]))
+    assert found.ridge == ridges[int(np.argmin(errors))] not in (ridges[0], ridges[-1])
+    assert found.held_out_error == pytest.approx(min(errors), rel=1e-9)
+    everything = fit(columns, targets, ridges=[found.ridge])
+    np.testing.assert_allclose(found.weights, everything.weights)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": np.ones((1, 3, 3))}, "targets must be asked on the futures and tokens"),
+        ({"shares": np.ones(2)}, "shares must be positive, one for each of the 3 futures"),
+        ({"shares": np.zeros(3)}, "shares must be positive, one for each of the 3 futures"),
+        ({"ridges": []}, "ridges must be one or more numbers from 0 on"),
+        ({"ridges": [-1.0]}, "ridges must be one or more numbers from 0 on"),
+        ({"held_out": 1.0}, "held_out must be a share between 0 and 1"),
+        ({"values": np.ones((2, 1, 4)), "targets": np.ones((1, 1, 4))}, "1 futures cannot be"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(arguments, message):
+    given = {"values": np.ones((2, 3, 4)), "targets": np.ones((1, 3, 4)), **arguments}
+    with pytest.raises(ValueError, match=message):
+        fit(given.pop("values"), given.pop("targets"), **given)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("name", models())
+def test_streams_go_on_by_the_weighted_sum_of_centred_logits(name):
+    oracle = ModelOracle(models()[name], prompt=(1,), num_samples=4)
+    weights = weights_of()
+    found = open_streams(oracle, HISTORIES, weights, copies=2)
+    law = torch.cat([found.law[:, :, None], found.advance(WRITTEN)], dim=2)
+    for number, written in enumerate(WRITTEN.tolist()):
+        expected = one_at_a_time(oracle, weights, written)
+        torch.testing.assert_close(law[:, number].double(), expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", models())
+@pytest.mark.parametrize("batch_tokens", [8192, 20])
+def test_tokens_may_come_one_by_one_or_at_once(name, batch_tokens, monkeypatch):
+    oracle = ModelOracle(models()[name], prompt=(1,), num_samples=4, batch_tokens=batch_tokens)
+    if batch_tokens == 20:
+        monkeypatch.setattr(streams, "_AT_ONCE", 1)
+    at_once = open_streams(oracle, HISTORIES, weights_of(), copies=2)
+    one_by_one = open_streams(oracle, HISTORIES, weights_of(), copies=2)
+    expected = at_once.advance(WRITTEN)
+    found = torch.cat([one_by_one.advance(part) for part in WRITTEN.split(1, 1)], dim=2)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(one_by_one.law, expected[:, :, -1], atol=2e-5, rtol=0)
+
+
+def test_a_linear_head_runs_on_sums_alone(monkeypatch):
+    model, made = base_model("Llama"), []
+    oracle = ModelOracle(model, prompt=(1,))
+    run = oracle.passes.run
+
+    def spied(*arguments, **options):
+        found, cache = run(*arguments, **options)
+        made.append(found.shape[-1])
+        return found, cache
+
+    oracle.log_probs([(4,)], [()])
+    monkeypatch.setattr(oracle.passes, "run", spied)
+    open_streams(oracle, HISTORIES, weights_of(), copies=2).advance(WRITTEN)
+    assert made == [model.config.hidden_size] * 2  # hidden states, no logits of any history
+
+
+def test_any_oracle_has_streams():
+    model = isan()
+    weights = weights_of()
+    histories = [tuple(token % 6 for token in history) for history in HISTORIES]
+    oracle = FunctionOracle(lambda context: model.log_probs([context], [()])[0, 0], 6)
+    written = WRITTEN[:, :2] % 6
+    law = open_streams(oracle, histories, weights, copies=2).advance(written)
+    logits = model.log_probs(histories, [tuple(written[1].tolist())])[:, 0]
+    logits = logits - logits.mean(-1, keepdim=True)
+    expected = (torch.from_numpy(weights) @ logits).log_softmax(-1)
+    torch.testing.assert_close(law[:, 1, 1], expected)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_streams_count_each_context_once_and_keep_to_a_budget(cached):
+    model = ModelOracle(base_model("Llama"), prompt=(1,))
+    oracle = model
+    if not cached:
+        oracle = FunctionOracle(lambda context: model.log_probs([context], [()])[0, 0], 97)
+    meter = Metered(oracle, budget=5 * 6)
+    found = open_streams(meter, HISTORIES, weights_of(), copies=2)
+    assert meter.queries == 5
+    found.advance(torch.tensor([[4], [4]]))
+    assert meter.queries == 5 * 2
+    found.advance(torch.tensor([[5, 6], [5, 7]]))
+    assert meter.queries == 5 * 5
+    with pytest.raises(QueryBudgetSpent, match="25 of 30 were asked, and the next step needs 10"):
+        found.advance(torch.tensor([[1], [1]]))
+
+
+def test_a_history_written_on_by_itself_writes_what_the_model_does():
+    model = base_model("Llama")
+    ids = torch.tensor([[1, *HISTORIES[2]]])
+    expected = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    weights = np.eye(5)[2]
+    found = write(ModelOracle(model, prompt=(1,)), HISTORIES, weights, 6)
+    assert list(found) == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("weights", "copies", "message"),
+    [
+        (np.ones(5), 1, r"weights must be \[W, N\] with N = 5"),
+        (np.ones((2, 4)), 1, r"weights must be \[W, N\] with N = 5"),
+        (np.ones((2, 5)), 0, "copies must be at least 1"),
+    ],
+)
+def test_streams_without_their_weights_are_refused(weights, copies, message):
+    with pytest.raises(ValueError, match=message):
+        open_streams(isan(), HISTORIES, weights, copies=copies)
+
+
+def test_streams_beyond_a_models_positions_are_refused():
+    model = base_model("GPT2")
+    most = model.config.n_positions
+    found = open_streams(ModelOracle(model), [(5,) * (most - 2)], np.ones((1, 1)))
+    found.advance(torch.tensor([[5, 5]]))
+    with pytest.raises(ValueError, match=f"has {most + 1} tokens"):
+        found.advance(torch.tensor([[5]]))
+
+
+# What they lose
+
+
+def test_of_exact_rank_a_combination_of_that_many_histories_is_the_model():
+    model, target = isan(rank=3), (0, 1, 2)
+    others = some(3, 3, seed=3)
+    futures = with_prefixes(some(6, 4))
+    values = logit_matrix(model, [*others, target], futures).values.astype(np.float64)
+    weights = fit(values[:3], values[3:], ridges=[0.0]).weights
+    written = torch.tensor(some(8, 5, seed=5))
+    truth, law = told(model, target, written), combined(model, others, weights, written)[0]
+    np.testing.assert_allclose(law, truth, atol=1e-4)  # the matrix is held in fp32
+
+
+def test_the_comparison_is_of_the_laws_along_continuations_of_the_model():
+    model = isan(rank=3)
+    histories, targets = some(20, 4), some(3, 4, seed=9)
+    futures = with_prefixes(some(6, 3, seed=2))
+    pools = {"all": logit_matrix(model, histories, futures)}
+    pools["two"] = logit_matrix(model, histories[:2], futures)
+    asked = logit_matrix(model, targets, futures)
+    found = compare(model, pools, asked, steps=4, continuations=5, earlier=isan(rank=2), seed=1)
+    kl = {way.name: way.kl for way in (*found.combinations, *found.baselines)}
+    assert set(kl) == {"all", "two", "empty future", "last token", "last 2 tokens", "unigram"} | {
+        "earlier checkpoint"
+    }
+    assert all(each.shape == (3, 4) and (each > -1e-9).all() for each in kl.values())
+    assert kl["all"].max() < 1e-4
+    # A rank of 3 in 6 tokens: the next token's logits tell the state, but two rows do not span it.
+    assert kl["two"].sum() > 0.1 and kl["earlier checkpoint"].sum() > 0.1
+    for each, target in zip(found.written, targets):
+        assert each.target == target and each.combination == each.model
+        law = model.log_probs([target], [each.model[:2]])[0, 0]
+        assert each.model[2] == law.argmax() and len(each.model) == 4
+    generator = torch.Generator().manual_seed(1)
+    written = drawn(model, targets[0], 4, 5, generator)
+    truth, short = told(model, targets[0], written), told(model, targets[0][-2:], written)
+    expected = (truth.exp() * (truth - short)).sum(-1).mean(0)
+    np.testing.assert_allclose(kl["last 2 tokens"][0], expected, rtol=1e-6)
+
+
+def test_the_unigram_is_the_best_of_all_constant_laws():
+    model = isan()
+    targets = logit_matrix(model, some(2, 4), with_prefixes(some(4, 3)))
+    found = compare(model, {"own": targets}, targets, steps=3, continuations=2, seed=4)
+    unigram = next(way for way in found.baselines if way.name == "unigram")
+    generator = torch.Generator().manual_seed(4)
+    truths = torch.stack(
+        [told(model, each, drawn(model, each, 3, 2, generator)) for each in targets.histories]
+    )
+    best = truths.exp().mean((0, 1, 2))
+    for other in (best, *torch.rand(20, 6, dtype=torch.float64).softmax(-1)):
+        lost = (truths.exp() * (truths - other.log())).sum(-1).mean((0, 1)).sum()
+        assert unigram.kl.mean(0).sum() <= lost + 1e-9
+
+
+def test_continuations_are_drawn_from_the_model():
+    model = isan(vocab_size=4)
+    written = drawn(model, (0, 1), 2, 20_000, torch.Generator().manual_seed(0))
+    pairs = torch.bincount(written[:, 0] * 4 + written[:, 1], minlength=16) / len(written)
+    first = model.log_probs([(0, 1)], [()])[0, 0]
+    second = model.log_probs([(0, 1)], [(token,) for token in range(4)])[0]
+    expected = (first[:, None] + second).exp().flatten()
+    torch.testing.assert_close(pairs.double(), expected, atol=0.015, rtol=0)  # 4 sd
+
+
+def test_a_target_is_cut_to_one_token_a_quarter_and_a_half():
+    assert truncations(32) == [1, 8, 16]
+    assert truncations(5) == [1, 2]
+    assert truncations(2) == [1]
+    assert truncations(1) == []
+
+
+# Texts
+
+
+def test_pieces_are_different_share_no_token_and_come_from_everywhere():
+    documents = [np.arange(0, 17), np.arange(100, 103), np.arange(200, 230)]
+    found = pieces(documents, 10, 4, np.random.default_rng(0))
+    assert len({token for piece in found for token in piece}) == 10 * 4
+    assert all(piece == tuple(range(piece[0], piece[0] + 4)) for piece in found)
+    assert {piece[0] // 100 for piece in found} == {0, 2}
+    assert found != sorted(found)
+    repeated = [np.tile([1, 2, 3, 4], 5)]
+    with pytest.raises(ValueError, match="only 1 different pieces of 4 tokens, and 2 were asked"):
+        pieces(repeated, 2, 4, np.random.default_rng(0))
+
+
+def test_shuffled_sequences_have_their_own_tokens():
+    before = some(50, 6)
+    after = shuffled(before, np.random.default_rng(0))
+    assert [sorted(each) for each in after] == [sorted(each) for each in before]
+    assert sum(a != b for a, b in zip(after, before)) > 40
+
+
+def test_prefixes_come_once_the_empty_one_first():
+    assert with_prefixes([(1, 2), (1, 3)]) == [(), (1,), (1, 2), (1, 3)]
