@@ -118,9 +118,7 @@ def test_errors_grow_with_the_length_unless_coefficients_are_bounded():
     bounded = spent.value.learned
     unbounded = bounded.to_isan()
     sequences = target.sample(80, seed=1)
-    size = {
-        step: np.abs(states).max() for step, states, _ in unbounded.prefixes(sequences[:, :-1])
-    }
+    size = {step: np.abs(states).max() for step, states, _ in unbounded.prefixes(sequences[:, :-1])}
     assert size[8] > 4
     assert size[18] > 10 * size[8]
 

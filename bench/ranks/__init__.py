@@ -1,0 +1,1 @@
+"""What training and perturbation do to a model's logit rank, and how well combinations write."""

@@ -199,7 +199,7 @@ def _causal_lm(model: Any) -> Any:
 
 def _arguments(model: Any) -> set[str]:
     """What its forward takes, which that of PEFT around it hands on."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
 
 

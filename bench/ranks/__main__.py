@@ -1,0 +1,78 @@
+"""`python -m bench.ranks`: trains what is missing, measures, and writes results and tables.
+
+    OUTPUT/methods/     `fastperturb rank` of the base and of every method and seed
+    OUTPUT/base/        of the base on many histories, with combinations
+    OUTPUT/later/       of the base trained twice, the first training its earlier checkpoint
+    OUTPUT/summary.*    methods over seeds: JSON, a table and a picture
+
+Each of the three is measured once: delete its results.json to do it again. The texts are those of
+`python -m bench.studies.documents`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench.ranks import summary
+from bench.ranks.training import EARLIER, LATER, METHODS, SEEDS, train_missing
+from fastperturb import rank, runs
+from fastperturb.rank import RankOptions
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure logit ranks."""
+
+    base: str = "../shared/data/models/stories260K-hf"
+    texts: Path = Path("runs/texts/stories")
+    models: Path = Path("runs/ranks/models")
+    output_dir: Path = Path("runs/ranks/results")
+    workers: int = 2
+
+
+def main(options: Options) -> None:
+    train_missing(options.base, options.texts, options.models, workers=options.workers)
+    out, trained = options.output_dir, options.models
+    common = RankOptions(
+        models=(f"base={options.base}",),
+        text=str(options.texts / "test.jsonl"),
+        base=options.base,
+        histories=300,
+        futures=24,
+        num_samples=16,
+        targets=0,
+        device="cpu",
+        output_dir=out / "methods",
+        overwrite=True,
+    )
+    adapted = [f"{name}_{seed}={trained / f'{name}_{seed}'}" for name in METHODS for seed in SEEDS]
+    many = replace(common, histories=1200, futures=64, targets=16)
+    later = (f"later={trained / LATER / 'model'}",)
+    for each in (
+        replace(common, models=(*common.models, *adapted)),
+        replace(many, output_dir=out / "base"),
+        replace(
+            many,
+            models=later,
+            base=None,
+            earlier=str(trained / EARLIER / "model"),
+            output_dir=out / "later",
+        ),
+    ):
+        if not (each.output_dir / "results.json").exists():
+            rank.run(each)
+    results: dict[str, Any] = json.loads((out / "methods" / "results.json").read_text())
+    found = {**summary.over_seeds(results["models"]), **runs.provenance()}
+    runs.write_json(out / "summary.json", found)
+    (out / "summary.md").write_text(summary.table(found), encoding="utf-8")
+    summary.draw(found, out / "summary.png")
+    print(summary.table(found))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
