@@ -153,25 +153,30 @@ def draw_generation(models: Models, path: Path) -> bool:
         return False
     across = min(2, len(shown))
     rows = -(-len(shown) // across)
-    figure = Figure(figsize=(6.5 * across, 4.4 * rows), dpi=150, facecolor="white")
+    figure = Figure(figsize=(6 * across + 2, 4.4 * rows), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
     subplots = figure.subplots(rows, across, squeeze=False, sharey=True).flatten()
+    ways = {way["name"]: way["is_baseline"] for each in shown.values() for way in each["ways"]}
+    looks = {
+        name: {
+            "linestyle": "--" if is_baseline else "-",
+            "linewidth": 1.4 if is_baseline else 2.4,
+            "color": PALETTE[number % len(PALETTE)],
+            "marker": MARKERS[number // len(PALETTE) % len(MARKERS)],
+            "markersize": 3.5,
+        }
+        for number, (name, is_baseline) in enumerate(ways.items())
+    }
     for axes, (name, found) in zip(subplots, shown.items()):
-        for number, way in enumerate(found["ways"]):
+        for way in found["ways"]:
             total = np.cumsum(way["kl_by_step"])
-            axes.plot(
-                range(1, len(total) + 1),
-                np.maximum(total, LEAST_KL),
-                linestyle="--" if way["is_baseline"] else "-",
-                linewidth=1.4 if way["is_baseline"] else 2.4,
-                color=PALETTE[number % len(PALETTE)],
-                marker=MARKERS[number // len(PALETTE) % len(MARKERS)],
-                markersize=3.5,
-                label=way["name"],
-            )
+            steps = range(1, len(total) + 1)
+            axes.plot(steps, np.maximum(total, LEAST_KL), **looks[way["name"]])
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         _finish(axes, name, "tokens written", "cumulative KL, nats")
+    lines = [subplots[0].plot([], [], **look)[0] for look in looks.values()]
+    figure.legend(lines, list(looks), loc="outside right upper", **_LEGEND)
     for axes in subplots[len(shown) :]:
         axes.set_visible(False)
     figure.savefig(path)

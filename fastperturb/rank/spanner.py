@@ -50,10 +50,8 @@ def _extend(basis: list[int], rows: Floats, tolerance: float) -> None:
 
 
 def _without(rows: Floats, directions: Floats) -> Floats:
-    """Rows less their part along orthonormal directions [C, k]; twice, to be rid of rounding."""
-    for _ in range(2):
-        rows = rows - (rows @ directions) @ directions.T
-    return rows
+    """Rows less their part along orthonormal directions [C, k]."""
+    return rows - (rows @ directions) @ directions.T
 
 
 def admitted(seen: Floats, candidates: Floats, *, tolerance: float) -> list[int]:
