@@ -1,10 +1,12 @@
 """Linear networks: their law, their answers as oracles, their ranks."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from rank_targets import all_sequences, generic_ranks, numerical_ranks, uneven
 
+from bench.ranks.targets import all_sequences, generic_ranks, numerical_ranks, uneven
 from fastperturb.rank.isan import ISAN, noisy_parity
 
 
@@ -26,7 +28,7 @@ def growing():
     widths = [2, 4, 3, 1]
     return ISAN(
         random.standard_normal(2),
-        [random.standard_normal((3, a, b)) for a, b in zip(widths, widths[1:])],
+        [random.standard_normal((3, a, b)) for a, b in itertools.pairwise(widths)],
         [random.standard_normal((a, 3)) for a in widths],
     )
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from rank_targets import (
+
+from bench.ranks.targets import (
     Noisy,
     Recording,
     all_sequences,
@@ -14,7 +15,6 @@ from rank_targets import (
     total_variation,
     uneven,
 )
-
 from fastperturb.rank.answers import Answers
 from fastperturb.rank.isan import ISAN, noisy_parity
 from fastperturb.rank.learning import learn
@@ -83,6 +83,26 @@ def test_histories_whose_coefficients_exceed_the_bound_are_swapped_in():
     for _, states, numbers in model.to_isan().prefixes(sequences):
         beyond |= (np.abs(states).max(1) > 1.5 + 1e-6)[numbers]
     assert beyond.mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "usual", "secret"),
+    [(4, 3.5, (1, 1, 1, 1, 1)), (3, 6.0, (2, 0, 2)), (3, 0.0, (2, 1, 2))],
+    ids=["likely", "unlikely", "uniform"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_change_of_law_after_few_histories_is_found(vocab_size, usual, secret, seed):
+    # No extension of a basis shows it. The first is one in a thousand uniform histories and the
+    # second one in 160 thousand of the law's own, so contexts to test are drawn from both.
+    before, after = usual * np.eye(vocab_size)[1], 2.0 - np.arange(vocab_size)
+    oracle = FunctionOracle(
+        lambda context: after if context[: len(secret)] == secret else before, vocab_size
+    )
+    model = learn(oracle, 8, checks=1000, seed=seed)
+    contexts = [secret, (*secret, 0), secret[:-1], (0, *secret)]
+    np.testing.assert_allclose(
+        model.log_probs(contexts, [()]), oracle.log_probs(contexts, [()]), atol=1e-6
+    )
 
 
 def test_a_uniform_law_has_rank_zero():
@@ -179,7 +199,14 @@ def test_noisy_parity_of_forty_bits_is_learned():
     model = learn(target, 41)
     assert model.rank == 1
     assert total_variation(target, model) < 1e-9
-    assert model.queries < 2000
+
+
+def test_futures_as_long_as_can_be_show_a_parity_before_any_test():
+    target = noisy_parity(40, range(0, 40, 3), flip=0.1)
+    with pytest.raises(QueryBudgetSpent) as spent:
+        learn(target, 41, budget=250)
+    assert spent.value.learned.ranks == (1,) * 41
+    assert total_variation(target, spent.value.learned) < 1e-9
 
 
 def test_no_context_is_asked_twice_and_queries_counts_them():

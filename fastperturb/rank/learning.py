@@ -54,6 +54,9 @@ def learn(
 ) -> LearnedModel:
     """The law of `length` tokens whose logits `oracle` tells, if its logit ranks are low.
 
+    Asks for every extension of every basis history by one token: some length * vocabulary * rank
+    contexts, times the futures that a basis needs.
+
     tolerance: by how much, in logits, a row may miss the span of the others and still count as in
         it: six times or so the error of the oracle's answers, as a combination of several rows
         has the errors of all. Below that, errors count as ranks, of which there is no end.
@@ -61,7 +64,8 @@ def learn(
         of histories and lets errors grow faster.
     checks: so many fresh contexts in a row must be predicted before learning ends. If a part q of
         them failed, all would pass with probability (1 - q)^checks: 200 say with 99% confidence
-        that less than 2.3% fail.
+        that less than 2.3% fail. One that fails with nothing in it left to learn is counted in
+        the model's `failed`.
     budget: how many contexts may be asked, those of `known` included; None is no limit.
     seed: of everything drawn at random.
     known: a model learned from the same oracle, of which no answer is asked for again; with the

@@ -1,4 +1,4 @@
-"""Targets that the tests of learning share, and how far a model is from one."""
+"""Targets whose law and rank are known, and how far a model is from one: for tests and `learning`."""
 
 from __future__ import annotations
 
