@@ -208,6 +208,24 @@ def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatc
             assert found["nll"] == pytest.approx(on_cpu["domains"][name]["nll"], rel=1e-3)
 
 
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_logits_and_their_combinations_are_the_same_on_both_devices(perturbed):
+    from fastperturb.rank import ModelOracle
+    from fastperturb.rank.streams import open_streams
+
+    model = tiny_llama(width=32, heads=4).eval()
+    if perturbed:
+        model = wrap(model, PerturbConfig(latent_dim=4)).eval()
+    histories, futures = [(5, 6, 7), (8, 9)], [(), (4,), (4, 5, 6)]
+    weights, written = torch.randn(2, 2).numpy(), torch.tensor([[4, 5], [6, 7]])
+    found = []
+    for device in ("cpu", "cuda"):
+        oracle = ModelOracle(model.to(device), prompt=(1,), num_samples=4)
+        streams = open_streams(oracle, histories, weights, copies=2)
+        found.append((oracle.log_probs(histories, futures).cpu(), streams.advance(written).cpu()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
 def test_packed_documents_under_flash_attention_2_give_what_sdpa_gives():
     pytest.importorskip("flash_attn")
     lm = wrap(tiny_llama(width=64, heads=2), PerturbConfig()).cuda()

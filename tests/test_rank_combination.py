@@ -171,6 +171,32 @@ def test_a_linear_head_runs_on_sums_alone(monkeypatch):
     assert made == [model.config.hidden_size] * 2  # hidden states, no logits of any history
 
 
+def test_sums_stay_in_full_precision_under_autocast():
+    model = base_model("Llama").bfloat16()
+    oracle, weights = ModelOracle(model, prompt=(1,)), 30 * weights_of(1)
+    hidden = []
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        (found,) = open_streams(oracle, HISTORIES, weights).law
+        for history in HISTORIES:
+            ids = torch.tensor([[1, *history]])
+            hidden.append(model.model(ids, attention_mask=torch.ones_like(ids))[0][0, -1])
+    summed = torch.from_numpy(weights[0]) @ torch.stack(hidden).double()
+    expected = (summed @ model.lm_head.weight.double().T).log_softmax(-1)
+    # Padding and batching move hidden states in bf16 by a bit; sums in bf16 would add 0.5 and more.
+    torch.testing.assert_close(found[0].double(), expected, atol=0.2, rtol=0)
+
+
+def test_sums_of_draws_stay_in_full_precision_under_autocast():
+    oracle = ModelOracle(models()["noisy"].bfloat16(), prompt=(1,), num_samples=4)
+    weights = 30 * weights_of(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = open_streams(oracle, HISTORIES, weights).law
+        logits = oracle.log_probs(HISTORIES, [()])[:, 0].double()
+    logits = logits - logits.mean(-1, keepdim=True)
+    expected = (torch.from_numpy(weights[0]) @ logits).log_softmax(-1)
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-3, rtol=0)
+
+
 def test_any_oracle_has_streams():
     model = isan()
     weights = weights_of()

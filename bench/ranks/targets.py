@@ -1,4 +1,4 @@
-"""Targets whose law and rank are known, and how far a model is from one: for tests and `learning`."""
+"""Targets whose law and rank are known, and how far a model is from one: tests need them too."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastperturb.architectures import CausalLM
+from fastperturb.ops.dispatch import full_precision
 from fastperturb.rank.models import ModelOracle
 from fastperturb.rank.oracle import LogitOracle, Metered, Tokens, centred
 from fastperturb.rank.passes import Padded, selected
@@ -227,12 +228,12 @@ class _Sums:
 
     def add(self, found: Tensor, weights: Tensor) -> None:
         """Hidden states [1, n, C, L, D], or logits [m, n, C, L, V], with weights [W, n]."""
-        if self._head is None:
-            log_probs = found.log_softmax(-1).logsumexp(0)  # of M times the mean
-            found = centred(log_probs)
-        else:
-            found = found[0]
-        part = torch.einsum("wn,ncld->wcld", weights, found)
+        with full_precision(found.device):
+            if self._head is None:
+                found = centred(found.log_softmax(-1).logsumexp(0))  # of M times the mean
+            else:
+                found = found[0]
+            part = torch.einsum("wn,ncld->wcld", weights, found)
         self._sum = part if self._sum is None else self._sum + part
 
     def law(self, total: Tensor) -> Tensor:
@@ -241,7 +242,8 @@ class _Sums:
         if self._head is None:
             return self._sum.log_softmax(-1)
         head = self._head.head
-        logits = F.linear(self._sum, head.weight.float())
+        with full_precision(self._sum.device):
+            logits = F.linear(self._sum, head.weight.float())
         if head.bias is not None:
             logits = logits + total[:, None, None, None] * head.bias.float()
         return (logits * self._head.logit_scale).log_softmax(-1)
