@@ -8,9 +8,11 @@ from test_architectures import base_model
 from fastperturb import PerturbConfig, wrap
 from fastperturb.rank import ISAN, FunctionOracle, Metered, ModelOracle, logit_matrix, streams
 from fastperturb.rank.combination import fit, shares_by_length
-from fastperturb.rank.comparison import combined, compare, drawn, told, truncations
+from fastperturb.rank.comparison import compare, truncations
+from fastperturb.rank.laws import drawn, told
+from fastperturb.rank.measurement import Asked
 from fastperturb.rank.oracle import QueryBudgetSpent
-from fastperturb.rank.streams import open_streams, write
+from fastperturb.rank.streams import follow, open_streams, write
 from fastperturb.rank.texts import pieces, shuffled, with_prefixes
 
 HISTORIES = [(5, 6, 7), (8,), (9, 10, 11, 12, 13), (14, 15), (8, 3)]
@@ -143,10 +145,21 @@ def test_streams_go_on_by_the_weighted_sum_of_centred_logits(name):
 
 @pytest.mark.parametrize("name", models())
 @pytest.mark.parametrize("batch_tokens", [8192, 20])
-def test_tokens_may_come_one_by_one_or_at_once(name, batch_tokens, monkeypatch):
+def test_continuations_are_followed_as_streams_go_on(name, batch_tokens, monkeypatch):
     oracle = ModelOracle(models()[name], prompt=(1,), num_samples=4, batch_tokens=batch_tokens)
     if batch_tokens == 20:
         monkeypatch.setattr(streams, "_AT_ONCE", 1)
+    found = open_streams(oracle, HISTORIES, weights_of(), copies=2)
+    law = torch.cat([found.law[:, :, None], found.advance(WRITTEN)], dim=2)
+    followed = follow(oracle, HISTORIES, weights_of(), WRITTEN)
+    torch.testing.assert_close(followed, law, atol=2e-5, rtol=0)
+    nothing = follow(oracle, HISTORIES, weights_of(), WRITTEN[:, :0])
+    torch.testing.assert_close(nothing, law[:, :, :1], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", models())
+def test_tokens_may_come_one_by_one_or_at_once(name):
+    oracle = ModelOracle(models()[name], prompt=(1,), num_samples=4)
     at_once = open_streams(oracle, HISTORIES, weights_of(), copies=2)
     one_by_one = open_streams(oracle, HISTORIES, weights_of(), copies=2)
     expected = at_once.advance(WRITTEN)
@@ -168,7 +181,7 @@ def test_a_linear_head_runs_on_sums_alone(monkeypatch):
     oracle.log_probs([(4,)], [()])
     monkeypatch.setattr(oracle.passes, "run", spied)
     open_streams(oracle, HISTORIES, weights_of(), copies=2).advance(WRITTEN)
-    assert made == [model.config.hidden_size] * 2  # hidden states, no logits of any history
+    assert set(made) == {model.config.hidden_size}  # hidden states, no logits of any history
 
 
 def test_sums_stay_in_full_precision_under_autocast():
@@ -275,7 +288,7 @@ def test_of_exact_rank_a_combination_of_that_many_histories_is_the_model():
     values = logit_matrix(model, [*others, target], futures).values.astype(np.float64)
     weights = fit(values[:3], values[3:], ridges=[0.0]).weights
     written = torch.tensor(some(8, 5, seed=5))
-    truth, law = told(model, target, written), combined(model, others, weights, written)[0]
+    truth, law = told(model, target, written), follow(model, others, weights, written[:, :-1])[0]
     np.testing.assert_allclose(law, truth, atol=1e-4)  # the matrix is held in fp32
 
 
@@ -288,8 +301,9 @@ def test_the_comparison_is_of_the_laws_along_continuations_of_the_model():
     asked = logit_matrix(model, targets, futures)
     found = compare(model, pools, asked, steps=4, continuations=5, earlier=isan(rank=2), seed=1)
     kl = {way.name: way.kl for way in (*found.combinations, *found.baselines)}
-    assert set(kl) == {"all", "two", "empty future", "last token", "last 2 tokens", "unigram"} | {
-        "earlier checkpoint"
+    assert set(kl) == {
+        *("all", "two", "empty future", "last token", "last 2 tokens", "last 3 tokens"),
+        *("unigram", "earlier checkpoint"),
     }
     assert all(each.shape == (3, 4) and (each > -1e-9).all() for each in kl.values())
     assert kl["all"].max() < 1e-4
@@ -301,6 +315,7 @@ def test_the_comparison_is_of_the_laws_along_continuations_of_the_model():
         assert each.model[2] == law.argmax() and len(each.model) == 4
     generator = torch.Generator().manual_seed(1)
     written = drawn(model, targets[0], 4, 5, generator)
+    assert found.asked[0] == 1.0 and 0 <= found.asked[1:].min() < 1
     truth, short = told(model, targets[0], written), told(model, targets[0][-2:], written)
     expected = (truth.exp() * (truth - short)).sum(-1).mean(0)
     np.testing.assert_allclose(kl["last 2 tokens"][0], expected, rtol=1e-6)
@@ -331,9 +346,9 @@ def test_continuations_are_drawn_from_the_model():
     torch.testing.assert_close(pairs.double(), expected, atol=0.015, rtol=0)  # 4 sd
 
 
-def test_a_target_is_cut_to_one_token_a_quarter_and_a_half():
-    assert truncations(32) == [1, 8, 16]
-    assert truncations(5) == [1, 2]
+def test_a_target_is_cut_to_one_token_and_by_quarters():
+    assert truncations(32) == [1, 8, 16, 24]
+    assert truncations(5) == [1, 2, 3]
     assert truncations(2) == [1]
     assert truncations(1) == []
 
@@ -341,16 +356,47 @@ def test_a_target_is_cut_to_one_token_a_quarter_and_a_half():
 # Texts
 
 
-def test_pieces_are_different_share_no_token_and_come_from_everywhere():
-    documents = [np.arange(0, 17), np.arange(100, 103), np.arange(200, 230)]
-    found = pieces(documents, 10, 4, np.random.default_rng(0))
-    assert len({token for piece in found for token in piece}) == 10 * 4
-    assert all(piece == tuple(range(piece[0], piece[0] + 4)) for piece in found)
-    assert {piece[0] // 100 for piece in found} == {0, 2}
-    assert found != sorted(found)
-    repeated = [np.tile([1, 2, 3, 4], 5)]
-    with pytest.raises(ValueError, match="only 1 different pieces of 4 tokens, and 2 were asked"):
-        pieces(repeated, 2, 4, np.random.default_rng(0))
+def test_pieces_are_different_and_share_no_token():
+    documents = [np.arange(0, 17), np.arange(100, 103), np.arange(200, 230), np.tile([70, 80], 4)]
+    found = pieces(documents, 4, np.random.default_rng(0))
+    assert len(found) == 4 + 7 + 1
+    assert len({token for piece in found for token in piece}) == 4 * 11 + 2
+    inner = [piece for piece in found if piece[0] != 70]
+    assert all(piece == tuple(range(piece[0], piece[0] + 4)) for piece in inner)
+
+
+def asked_of(documents, **changes):
+    sizes = {"histories": 20, "history_tokens": 4, "futures": 5, "future_tokens": 3, "targets": 6}
+    return Asked.of(documents, **sizes | changes, seed=0)
+
+
+def test_targets_come_from_documents_that_give_no_history():
+    documents = [np.arange(100 * n, 100 * n + 40) for n in range(10)]
+    asked = asked_of(documents)
+    parts = [
+        {piece[0] // 100 for piece in each if piece}
+        for each in (asked.targets, asked.histories, asked.futures)
+    ]
+    assert len(parts[0]) > 1 and not parts[0] & (parts[1] | parts[2])
+    assert asked.histories != sorted(asked.histories)
+
+
+@pytest.mark.parametrize("history_tokens", [2, 8])
+def test_histories_targets_and_futures_differ_and_share_no_token(history_tokens):
+    asked = asked_of([np.arange(400)], history_tokens=history_tokens, future_tokens=5)
+    rows = [*asked.histories, *asked.targets]
+    runs = [future for future in asked.futures if len(future) == 5]
+    tokens = [token for piece in (*rows, *runs) for token in piece]
+    assert (len(rows), len(runs)) == (26, 5) and len(set(tokens)) == len(tokens)
+
+
+def test_cuts_that_are_the_same_are_taken_once():
+    repeated = np.array([token for n in range(200) for token in (n % 40, 40 + n % 7, n)])
+    asked = asked_of([repeated], history_tokens=1, future_tokens=3, histories=20)
+    rows = [*asked.histories, *asked.targets]
+    assert len(set(rows)) == len(rows) == 26
+    with pytest.raises(ValueError, match="pieces of 3 tokens, too few for 60 histories"):
+        asked_of([repeated], history_tokens=1, future_tokens=3, histories=60)
 
 
 def test_shuffled_sequences_have_their_own_tokens():

@@ -99,7 +99,12 @@ def test_an_oracle_without_a_probability_is_named():
         (([()], [(1.5,)]), {}, TypeError, "futures must be a sequence of sequences"),
         (([(0,), (11,)], [()]), {}, ValueError, r"histories .*\[0, 11\), got 11 .* numbered 1"),
         (([()], [(-1,)]), {}, ValueError, r"futures .*\[0, 11\), got -1"),
-        (([()], [()]), {"top_k": 0}, ValueError, "top_k .* from 1 to the vocabulary's 11, got 0"),
+        (
+            ([()], [()]),
+            {"top_k": 0},
+            ValueError,
+            "top_k .* from 1 to the vocabulary's 11, or an array of tokens, got 0",
+        ),
         (([()], [()]), {"top_k": 12}, ValueError, "top_k .*got 12"),
         (([()], [()]), {"top_k": np.array([1])}, ValueError, r"tokens \[F, K\] .*F = 1 .*\[1\]"),
         (([()], [()]), {"top_k": np.array([[11]])}, ValueError, r"top_k .*\[0, 11\), got 11"),

@@ -149,5 +149,4 @@ def test_refusals_name_the_argument():
         spectrum(values).rank(1e-12)
     flat = spectrum(of_spectrum(np.ones(15), (20, 4, 5)), method="sketch", count=6)
     assert flat.effective_rank is None
-    with pytest.raises(ValueError, match="all 6 singular values of this sketch exceed"):
-        flat.rank(0.5)
+    assert flat.rank(0.5) is None

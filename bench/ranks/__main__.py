@@ -5,7 +5,7 @@
     OUTPUT/later/       of the base trained twice, the first training its earlier checkpoint
     OUTPUT/summary.*    methods over seeds: JSON, a table and a picture
 
-Each of the three is measured once: delete its results.json to do it again. The texts are those of
+Each of the three is measured once: delete its table.md to do it again. The texts are those of
 `python -m bench.studies.documents`.
 """
 
@@ -51,20 +51,25 @@ def main(options: Options) -> None:
         overwrite=True,
     )
     adapted = [f"{name}_{seed}={trained / f'{name}_{seed}'}" for name in METHODS for seed in SEEDS]
-    many = replace(common, histories=1200, futures=64, targets=16)
-    later = (f"later={trained / LATER / 'model'}",)
-    for each in (
-        replace(common, models=(*common.models, *adapted)),
-        replace(many, output_dir=out / "base"),
-        replace(
-            many,
-            models=later,
-            base=None,
-            earlier=str(trained / EARLIER / "model"),
-            output_dir=out / "later",
-        ),
-    ):
-        if not (each.output_dir / "results.json").exists():
+    base = replace(
+        common,
+        text=str(options.texts / "train.jsonl"),
+        histories=2000,
+        futures=64,
+        targets=16,
+        output_dir=out / "base",
+    )
+    later = replace(
+        base,
+        models=(f"later={trained / LATER / 'model'}",),
+        text=common.text,
+        base=None,
+        histories=1200,
+        earlier=str(trained / EARLIER / "model"),
+        output_dir=out / "later",
+    )
+    for each in (replace(common, models=(*common.models, *adapted)), base, later):
+        if not (each.output_dir / "table.md").exists():
             rank.run(each)
     results: dict[str, Any] = json.loads((out / "methods" / "results.json").read_text())
     found = {**summary.over_seeds(results["models"]), **runs.provenance()}

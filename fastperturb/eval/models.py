@@ -15,6 +15,7 @@ import fastperturb
 from fastperturb import runs
 from fastperturb.checkpoint import CONFIG_NAME, Checkpoint
 from fastperturb.config import PerturbConfig
+from fastperturb.edits import EditConfig
 from fastperturb.model import PerturbedLM
 from fastperturb.train.documents import DocumentTokenizer
 
@@ -31,6 +32,13 @@ class Place:
     checkpoint: Path | None
     base: str
     tokenizer: str
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether its perturbation is random edits of tokens."""
+        return self.checkpoint is not None and isinstance(
+            Checkpoint.read(self.checkpoint).config, EditConfig
+        )
 
 
 class LoadOptions(Protocol):

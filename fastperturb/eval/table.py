@@ -75,10 +75,8 @@ def show(tables: Sequence[Table]) -> None:
 
 def _width(table: Table) -> int:
     """With three blanks between columns; those of words can be narrow."""
-    widest = (
-        10 if name in table.words else max(len(name), *(len(row[number]) for row in table.rows))
-        for number, name in enumerate(table.header)
-    )
+    columns = zip(*(table.header, *table.rows))
+    widest = (10 if cells[0] in table.words else max(map(len, cells)) for cells in columns)
     return sum(widest) + 3 * len(table.header)
 
 

@@ -8,12 +8,14 @@
 A language model is a matrix here: rows are histories, columns futures and the tokens that may
 follow, entries centred log-probs (arXiv 2510.24966, 2512.09892: *published*; the code is our
 reconstruction). `oracle` says what is asked, `models` asks a language model, `matrix` makes the
-matrix; `spectrum`, `power_law`, `truncation` and `angles` look at it; `combination`, `streams` and
-`comparison` write by it; `learning` learns a model from queries, and `isan` makes ones to learn.
+matrix; `spectrum`, `power_law`, `truncation` and `angles` look at it; `combination`, `streams`,
+`laws` and `comparison` write by it; `learning` learns a model from queries, and `isan` makes ones
+to learn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,18 +23,21 @@ from torch import nn
 
 from fastperturb import runs
 from fastperturb.eval import domains, likelihood
-from fastperturb.eval.models import autocast, common_tokenizer, find, load
+from fastperturb.eval.models import Place, autocast, common_tokenizer, find, load
 from fastperturb.eval.options import named
 from fastperturb.model import PerturbedLM
+from fastperturb.rank.combination import fit
+from fastperturb.rank.comparison import compare
 from fastperturb.rank.isan import ISAN
 from fastperturb.rank.learned import LearnedModel
 from fastperturb.rank.learning import learn
 from fastperturb.rank.matrix import LogitMatrix, logit_matrix
-from fastperturb.rank.measurement import Measured, Questions, measure
+from fastperturb.rank.measurement import Asked, Measured, measure
 from fastperturb.rank.models import ModelOracle
 from fastperturb.rank.options import RankOptions
 from fastperturb.rank.oracle import FunctionOracle, LogitOracle, Metered, QueryBudgetSpent, Tokens
 from fastperturb.rank.power_law import exponent_difference
+from fastperturb.rank.streams import follow, open_streams, write
 from fastperturb.train.documents import DocumentTokenizer
 
 __all__ = [
@@ -45,9 +50,14 @@ __all__ = [
     "ModelOracle",
     "QueryBudgetSpent",
     "RankOptions",
+    "compare",
+    "fit",
+    "follow",
     "learn",
     "logit_matrix",
+    "open_streams",
     "run",
+    "write",
 ]
 
 
@@ -60,69 +70,104 @@ def run(options: RankOptions) -> int:
     before = None
     if options.earlier is not None:
         before = find("earlier", options.earlier, options.base)
-        places.append(before)
-    tokenizer = common_tokenizer(places, trust_remote_code=options.trust_remote_code)
-    questions, prompt = _questions(options, tokenizer)
+    every = [*places, *([before] if before else [])]
+    for place in every:
+        if place.is_edited:
+            raise ValueError(
+                f"model {place.name!r} edits tokens at random, which moves all that follow: it is "
+                "no function of a history's cache; leave it out"
+            )
+    tokenizer = common_tokenizer(every, trust_remote_code=options.trust_remote_code)
+    asked, prompt = _asked(options, tokenizer)
     found: dict[str, Measured] = {}
-    for number, place in enumerate(places[: len(where)]):
-        lm = load(place, options)
-        earlier = None
-        if before is not None and number == 0:
-            earlier = _oracle(_forms("earlier", load(before, options))[0][1], prompt, options)
-        with autocast(lm, options.precision):
-            for name, model in _forms(place.name, lm):
-                oracle = _oracle(model, prompt, options)
-                found[name] = measure(
-                    oracle,
-                    questions,
-                    top_k=options.top_k,
-                    steps=options.steps,
-                    continuations=options.continuations,
-                    earlier=earlier,
-                    seed=options.seed,
-                )
-                print(f"{name}: {found[name].line()}", flush=True)
-                earlier = None  # of the first alone
-        del lm  # before the next one is loaded
+    for place in places:
+        first = next(iter(found.values()), None)
+        found |= _measured(place, asked, prompt, options, first, None if first else before)
+        for each in found.values():
+            _decode(each.found, tokenizer)
+        results = _results(found, where, options)
+        runs.write_json(folder / "results.json", results)
 
-    for each in found.values():
-        for written in each.found.get("generation", {}).get("written", ()):
-            written |= {key: tokenizer.decode(tokens) for key, tokens in written.items()}
-    first, *others = found
-    results = {
-        "models": {name: each.found for name, each in found.items()},
-        "differences": {
-            name: exponent_difference(
-                found[name].spectrum, found[first].spectrum, seed=options.seed
-            ).to_dict()
-            for name in others
-        },
-        "places": where,
-        "config": options.to_dict(),
-        **runs.provenance(),
-    }
-    runs.write_json(folder / "results.json", results)
     tables = table.tables(results)
     (folder / "table.md").write_text(table.markdown(tables), encoding="utf-8")
-    written = ["results.json", "table.md"]
+    files = ["results.json", "table.md"]
     if pictures.draw(results["models"], folder / "spectrum.png"):
-        written.append("spectrum.png")
+        files.append("spectrum.png")
     if pictures.draw_generation(results["models"], folder / "generation.png"):
-        written.append("generation.png")
+        files.append("generation.png")
     table.show(tables)
-    print(f"in {folder}: {', '.join(written)}")
+    print(f"in {folder}: {', '.join(files)}")
     return 0
 
 
-def _questions(options: RankOptions, tokenizer: Any) -> tuple[Questions, Tokens]:
+def _measured(
+    place: Place,
+    asked: Asked,
+    prompt: Tokens,
+    options: RankOptions,
+    first: Measured | None,
+    before: Place | None,
+) -> dict[str, Measured]:
+    """A model as it is, and one that moves embeddings without its noise as well.
+
+    first: what was measured first, whose tokens all are asked about.
+    before: where the model's earlier checkpoint lies.
+    """
+    lm, earlier = load(place, options), None
+    if before is not None:
+        earlier = _oracle(_forms("earlier", load(before, options))["earlier"], prompt, options)
+    found: dict[str, Measured] = {}
+    with autocast(lm, options.precision):
+        for name, model in _forms(place.name, lm).items():
+            first = first or next(iter(found.values()), None)
+            found[name] = measure(
+                _oracle(model, prompt, options),
+                asked,
+                top_k=options.top_k if first is None or first.tokens is None else first.tokens,
+                steps=options.steps,
+                continuations=options.continuations,
+                earlier=None if found else earlier,
+                seed=options.seed,
+            )
+            print(f"{name}: {found[name].line()}", flush=True)
+    return found
+
+
+def _results(
+    found: Mapping[str, Measured], where: Mapping[str, str], options: RankOptions
+) -> dict[str, Any]:
+    """As results.json holds them."""
+    first = next(iter(found.values())).spectrum
+    return {
+        "models": {name: each.found for name, each in found.items()},
+        "differences": {
+            name: exponent_difference(each.spectrum, first, seed=options.seed).to_dict()
+            for name, each in found.items()
+            # A vocabulary that was padded has other columns.
+            if each.spectrum is not first and each.spectrum.shape == first.shape
+        },
+        "places": dict(where),
+        "config": options.to_dict(),
+        **runs.provenance(),
+    }
+
+
+def _decode(found: dict[str, Any], tokenizer: Any) -> None:
+    """What was written becomes text."""
+    for each in found.get("generation", {}).get("written", ()):
+        for key, tokens in each.items():
+            each[key] = tokens if isinstance(tokens, str) else tokenizer.decode(tokens)
+
+
+def _asked(options: RankOptions, tokenizer: Any) -> tuple[Asked, Tokens]:
     """What is asked, and the tokens that stand in front of it all."""
     tokenize = DocumentTokenizer(tokenizer)
     documents = domains.read_documents(options.text, options, tokenize)
     begin = tokenizer.bos_token_id
     begins = begin is not None and all(int(each[0]) == begin for each in documents)
-    # Neither the begin token, which the prompt is, nor the end token belongs into a window.
+    # Neither the begin token, which the prompt is, nor the end token belongs into a piece.
     inner = [each[1 if begins else 0 : -1] for each in documents]
-    questions = Questions.of(
+    asked = Asked.of(
         [np.asarray(each) for each in inner],
         histories=options.histories,
         history_tokens=options.history_tokens,
@@ -131,14 +176,13 @@ def _questions(options: RankOptions, tokenizer: Any) -> tuple[Questions, Tokens]
         targets=options.targets,
         seed=options.seed,
     )
-    return questions, ((begin,) if begins else ())
+    return asked, ((begin,) if begins else ())
 
 
-def _forms(name: str, lm: PerturbedLM) -> list[tuple[str, nn.Module]]:
-    """A model as it is, and one that moves embeddings without its noise as well."""
+def _forms(name: str, lm: PerturbedLM) -> dict[str, nn.Module]:
     if not likelihood.moves(lm):
-        return [(name, lm.base)]
-    return [(name, lm), (f"{name}, without noise", lm.base)]
+        return {name: lm.base}
+    return {name: lm, f"{name}, without noise": lm.base}
 
 
 def _oracle(model: nn.Module, prompt: Tokens, options: RankOptions) -> ModelOracle:

@@ -2,8 +2,9 @@
 
 Continuations are drawn from the model after each target, and at every step of them the law of the
 next token is compared, KL(model || way): added up over steps and averaged over continuations, that
-is the divergence of a whole continuation. Beside the combination stand other ways to tell the law
-without the target's own row, those of the paper (arXiv 2510.24966):
+is the divergence of a whole continuation. The combination's weights were fitted to the model's
+answers on the query futures of the target, and the target is read no more. Beside it stand other
+ways to tell the law, those of the paper (arXiv 2510.24966):
 
     empty future    weights fitted on the next token alone; of several ridges the best in hindsight
     last k tokens   the model, given only the end of the target
@@ -13,7 +14,7 @@ without the target's own row, those of the paper (arXiv 2510.24966):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from fastperturb.eval.bootstrap import Interval, mean_ratio
 from fastperturb.rank.combination import RIDGES, Fit, fit, shares_by_length
+from fastperturb.rank.laws import divergence, drawn, told
 from fastperturb.rank.matrix import LogitMatrix
 from fastperturb.rank.oracle import LogitOracle, Tokens
 from fastperturb.rank.spectrum import Floats
-from fastperturb.rank.streams import open_streams, write
-from fastperturb.rank.texts import with_prefixes
+from fastperturb.rank.streams import follow, write
 
 _SHOWN = 4  # targets of which is shown what was written
 
@@ -58,12 +59,16 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The combinations of each pool of histories, and what they are compared with."""
+    """The combinations of each pool of histories, and what they are compared with.
+
+    asked: at each step, what share of the contexts that are judged was a query future too [K].
+    """
 
     combinations: list[Way]
     baselines: list[Way]
     fits: list[Fit]
     written: list[Written]
+    asked: Floats
 
     def to_dict(self, *, seed: int = 0) -> dict[str, Any]:
         """`more`: than the first combination."""
@@ -89,7 +94,13 @@ class Comparison:
             for way, each in zip(self.combinations, self.fits)
         ]
         written = [each._asdict() for each in self.written]
-        return {"targets": len(ours.kl), "ways": ways, "fits": fits, "written": written}
+        return {
+            "targets": len(ours.kl),
+            "ways": ways,
+            "fits": fits,
+            "written": written,
+            "asked": self.asked.tolist(),
+        }
 
 
 def compare(
@@ -119,18 +130,30 @@ def compare(
         )
         for ridge in RIDGES
     }
+    if earlier is not None and earlier.vocab_size != oracle.vocab_size:
+        raise ValueError(
+            f"earlier has a vocabulary of {earlier.vocab_size} tokens and the model one of "
+            f"{oracle.vocab_size}: it is no checkpoint of it"
+        )
     generator = torch.Generator().manual_seed(seed)
     kl: dict[str, list[Floats]] = {}
-    truths = []
+    asked, known = np.zeros(steps), set(targets.futures)
+    means, negative_entropies = [], []
     for number, target in enumerate(targets.histories):
         tokens = drawn(oracle, target, steps, continuations, generator)
         truth = told(oracle, target, tokens)
-        truths.append(truth)
+        asked += [
+            np.mean([tuple(row[:step]) in known for row in tokens.tolist()])
+            for step in range(steps)
+        ]
+        means.append(truth.double().exp().mean(0))
+        negative_entropies.append((truth.double().exp() * truth).sum(-1).mean(0))
         laws: dict[str, Tensor] = {}
         for name, pool in pools.items():
             read = {name: fits[name], **(narrow if pool is first else {})}
             weights = np.stack([each.weights[number] for each in read.values()])
-            laws |= zip(read, combined(oracle, pool.histories, weights, tokens))
+            along = follow(oracle, pool.histories, weights, tokens[:, :-1])
+            laws |= zip(read, along.cpu())
         for kept in truncations(len(target)):
             name = "last token" if kept == 1 else f"last {kept} tokens"
             laws[name] = told(oracle, target[-kept:], tokens)
@@ -138,8 +161,10 @@ def compare(
             laws["earlier checkpoint"] = told(earlier, target, tokens)
         for name, law in laws.items():
             kl.setdefault(name, []).append(divergence(truth, law))
-    unigram = torch.stack(truths).double().exp().mean((0, 1, 2)).log()
-    kl["unigram"] = [divergence(truth, unigram.expand_as(truth)) for truth in truths]
+    unigram = torch.stack(means).mean((0, 1)).log()
+    kl["unigram"] = [
+        (entropy - mean @ unigram).numpy() for mean, entropy in zip(means, negative_entropies)
+    ]
     ways = {name: Way(name, np.stack(each)) for name, each in kl.items()}
     best = min((ways.pop(name) for name in narrow), key=lambda way: way.kl.sum())
     written = [
@@ -155,53 +180,13 @@ def compare(
         [Way("empty future", best.kl), *ways.values()],
         [*fits.values()],
         written,
+        asked / len(targets.histories),
     )
 
 
 def truncations(length: int) -> list[int]:
-    """How many last tokens of a target of this length are tried: one, a quarter and a half."""
-    return sorted({1, length // 4, length // 2} - {0, length})
-
-
-def drawn(
-    oracle: LogitOracle, history: Tokens, steps: int, count: int, generator: torch.Generator
-) -> Tensor:
-    """Continuations of a history, sampled from the oracle [C, K]."""
-    written: list[Tokens] = [()] * count
-    for _ in range(steps):
-        different = list(dict.fromkeys(written))
-        law = oracle.log_probs([history], different)[0].cpu()
-        rows = law[[different.index(each) for each in written]].exp()
-        tokens = torch.multinomial(rows, 1, generator=generator)[:, 0].tolist()
-        written = [(*each, token) for each, token in zip(written, tokens)]
-    return torch.tensor(written)
-
-
-def told(oracle: LogitOracle, history: Tokens, tokens: Tensor) -> Tensor:
-    """The log-law before each token of continuations [C, K] of one history [C, K, V]."""
-    rows = [tuple(row) for row in tokens.tolist()]
-    futures = with_prefixes([row[:-1] for row in rows])
-    law = oracle.log_probs([history], futures)[0].cpu()
-    number = {future: index for index, future in enumerate(futures)}
-    return law[torch.tensor([[number[row[:step]] for step in range(len(row))] for row in rows])]
-
-
-def combined(
-    oracle: LogitOracle, histories: Sequence[Tokens], weights: Floats, tokens: Tensor
-) -> Tensor:
-    """The same by combinations of histories with weights [W, N]: [W, C, K, V]."""
-    streams = open_streams(oracle, histories, weights, copies=len(tokens))
-    first = streams.law[:, :, None]
-    if tokens.shape[1] == 1:
-        return first.cpu()
-    return torch.cat([first, streams.advance(tokens[:, :-1])], dim=2).cpu()
-
-
-def divergence(truth: Tensor, law: Tensor) -> Floats:
-    """KL in nats of laws [C, K, V], the mean over continuations [K]."""
-    truth, law = truth.double(), law.double()
-    found: Floats = (truth.exp() * (truth - law)).sum(-1).mean(0).numpy()
-    return found
+    """How many last tokens of a target of this length are tried: one, and by quarters."""
+    return sorted({1, *(length * quarters // 4 for quarters in (1, 2, 3))} - {0, length})
 
 
 def _mean(values: Floats, seed: int) -> Interval:

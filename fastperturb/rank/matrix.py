@@ -121,8 +121,9 @@ def distinct_contexts(histories: Sequence[Tokens], futures: Sequence[Tokens]) ->
                 begun.setdefault(future[:split], set()).add(future)
     # A context is counted at the longest history that it has: at others it is a repetition.
     repeated: dict[Tokens, set[Tokens]] = {}
+    longest = max(map(len, columns))
     for history in rows:
-        for split in range(max(0, len(history) - max(map(len, columns))), len(history)):
+        for split in range(max(0, len(history) - longest), len(history)):
             if history[:split] in rows and history[split:] in begun:
                 repeated.setdefault(history[:split], set()).update(begun[history[split:]])
     return len(rows) * len(columns) - sum(map(len, repeated.values()))
@@ -206,14 +207,17 @@ def _sequences(name: str, given: Sequence[Sequence[int]]) -> tuple[Tokens, ...]:
 
 def _check_top_k(top_k: int | NDArray[np.int64] | None, futures: int, vocab: int) -> None:
     if isinstance(top_k, np.ndarray):
-        if top_k.ndim != 2 or len(top_k) != futures or top_k.dtype != np.int64:
+        if top_k.ndim != 2 or len(top_k) != futures or top_k.dtype != np.int64 or not top_k.size:
             raise ValueError(
                 f"top_k must be tokens [F, K] of int64 for F = {futures} futures, got "
                 f"{top_k.dtype} {list(top_k.shape)}"
             )
         check_tokens("top_k", top_k.tolist(), vocab)
-    elif top_k is not None and not 1 <= top_k <= vocab:
-        raise ValueError(f"top_k must be None or from 1 to the vocabulary's {vocab}, got {top_k}")
+    elif top_k is not None and not (isinstance(top_k, int) and 1 <= top_k <= vocab):
+        raise ValueError(
+            f"top_k must be None, from 1 to the vocabulary's {vocab}, or an array of tokens, got "
+            f"{top_k}"
+        )
 
 
 def _gathered(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:

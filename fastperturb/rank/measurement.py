@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastperturb.rank.angles import column_space_angles, row_space_angles
 from fastperturb.rank.comparison import compare
-from fastperturb.rank.matrix import LogitMatrix, logit_matrix
+from fastperturb.rank.matrix import logit_matrix
 from fastperturb.rank.oracle import LogitOracle, Metered, Tokens
 from fastperturb.rank.power_law import by_size, power_law
 from fastperturb.rank.spectrum import Spectrum, spectrum
@@ -22,7 +23,7 @@ TOLERANCE, ANGLES = 0.01, 32
 
 
 @dataclass(frozen=True)
-class Questions:
+class Asked:
     """What every model is asked: on the same, so that they can be compared."""
 
     histories: list[Tokens]
@@ -34,7 +35,7 @@ class Questions:
     @classmethod
     def of(
         cls,
-        documents: Sequence[np.ndarray[Any, Any]],
+        documents: Sequence[NDArray[np.integer]],
         *,
         histories: int,
         history_tokens: int,
@@ -42,68 +43,137 @@ class Questions:
         future_tokens: int,
         targets: int,
         seed: int,
-    ) -> Questions:
-        """Pieces of documents, and the same with their tokens in another order."""
+    ) -> Asked:
+        """Pieces of documents, and the same with their tokens in another order.
+
+        Targets come from a fifth of the text that gives nothing else: other documents, but for
+        one at most.
+        """
         generator = np.random.default_rng(seed)
-        length = max(history_tokens, future_tokens)
-        found = pieces(documents, histories + targets + futures, length, generator)
-        rows = [piece[:history_tokens] for piece in found[: histories + targets]]
-        runs = [piece[:future_tokens] for piece in found[histories + targets :]]
+        found = pieces(documents, max(history_tokens, future_tokens), generator)
+        spare = len(found) - histories - futures
+        kept = len(found) - min(max(targets, len(found) // 5), spare) if targets else len(found)
+        own = _different(found[kept:], history_tokens, targets, generator)
+        rows = _different(found[:kept], history_tokens, histories, generator, without=own)
+        runs = _different(found[:kept], future_tokens, futures, generator, without=rows)
+        if min(spare, len(rows) - histories, len(runs) - futures, len(own) - targets) < 0:
+            raise ValueError(
+                f"the text has {len(found)} different pieces of "
+                f"{max(history_tokens, future_tokens)} tokens, too few for {histories} histories, "
+                f"{futures} futures and {targets} targets that differ: give more text, or ask for "
+                "fewer, or for longer histories"
+            )
+        shuffled_runs = with_prefixes(shuffled(list(runs.values()), generator))
+        given = list(rows.values())
         return cls(
-            rows[:histories],
-            rows[histories:],
-            with_prefixes(runs),
-            shuffled(rows[:histories], generator),
-            with_prefixes(shuffled(runs, generator)),
+            given,
+            list(own.values()),
+            with_prefixes(list(runs.values())),
+            shuffled(given, generator),
+            shuffled_runs,
         )
+
+
+def _different(
+    found: Sequence[Tokens],
+    length: int,
+    count: int,
+    generator: np.random.Generator,
+    *,
+    without: Mapping[Tokens, Tokens] | None = None,
+) -> dict[Tokens, Tokens]:
+    """Up to `count` pieces at random, cut to a length at which they differ: the cut of each piece.
+
+    without: pieces that are taken, whose cuts are not to come again.
+    """
+    taken = dict(without or {})
+    cuts = set(taken.values())
+    chosen: dict[Tokens, Tokens] = {}
+    for number in generator.permutation(len(found)):
+        piece, cut = found[number], found[number][:length]
+        if len(chosen) < count and piece not in taken and cut not in cuts:
+            chosen[piece] = cut
+            cuts.add(cut)
+    return chosen
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a model as JSON holds them, and its spectrum."""
+    """The results of a model as JSON holds them, its spectrum, and of which tokens that is."""
 
     found: dict[str, Any]
     spectrum: Spectrum
+    tokens: NDArray[np.int64] | None
 
     def line(self) -> str:
         """The gist of it."""
-        exponent = self.found["exponent"]
-        return (
-            f"exponent {exponent['estimate']:.3f} [{exponent['low']:.3f}, {exponent['high']:.3f}], "
-            f"{self.found['queries']:,} queries"
-        )
+        found = self.found["exponent"]
+        return f"exponent {found['estimate']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def measure(
     oracle: LogitOracle,
-    questions: Questions,
+    asked: Asked,
     *,
-    top_k: int | None,
-    steps: int,
-    continuations: int,
-    earlier: LogitOracle | None,
-    seed: int,
+    top_k: int | NDArray[np.int64] | None = None,
+    steps: int = 15,
+    continuations: int = 4,
+    earlier: LogitOracle | None = None,
+    seed: int = 0,
 ) -> Measured:
-    """Everything that there is to say of a model."""
+    """Everything that there is to say of a model. Arguments are those of the command's options.
+
+    top_k: also the tokens of another model that was measured, to be compared with it.
+    """
     meter = Metered(oracle)
-    top_k = None if top_k is None or top_k >= oracle.vocab_size else top_k
-    both = [*questions.histories, *questions.targets]
-    everything = logit_matrix(meter, both, questions.futures, top_k=top_k)
-    count = len(questions.histories)
+    if isinstance(top_k, int) and top_k >= oracle.vocab_size:
+        top_k = None
+    both = [*asked.histories, *asked.targets]
+    everything = logit_matrix(meter, both, asked.futures, top_k=top_k)
+    count = len(asked.histories)
     real, targets = everything.select(slice(count)), everything.select(slice(count, None))
-    nonsense = logit_matrix(
-        meter, questions.shuffled_histories, questions.futures, top_k=everything.tokens
-    )
+    nonsense = logit_matrix(meter, asked.shuffled_histories, asked.futures, top_k=everything.tokens)
     of_real = spectrum(real.values)
+    exponent = power_law(of_real, seed=seed)  # before all else, as it may be refused
+    halves = real.values[::2], real.values[1::2]
+    of_halves = spectrum(halves[0]), spectrum(halves[1])
+    cuts = [
+        kl_by_rank(real.values, of_real),
+        kl_by_rank(halves[1], of_halves[0], learned_from=halves[0]),
+    ]
+    shuffled_half = nonsense.values[1::2]
+    of_rows = {
+        "two halves of the histories": (halves[1], of_halves[1]),
+        "one half and the other shuffled": (shuffled_half, spectrum(shuffled_half)),
+    }
+    other_futures = logit_matrix(
+        meter,
+        asked.histories,
+        asked.shuffled_futures,
+        top_k=None if everything.tokens is None else everything.tokens.shape[1],
+    ).values
+    half = real.values.shape[1] // 2
+    of_first = spectrum(real.values[:, :half])
+    of_columns = {
+        "two halves of the futures": spectrum(real.values[:, half:]),
+        "one half and the other shuffled (futures)": spectrum(other_futures[:, half:]),
+    }
+    angles = {
+        name: row_space_angles(halves[0], of_halves[0], values, of, rank=_angled(of_halves[0], of))
+        for name, (values, of) in of_rows.items()
+    } | {
+        name: column_space_angles(of_first, of, rank=_angled(of_first, of))
+        for name, of in of_columns.items()
+    }
     found = {
         "spectrum": of_real.to_dict(),
         "rank": {"tolerance": TOLERANCE, "rank": of_real.rank(TOLERANCE)},
-        "exponent": power_law(of_real, seed=seed).to_dict(),
-        "kl": _kl(real, of_real),
-        "angles": _angles(meter, questions, real, of_real, nonsense, top_k),
+        "exponent": exponent.to_dict(),
+        "kl": [each.to_dict() for each in cuts],
+        "angles": {name: each.to_dict() for name, each in angles.items()},
         "sizes": [each.to_dict() for each in by_size(real.values, tolerance=TOLERANCE)],
     }
-    if questions.targets:
+    if asked.targets:
         compared = compare(
             meter,
             {"linear combination": real, "of shuffled histories": nonsense},
@@ -114,42 +184,10 @@ def measure(
             seed=seed,
         )
         found["generation"] = compared.to_dict(seed=seed)
-    return Measured({**found, "queries": meter.queries}, of_real)
+    found["queries"] = {"of the matrix": real.queries, "in all": meter.queries}
+    return Measured(found, of_real, everything.tokens)
 
 
-def _kl(real: LogitMatrix, of_real: Spectrum) -> list[dict[str, Any]]:
-    """In sample, and of every second history on directions that the others taught."""
-    known, other = real.values[::2], real.values[1::2]
-    of_known = spectrum(known)
-    held_out = kl_by_rank(other, of_known, learned_from=known)
-    return [kl_by_rank(real.values, of_real).to_dict(), held_out.to_dict()]
-
-
-def _angles(
-    meter: Metered,
-    questions: Questions,
-    real: LogitMatrix,
-    of_real: Spectrum,
-    nonsense: LogitMatrix,
-    top_k: int | None,
-) -> dict[str, Any]:
-    """Of real and shuffled histories or futures, and of two halves of the real ones."""
-    of_nonsense = spectrum(nonsense.values)
-    others = logit_matrix(meter, questions.histories, questions.shuffled_futures, top_k=top_k)
-    of_others = spectrum(others.values)
-    halves = [real.values[::2], real.values[1::2]]
-    of_halves = [spectrum(each) for each in halves]
-    rank = min(
-        ANGLES,
-        *(len(each.singular_values) for each in (of_real, of_nonsense, of_others, *of_halves)),
-    )
-    found = {
-        "histories and shuffled ones": row_space_angles(
-            real.values, of_real, nonsense.values, of_nonsense, rank=rank
-        ),
-        "two halves of the histories": row_space_angles(
-            halves[0], of_halves[0], halves[1], of_halves[1], rank=rank
-        ),
-        "futures and shuffled ones": column_space_angles(of_real, of_others, rank=rank),
-    }
-    return {name: each.to_dict() for name, each in found.items()}
+def _angled(*spectra: Spectrum) -> int:
+    """How many directions are compared."""
+    return min(ANGLES, *(len(each.singular_values) for each in spectra))

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from fastperturb.rank.oracle import Tokens
 from fastperturb.rank.passes import Padded, Passes, selected
-from fastperturb.rank.questions import Answers, Asked
+from fastperturb.rank.questions import Asked, Mixture
 
 # Of one pass, whatever batch_tokens is: 128 MiB in fp32.
 _MOST_LOGITS = 2**25
@@ -63,7 +63,7 @@ class ModelOracle:
         passes, device = self.passes, self.passes.device
         draws, weighted = passes.draws, passes.weighs_draws
         shape = (len(contexts), len(futures), self.vocab_size)
-        answers = Answers(shape, draws, weighted, device)
+        answers = Mixture(shape, draws, weighted, device)
         asked = Asked.of(futures, device)
         reach = max(map(len, contexts)) + max(map(len, futures))
         together = min(draws, self.rows(reach, reach if weighted else 1))
@@ -108,7 +108,7 @@ class ModelOracle:
         last = logits[:, :, -1].clone()  # a view would keep all others
         return _Encoded(numbers, padded.lengths, mask, cache, last, log_weights)
 
-    def _continue(self, encoded: _Encoded, asked: Asked, samples: Tensor, answers: Answers) -> None:
+    def _continue(self, encoded: _Encoded, asked: Asked, samples: Tensor, answers: Mixture) -> None:
         """Answer all futures of some encoded contexts."""
         for empty in asked.at_once:
             columns = torch.full_like(encoded.numbers, empty)
@@ -132,7 +132,7 @@ class ModelOracle:
         ids: Tensor,  # [N, T], what it goes on with
         answered: tuple[Tensor, Tensor, Tensor],  # as from Asked.answered
         samples: Tensor,
-        answers: Answers,
+        answers: Mixture,
     ) -> None:
         offsets = torch.arange(ids.shape[1], device=ids.device)
         row, column, place = answered
@@ -160,7 +160,7 @@ class ModelOracle:
         texts: dict[int, Tokens],
         futures: Sequence[Tokens],
         samples: Tensor,
-        answers: Answers,
+        answers: Mixture,
     ) -> None:
         """Answer each pair by a pass over all of its context, among others of its length."""
         device = samples.device

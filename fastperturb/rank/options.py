@@ -14,7 +14,7 @@ from fastperturb.eval.options import named
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions(TextOptions):
-    """Measure the logit rank of models, and write by combinations of unrelated prompts."""
+    """Measure the logit rank of models, and write by combinations of other prompts."""
 
     models: tuple[str, ...]
     """NAME=WHERE, or WHERE alone: a folder that train or save_pretrained wrote, or a plain model,
@@ -42,13 +42,15 @@ class RankOptions(TextOptions):
     """How long these pieces are."""
 
     top_k: int | None = 1024
-    """Columns a future: so many of its likeliest tokens, or all, if the vocabulary has fewer."""
+    """Columns a future: so many of its likeliest tokens by the first model, or all, if there are
+    fewer."""
 
     num_samples: int = 32
     """Draws of the noise, of which a perturbed model's law is the mean."""
 
     targets: int = 16
-    """Further histories, each written on by a linear combination of the others; 0: none."""
+    """Prompts of documents that give no history, each written on by a linear combination of the
+    histories; 0: none. It takes many histories to be close: a thousand, say."""
 
     steps: int = 15
     """How many tokens are written on."""
@@ -97,6 +99,8 @@ class RankOptions(TextOptions):
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {value}")
+        if self.targets == 1:
+            raise ValueError("targets must be 0, or at least 2 to have an interval, got 1")
         if self.earlier is not None and not self.targets:
             raise ValueError("earlier is compared on targets: say how many")
         for package in ("matplotlib", "scipy"):

@@ -31,9 +31,10 @@ class LogitOracle(Protocol):
 
 
 class FunctionOracle:
-    """An oracle that is a plain function of the context h f, asked once a pair.
+    """An oracle that is a plain function of the context h f, called once for each that is new.
 
-    function: logits or log-probs of the next token [V], up to a constant.
+    function: logits or log-probs of every next token [V], up to a constant. An API that tells the
+        likeliest ones only is no such function: all of V must have some finite log-prob.
     """
 
     def __init__(self, function: Callable[[Tokens], Any], vocab_size: int) -> None:
@@ -41,7 +42,9 @@ class FunctionOracle:
         self._function = function
 
     def log_probs(self, histories: Sequence[Tokens], futures: Sequence[Tokens]) -> Tensor:
-        found = [self._logits(history + future) for history in histories for future in futures]
+        contexts = [history + future for history in histories for future in futures]
+        told = {context: self._logits(context) for context in dict.fromkeys(contexts)}
+        found = [told[context] for context in contexts]
         shape = (len(histories), len(futures), self.vocab_size)
         return torch.stack(found).log_softmax(-1).view(shape)
 

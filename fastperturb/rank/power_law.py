@@ -7,7 +7,8 @@ here: a delete-a-group jackknife, every group of them once, with Student's t at 
 of freedom. By the inequality of Efron and Stein (1981) its variance is on average at least that of
 the estimate on so many histories fewer, whatever the statistic: intervals err to the wide side.
 A bootstrap would not do: rows drawn twice are dependent, which bends the tail, and its exponents
-come out one or two standard errors too high. The futures are held: the interval is over histories.
+come out one or two standard errors too high. The futures are held: the interval is over histories,
+as if these were independent. Pieces of one document are not quite: over documents it is wider.
 
 A sub-matrix of rows has the singular values of the same rows of U S, so leaving out reads no data.
 """
@@ -23,6 +24,10 @@ import numpy as np
 from fastperturb.rank.spectrum import Floats, Spectrum, Values, check, spectrum
 
 _LEAST = 4  # singular values of a fit
+
+
+class TooFewValues(ValueError):
+    """A matrix has fewer singular values than a line needs."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Size:
     histories: int
     futures: int
     exponent: Exponent
-    rank: int
+    rank: int | None
     tolerance: float
     effective_rank: float | None
 
@@ -135,10 +140,10 @@ def exponent_difference(
     The same histories are left out of both, so what the two share cancels: the interval is that of
     the difference, often far narrower than those of the exponents. Arguments are `power_law`'s.
     """
-    if ours.shape[:2] != baseline.shape[:2]:
+    if ours.shape != baseline.shape:
         raise ValueError(
-            f"ours is of {ours.shape[:2]} histories and futures and baseline of "
-            f"{baseline.shape[:2]}: ask both models on the same"
+            f"ours is of {list(ours.shape)} histories, futures and tokens and baseline of "
+            f"{list(baseline.shape)}: ask both models on the same"
         )
     first, last = _window([ours, baseline], first, last, groups)
     both = (ours, baseline)
@@ -159,6 +164,8 @@ def by_size(
 ) -> list[Size]:
     """Exponent and ranks of the leading sub-matrices with these fractions of histories and futures.
 
+    Those are left out that have too few singular values to fit.
+
     Histories and futures should be in random order: these are the first ones. The window of the
     exponent grows with the sub-matrix unless `first` and `last` are given.
 
@@ -173,7 +180,10 @@ def by_size(
         for other in fractions:
             histories = max(1, round(other * len(values)))
             of = spectrum(values[:histories, :futures])
-            exponent = power_law(of, first=first, last=last)
+            try:
+                exponent = power_law(of, first=first, last=last)
+            except TooFewValues:
+                continue
             ranks = of.rank(tolerance), tolerance, of.effective_rank
             found.append(Size(histories, futures, exponent, *ranks))
     return found
@@ -193,7 +203,7 @@ def _window(
     if first is None:
         first = min(10, max(1, last // 4))
     if not 1 <= first <= last - _LEAST + 1 or last > most:
-        raise ValueError(
+        raise TooFewValues(
             f"an exponent needs {_LEAST} singular values or more out of the first {most}, which "
             "are those that stand above rounding whichever group of histories is left out, got "
             f"first = {first} and last = {last}"

@@ -59,7 +59,7 @@ class Asked:
         return row, column[answer], length[answer] - 1
 
 
-class Answers:
+class Mixture:
     """The law of the next token of each pair, as draws bring in their parts of it."""
 
     def __init__(

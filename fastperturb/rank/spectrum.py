@@ -53,8 +53,8 @@ class Spectrum:
     frobenius: float
     complete: bool
 
-    def rank(self, tolerance: float) -> int:
-        """How many singular values exceed tolerance times the first."""
+    def rank(self, tolerance: float) -> int | None:
+        """How many singular values exceed tolerance times the first; None: all of a sketch's."""
         least = self.floor / self.singular_values[0]
         if not least <= tolerance < 1:
             raise ValueError(
@@ -62,12 +62,7 @@ class Spectrum:
                 f"rounding, and less than 1, got {tolerance}"
             )
         found = int((self.singular_values > tolerance * self.singular_values[0]).sum())
-        if not self.complete and found == len(self.singular_values):
-            raise ValueError(
-                f"all {found} singular values of this sketch exceed tolerance = {tolerance}: "
-                "raise tolerance, or sketch with a larger count"
-            )
-        return found
+        return None if not self.complete and found == len(self.singular_values) else found
 
     @property
     def effective_rank(self) -> float | None:

@@ -2,8 +2,9 @@
 
     law[w, c] = softmax( sum_n weights[w, n] * centred logits of history n after continuation c )
 
-Each history is encoded once for all continuations, and every step is one pass over all of them,
-as many at a time as a pass holds. Under a linear head the weights commute with it,
+`follow` tells the law along continuations that are given, `Streams` that of tokens that come one
+after the other, in one batched decode. Each history is encoded once for all continuations. Under a
+linear head the weights commute with it,
 
     sum_n w[n] (h[n] W^T + b) = (sum_n w[n] h[n]) W^T + (sum_n w[n]) b,
 
@@ -14,7 +15,7 @@ commute; there the logits of a pass are summed before the next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +25,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastperturb.architectures import CausalLM
 from fastperturb.ops.dispatch import full_precision
 from fastperturb.rank.models import ModelOracle
 from fastperturb.rank.oracle import LogitOracle, Metered, Tokens, centred
@@ -53,34 +53,55 @@ def open_streams(
 ) -> Streams:
     """Streams of histories with weights [W, N], and as many `copies` C as continuations.
 
-    What a model cannot go on with from a cache, and any other oracle, is asked again with all that
-    is written at every step.
+    A model keeps the caches of all N C of them, under all draws. What it cannot go on with from a
+    cache, and any other oracle, is asked again with all that is written at every step.
     """
-    if weights.ndim != 2 or weights.shape[1] != len(histories) or not len(histories):
-        raise ValueError(
-            f"weights must be [W, N] with N = {len(histories)}, the histories, of which there must "
-            f"be one at least, got {list(weights.shape)}"
-        )
     if copies < 1:
         raise ValueError(f"copies must be at least 1, got {copies}")
-    shares = torch.as_tensor(weights, dtype=torch.float64)
-    meter = oracle if isinstance(oracle, Metered) else Metered(oracle)
-    if isinstance(meter.oracle, ModelOracle) and _goes_on(meter.oracle, histories):
-        return _CachedStreams(meter.oracle, meter, histories, shares, copies)
-    return _AskedStreams(meter, histories, shares, copies)
+    shares = _checked(weights, histories)
+    model, meters = _unwrapped(oracle)
+    if isinstance(model, ModelOracle) and _goes_on(model, histories):
+        return _CachedStreams(_Model(model, meters, histories, copies), shares)
+    return _AskedStreams(oracle, histories, shares, copies)
+
+
+def follow(
+    oracle: LogitOracle, histories: Sequence[Tokens], weights: NDArray[Any], tokens: Tensor
+) -> Tensor:
+    """The law before each of tokens [C, L], and after the last [W, C, L + 1, V].
+
+    As `open_streams` and `advance`, but of a model no more is held than of one batch of histories.
+    """
+    shares = _checked(weights, histories)
+    model, meters = _unwrapped(oracle)
+    if isinstance(model, ModelOracle) and _goes_on(model, histories):
+        return _Model(model, meters, histories, len(tokens)).follow(shares, tokens)
+    streams = _AskedStreams(oracle, histories, shares, len(tokens))
+    if not tokens.shape[1]:
+        return streams.law[:, :, None]
+    return torch.cat([streams.law[:, :, None], streams.advance(tokens)], dim=2)
 
 
 def write(
-    oracle: LogitOracle, histories: Sequence[Tokens], weights: NDArray[Any], steps: int
+    oracle: LogitOracle,
+    histories: Sequence[Tokens],
+    weights: NDArray[Any],
+    steps: int,
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tokens:
-    """The likeliest next token of a sum with weights [N], `steps` times over."""
+    """`steps` tokens by a sum with weights [N]: the likeliest, or drawn by a generator."""
     streams = open_streams(oracle, histories, np.asarray(weights)[None])
     written: list[int] = []
-    while len(written) < steps:
-        written.append(int(streams.law[0, 0].argmax()))
-        if len(written) < steps:
-            streams.advance(torch.tensor([written[-1:]]))
-    return tuple(written)
+    while True:
+        law = streams.law[0, 0].cpu()
+        if generator is None:
+            written.append(int(law.argmax()))
+        else:
+            written.append(int(torch.multinomial(law.exp(), 1, generator=generator)))
+        if len(written) == steps:
+            return tuple(written)
+        streams.advance(torch.tensor([written[-1:]]))
 
 
 class _AskedStreams:
@@ -111,7 +132,8 @@ class _AskedStreams:
             block = self._histories[first : first + step]
             logits = centred(self._oracle.log_probs(block, futures))
             shares = self._weights[:, first : first + step].to(logits)
-            part = torch.einsum("wn,nfv->wfv", shares, logits)
+            with full_precision(logits.device):
+                part = torch.einsum("wn,nfv->wfv", shares, logits)
             found = part if found is None else found + part
         assert found is not None
         return found[:, [futures.index(each) for each in written]].log_softmax(-1)
@@ -121,140 +143,196 @@ class _AskedStreams:
 class _Block:
     """Streams of n histories, C of each side by side, under m draws."""
 
-    weights: Tensor  # [W, n]
+    numbers: list[int]  # [n], which histories
     lengths: Tensor  # [n C]
     mask: Tensor  # [n C, T], 0 at the padding on the left
     cache: Any  # of [m n C] rows
+
+
+class _Model:
+    """A model as its streams run it, block by block of histories."""
+
+    def __init__(
+        self, oracle: ModelOracle, meters: list[Metered], histories: Sequence[Tokens], copies: int
+    ) -> None:
+        oracle.check(histories, [()])
+        self.copies, self.device = copies, oracle.passes.device
+        self._oracle, self._passes, self._meters = oracle, oracle.passes, meters
+        self._contexts = [oracle.prompt + history for history in histories]
+        self._different = len(set(self._contexts))
+        self._samples = torch.arange(self._passes.draws, device=self.device)
+        self._head = _LinearHead.of(oracle)
+        self._written: list[Tokens] = [()] * copies
+        self._charge(1)
+
+    def sums(self) -> _Sums:
+        return _Sums(self._head)
+
+    @torch.no_grad()
+    def follow(self, weights: Tensor, tokens: Tensor) -> Tensor:
+        """As the function of this name."""
+        self.count(tokens)
+        tokens, shares = tokens.to(self.device), weights.to(self.device, torch.float32)
+        first, rest = self.sums(), self.sums()
+        for numbers in self._batches(tokens.shape[1]):
+            block, read = self.encoded(numbers)
+            first.add(read, shares[:, numbers])
+            if tokens.shape[1]:
+                rest.add(self.advanced(block, tokens), shares[:, numbers])
+        law = first.law(shares).expand(-1, self.copies, -1, -1)
+        return torch.cat([law, rest.law(shares)], dim=2) if tokens.shape[1] else law
+
+    def blocks(self) -> Iterator[tuple[_Block, Tensor]]:
+        """All histories, encoded, and what is read after them."""
+        return map(self.encoded, self._batches(1))
+
+    def _batches(self, tokens: int) -> Iterator[list[int]]:
+        """Numbers of histories whose streams a pass holds, each going on by so many tokens."""
+        longest = max(map(len, self._contexts)) + tokens
+        logits = 1 if self._head is not None else tokens
+        rows = self._oracle.rows(longest, logits) // (len(self._samples) * self.copies)
+        numbers = sorted(range(len(self._contexts)), key=lambda n: -len(self._contexts[n]))
+        size = max(1, rows)
+        return (numbers[first : first + size] for first in range(0, len(numbers), size))
+
+    def encoded(self, numbers: list[int]) -> tuple[_Block, Tensor]:
+        padded = Padded.of([self._contexts[number] for number in numbers], self.device)
+        last = torch.tensor([padded.ids.shape[1] - 1], device=self.device)
+        headless = self._head is not None
+        read, cache = self._passes.run(
+            padded.ids, self._samples, padded.positions, last, mask=padded.mask, headless=headless
+        )
+        rows = torch.arange(len(self._samples) * len(numbers), device=self.device)
+        block = _Block(
+            numbers,
+            padded.lengths.repeat_interleave(self.copies),
+            padded.mask.repeat_interleave(self.copies, 0),
+            selected(cache, rows.repeat_interleave(self.copies)),
+        )
+        return block, read[:, :, None]
+
+    def advanced(self, block: _Block, tokens: Tensor) -> Tensor:
+        """What is read after each of tokens [C, L]; the block has gone on by them."""
+        ids = tokens.repeat(len(block.numbers), 1)
+        offsets = torch.arange(tokens.shape[1], device=self.device)
+        block.mask = torch.cat([block.mask, torch.ones_like(ids)], dim=1)
+        read, block.cache = self._passes.run(
+            ids,
+            self._samples,
+            block.lengths[:, None] + offsets,
+            offsets,
+            mask=block.mask,
+            cache=block.cache,
+            headless=self._head is not None,
+        )
+        block.lengths = block.lengths + tokens.shape[1]
+        return read.unflatten(1, (-1, self.copies))
+
+    def count(self, tokens: Tensor) -> None:
+        """Charge the meters for the contexts that these tokens end, unless they were before."""
+        before = self._written
+        self._written = [(*old, *new) for old, new in zip(before, tokens.tolist())]
+        longest = max(map(len, self._contexts)) + len(self._written[0])
+        self._passes.check_length(longest)
+        self._charge(len(set(with_prefixes(self._written)) - set(with_prefixes(before))))
+
+    def _charge(self, continuations: int) -> None:
+        for meter in self._meters:
+            meter.charge(self._different * continuations)
 
 
 class _CachedStreams:
     """Those of a model, which keeps what it has encoded."""
 
     @torch.no_grad()
-    def __init__(
-        self,
-        oracle: ModelOracle,
-        meter: Metered,
-        histories: Sequence[Tokens],
-        weights: Tensor,
-        copies: int,
-    ) -> None:
-        oracle.check(histories, [()])
-        self._different = len(set(histories))
-        meter.charge(self._different)
-        self._passes, self._meter, self._copies = oracle.passes, meter, copies
-        self._vocab_size = oracle.vocab_size
-        self._longest = len(oracle.prompt) + max(map(len, histories))
-        self._head = _linear_head(oracle)
-        self._weights = weights.to(oracle.passes.device, torch.float32)
-        self._written: list[Tokens] = [()] * copies
-        contexts = [oracle.prompt + history for history in histories]
-        draws = oracle.passes.draws
-        self._samples = torch.arange(draws, device=oracle.passes.device)
-        sums = _Sums(self._head)
-        self._blocks = [
-            self._encoded([contexts[number] for number in numbers], self._weights[:, numbers], sums)
-            for numbers in oracle.batches(contexts, draws * copies, weighted=False)
-        ]
-        self.law = sums.law(self._weights.sum(1))[:, :, 0].expand(-1, copies, -1)
-
-    def _encoded(self, contexts: list[Tokens], weights: Tensor, sums: _Sums) -> _Block:
-        padded = Padded.of(contexts, self._samples.device)
-        last = torch.tensor([padded.ids.shape[1] - 1], device=padded.ids.device)
-        found, cache = self._passes.run(
-            padded.ids,
-            self._samples,
-            padded.positions,
-            last,
-            mask=padded.mask,
-            headless=self._head is not None,
-        )
-        sums.add(found[:, :, None], weights)
-        rows = torch.arange(len(self._samples) * len(contexts), device=padded.ids.device)
-        return _Block(
-            weights,
-            padded.lengths.repeat_interleave(self._copies),
-            padded.mask.repeat_interleave(self._copies, 0),
-            selected(cache, rows.repeat_interleave(self._copies)),
-        )
+    def __init__(self, model: _Model, weights: Tensor) -> None:
+        self._model = model
+        self._weights = weights.to(model.device, torch.float32)
+        self._blocks: list[_Block] = []
+        sums = model.sums()
+        for block, read in model.blocks():
+            sums.add(read, self._weights[:, block.numbers])
+            self._blocks.append(block)
+        self.law = sums.law(self._weights)[:, :, 0].expand(-1, model.copies, -1)
 
     @torch.no_grad()
     def advance(self, tokens: Tensor) -> Tensor:
-        tokens = tokens.to(self._samples.device)
-        self._count(tokens)
-        most = max(len(block.mask) for block in self._blocks) * len(self._samples)
-        width = max(1, _AT_ONCE // (most * self._vocab_size))
-        if self._head is not None:
-            width = tokens.shape[1]
-        law = torch.cat([self._after(part) for part in tokens.split(width, dim=1)], dim=2)
+        self._model.count(tokens)
+        # Token by token, as a pass over several would hold the logits of each.
+        law = torch.cat([self._after(part) for part in tokens.split(1, dim=1)], dim=2)
         self.law = law[:, :, -1]
         return law
 
     def _after(self, tokens: Tensor) -> Tensor:
-        """One pass over all streams; the law after each of the tokens."""
-        sums = _Sums(self._head)
-        offsets = torch.arange(tokens.shape[1], device=tokens.device)
+        sums = self._model.sums()
         for block in self._blocks:
-            ids = tokens.repeat(block.weights.shape[1], 1)
-            block.mask = torch.cat([block.mask, torch.ones_like(ids)], dim=1)
-            found, block.cache = self._passes.run(
-                ids,
-                self._samples,
-                block.lengths[:, None] + offsets,
-                offsets,
-                mask=block.mask,
-                cache=block.cache,
-                headless=self._head is not None,
-            )
-            block.lengths = block.lengths + tokens.shape[1]
-            sums.add(found.unflatten(1, (-1, self._copies)), block.weights)
-        return sums.law(self._weights.sum(1))
+            read = self._model.advanced(block, tokens.to(self._model.device))
+            sums.add(read, self._weights[:, block.numbers])
+        return sums.law(self._weights)
 
-    def _count(self, tokens: Tensor) -> None:
-        """What the meter has not counted yet: contexts that end in one of these tokens."""
-        before = self._written
-        self._written = [(*old, *new) for old, new in zip(before, tokens.tolist())]
-        new = set(with_prefixes(self._written)) - set(with_prefixes(before))
-        self._passes.check_length(self._longest + len(self._written[0]))
-        self._meter.charge(self._different * len(new))
+
+@dataclass(frozen=True)
+class _LinearHead:
+    """A head with which weights of histories commute, in fp32."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, oracle: ModelOracle) -> _LinearHead | None:
+        parts = oracle.passes.parts
+        if oracle.passes.draws > 1 or parts is None or parts.softcap is not None:
+            return None
+        bias = None if parts.head.bias is None else parts.head.bias.detach().float()
+        return cls(parts.head.weight.detach().float(), bias, parts.logit_scale)
 
 
 class _Sums:
     """Weighted sums over histories, as passes bring them in."""
 
-    def __init__(self, head: CausalLM | None) -> None:
+    def __init__(self, head: _LinearHead | None) -> None:
         self._head = head
         self._sum: Tensor | None = None
 
-    def add(self, found: Tensor, weights: Tensor) -> None:
+    def add(self, read: Tensor, weights: Tensor) -> None:
         """Hidden states [1, n, C, L, D], or logits [m, n, C, L, V], with weights [W, n]."""
-        with full_precision(found.device):
+        with full_precision(read.device):
             if self._head is None:
-                found = centred(found.log_softmax(-1).logsumexp(0))  # of M times the mean
+                read = centred(read.log_softmax(-1).logsumexp(0))  # of M times the mean
             else:
-                found = found[0]
-            part = torch.einsum("wn,ncld->wcld", weights, found)
+                read = read[0]
+            part = torch.einsum("wn,ncld->wcld", weights, read)
         self._sum = part if self._sum is None else self._sum + part
 
-    def law(self, total: Tensor) -> Tensor:
-        """[W, C, L, V]; total: of the weights [W]."""
+    def law(self, weights: Tensor) -> Tensor:
+        """[W, C, L, V]; weights [W, N], all of them."""
         assert self._sum is not None
         if self._head is None:
             return self._sum.log_softmax(-1)
-        head = self._head.head
         with full_precision(self._sum.device):
-            logits = F.linear(self._sum, head.weight.float())
-        if head.bias is not None:
-            logits = logits + total[:, None, None, None] * head.bias.float()
-        return (logits * self._head.logit_scale).log_softmax(-1)
+            logits = F.linear(self._sum, self._head.weight)
+        if self._head.bias is not None:
+            logits = logits + weights.sum(1)[:, None, None, None] * self._head.bias
+        return (logits * self._head.scale).log_softmax(-1)
 
 
-def _linear_head(oracle: ModelOracle) -> CausalLM | None:
-    """The model's parts, if weights of histories commute with its head."""
-    parts = oracle.passes.parts
-    if oracle.passes.draws > 1 or parts is None or parts.softcap is not None:
-        return None
-    return parts
+def _checked(weights: NDArray[Any], histories: Sequence[Tokens]) -> Tensor:
+    if weights.ndim != 2 or weights.shape[1] != len(histories) or not len(histories):
+        raise ValueError(
+            f"weights must be [W, N] with N = {len(histories)}, the histories, of which there must "
+            f"be one at least, got {list(weights.shape)}"
+        )
+    return torch.as_tensor(weights, dtype=torch.float64)
+
+
+def _unwrapped(oracle: LogitOracle) -> tuple[LogitOracle, list[Metered]]:
+    """What answers, and the meters around it."""
+    meters = []
+    while isinstance(oracle, Metered):
+        meters.append(oracle)
+        oracle = oracle.oracle
+    return oracle, meters
 
 
 def _goes_on(oracle: ModelOracle, histories: Sequence[Tokens]) -> bool:

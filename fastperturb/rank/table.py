@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from fastperturb.eval.table import Table, markdown, show
@@ -41,9 +43,9 @@ def spectra(results: Results) -> Table:
                 "" if difference is None else _signed(difference, "+.3f"),
                 f"{fit['first']} to {fit['last']}",
                 f"{fit['r_squared']:.4f}",
-                str(each["rank"]["rank"]),
+                _number(each["rank"]["rank"], "d"),
                 _number(each["spectrum"]["effective_rank"], ".1f"),
-                f"{each['queries']:,}",
+                f"{each['queries']['of the matrix']:,}",
             ]
         )
     one = next(iter(results["models"].values()))
@@ -82,7 +84,7 @@ def angles(results: Results) -> Table:
     rows = []
     for name, each in results["models"].items():
         for what, found in each["angles"].items():
-            degrees = [_median(found[key]) * 57.29577951308232 for key in ("angles", "random")]
+            degrees = [math.degrees(median(found[key])) for key in ("angles", "random")]
             rows.append([name, what, str(len(found["angles"])), *(f"{d:.1f}" for d in degrees)])
     return Table(
         "Principal angles",
@@ -101,7 +103,7 @@ def sizes(results: Results) -> Table:
             str(size["histories"]),
             str(size["futures"]),
             f"{size['exponent']['estimate']:.3f} {_between(size['exponent'], '.3f')}",
-            str(size["rank"]),
+            _number(size["rank"], "d"),
             _number(size["effective_rank"], ".1f"),
         ]
         for name, each in results["models"].items()
@@ -132,11 +134,13 @@ def generation(model: str, found: Results) -> Table:
         for fit in found["fits"]
     )
     return Table(
-        f"Written without the prompt: {model}",
+        f"Written by other prompts: {model}",
         ["way", f"KL over {steps} steps", "more", *(f"at step {step + 1}" for step in shown)],
         rows,
         f"Nats from the model to each way to tell its law, the mean over {found['targets']} target "
-        f"prompts, with 95% intervals over them. {fits}.",
+        f"prompts, with 95% intervals over them. {fits}. Of the contexts that are judged "
+        f"{', '.join(f'{share:.0%}' for share in found['asked'][:4])} were query futures too, at "
+        "steps 1 to 4.",
         words=("way",),
     )
 
@@ -147,7 +151,7 @@ def written(model: str, found: list[Results]) -> Table:
         for each in found
     ]
     header = ["after this prompt", "the model writes", "the linear combination writes"]
-    note = "The likeliest token at every step; the combination has never seen the prompt."
+    note = "The likeliest token at every step; the combination reads other prompts only."
     return Table(f"What was written: {model}", header, rows, note, words=tuple(header))
 
 
@@ -161,9 +165,3 @@ def _signed(found: Results, form: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

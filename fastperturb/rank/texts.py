@@ -11,25 +11,19 @@ from fastperturb.rank.oracle import Tokens
 
 
 def pieces(
-    documents: Sequence[NDArray[np.integer]],
-    count: int,
-    length: int,
-    generator: np.random.Generator,
+    documents: Sequence[NDArray[np.integer]], length: int, generator: np.random.Generator
 ) -> list[Tokens]:
-    """Different pieces of `length` tokens, in random order, no two of which share a token."""
-    found = [
-        document[start : start + length]
-        for document in documents
-        for start in range(0, len(document) - length + 1, length)
-    ]
-    order = generator.permutation(len(found))
-    different = list(dict.fromkeys(tuple(found[number].tolist()) for number in order))
-    if len(different) < count:
-        raise ValueError(
-            f"the text has only {len(different)} different pieces of {length} tokens, and {count} "
-            "were asked for: give more text, or ask for fewer or shorter histories and futures"
+    """All pieces of `length` tokens, no two of which share a token of the text or are the same.
+
+    Documents come in random order, and their pieces in that of the text.
+    """
+    return list(
+        dict.fromkeys(
+            tuple(documents[number][start : start + length].tolist())
+            for number in generator.permutation(len(documents))
+            for start in range(0, len(documents[number]) - length + 1, length)
         )
-    return different[:count]
+    )
 
 
 def shuffled(sequences: Sequence[Tokens], generator: np.random.Generator) -> list[Tokens]:
