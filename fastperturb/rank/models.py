@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from fastperturb.rank.oracle import Tokens
 from fastperturb.rank.passes import Padded, Passes, selected
-from fastperturb.rank.questions import Asked, Mixture
+from fastperturb.rank.questions import FutureRuns, Mixture
 
 # Of one pass, whatever batch_tokens is: 128 MiB in fp32.
 _MOST_LOGITS = 2**25
@@ -64,7 +64,7 @@ class ModelOracle:
         draws, weighted = passes.draws, passes.weighs_draws
         shape = (len(contexts), len(futures), self.vocab_size)
         answers = Mixture(shape, draws, weighted, device)
-        asked = Asked.of(futures, device)
+        asked = FutureRuns.of(futures, device)
         reach = max(map(len, contexts)) + max(map(len, futures))
         together = min(draws, self.rows(reach, reach if weighted else 1))
         for batch in self.batches(contexts, together, weighted):
@@ -108,7 +108,9 @@ class ModelOracle:
         last = logits[:, :, -1].clone()  # a view would keep all others
         return _Encoded(numbers, padded.lengths, mask, cache, last, log_weights)
 
-    def _continue(self, encoded: _Encoded, asked: Asked, samples: Tensor, answers: Mixture) -> None:
+    def _continue(
+        self, encoded: _Encoded, asked: FutureRuns, samples: Tensor, answers: Mixture
+    ) -> None:
         """Answer all futures of some encoded contexts."""
         for empty in asked.at_once:
             columns = torch.full_like(encoded.numbers, empty)
@@ -130,7 +132,7 @@ class ModelOracle:
         encoded: _Encoded,
         context: Tensor,  # [N]
         ids: Tensor,  # [N, T], what it goes on with
-        answered: tuple[Tensor, Tensor, Tensor],  # as from Asked.answered
+        answered: tuple[Tensor, Tensor, Tensor],  # as from FutureRuns.answered
         samples: Tensor,
         answers: Mixture,
     ) -> None:

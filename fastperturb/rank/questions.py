@@ -12,7 +12,7 @@ from fastperturb.rank.oracle import Tokens
 
 
 @dataclass(frozen=True)
-class Asked:
+class FutureRuns:
     """Futures, as the runs that answer them.
 
     runs: those with which no other one begins, the longest first.
@@ -29,7 +29,7 @@ class Asked:
     lengths: int
 
     @classmethod
-    def of(cls, futures: Sequence[Tokens], device: torch.device) -> Asked:
+    def of(cls, futures: Sequence[Tokens], device: torch.device) -> FutureRuns:
         runs: list[Tokens] = []
         owners: dict[Tokens, Tokens] = {}
         # In this order a future comes after all that begin with it, and next to one of them.
