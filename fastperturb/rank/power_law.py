@@ -30,12 +30,11 @@ class TooFewValues(ValueError):
     """A matrix has fewer singular values than a line needs."""
 
 
-@dataclass(frozen=True)
-class Exponent:
-    """a of s_i = scale * i^-a over first <= i <= last, and its interval over histories.
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of an exponent, or of a difference of two, over first <= i <= last, with its interval.
 
-    standard_error: the jackknife's.
-    r_squared: of the fitted line in log-log; no line of interest falls much below 1.
+    The interval is over histories; standard_error: the jackknife's, over so many groups of them.
     """
 
     estimate: float
@@ -44,30 +43,22 @@ class Exponent:
     standard_error: float
     level: float
     groups: int
+    first: int
+    last: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponent(Estimate):
+    """a of s_i = scale * i^-a.
+
+    r_squared: of the fitted line in log-log; no line of interest falls much below 1.
+    """
+
     scale: float
-    first: int
-    last: int
     r_squared: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Our exponent less the baseline's over the same indices, and its interval over histories."""
-
-    estimate: float
-    low: float
-    high: float
-    standard_error: float
-    level: float
-    groups: int
-    first: int
-    last: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -134,7 +125,7 @@ def exponent_difference(
     groups: int = 20,
     level: float = 0.95,
     seed: int = 0,
-) -> Difference:
+) -> Estimate:
     """Our exponent less the baseline's, of two models asked on the same histories and futures.
 
     The same histories are left out of both, so what the two share cancels: the interval is that of
@@ -151,7 +142,16 @@ def exponent_difference(
     without = [_left_out(each, first, last, groups, seed) for each in both]
     half, error = _half_width(without[0] - without[1], level)
     estimate = slopes[1] - slopes[0]
-    return Difference(estimate, estimate - half, estimate + half, error, level, groups, first, last)
+    return Estimate(
+        estimate=estimate,
+        low=estimate - half,
+        high=estimate + half,
+        standard_error=error,
+        level=level,
+        groups=groups,
+        first=first,
+        last=last,
+    )
 
 
 def by_size(
