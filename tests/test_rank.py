@@ -168,18 +168,37 @@ def test_the_same_seed_gives_the_same_results(folder, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_top_k_keeps_the_same_tokens_for_all_that_is_compared(folder, tmp_path):
-    command(options_of(folder, tmp_path / "out", top_k=20))
+def test_under_top_k_all_models_are_asked_about_the_first_ones_tokens(folder, tmp_path):
+    two = (f"plain={folder / 'base'}", f"exact={folder / 'exact'}")
+    command(options_of(folder, tmp_path / "out", models=two, top_k=20))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["models"]["plain"]["spectrum"]["shape"] == [80, results_columns(folder), 20]
-    command(options_of(folder, tmp_path / "all", top_k=500, targets=0))
-    results = json.loads((tmp_path / "all" / "results.json").read_text())
-    assert results["models"]["plain"]["spectrum"]["shape"][2] == 63
-    assert "generation" not in results["models"]["plain"]
+    asked = asked_of(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+    rows = [*asked.histories, *asked.targets]
+    tokens = logit_matrix(base, rows, asked.futures, top_k=20).tokens
+    lm = fastperturb.load(base, folder / "exact" / "model").eval()
+    values = logit_matrix(lm.base, rows, asked.futures, top_k=tokens).values[:80]
+    found = results["models"]["exact"]["spectrum"]
+    assert found["shape"] == [80, len(asked.futures), 20]
+    expected = spectrum(values).singular_values
+    np.testing.assert_allclose(found["singular_values"], expected, rtol=1e-4)
+    assert "exact" in results["differences"]
 
 
-def results_columns(folder):
-    return len(asked_of(folder).futures)
+def test_a_vocabulary_smaller_than_top_k_is_kept_whole(folder, tmp_path):
+    command(options_of(folder, tmp_path / "out", top_k=500, targets=0))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]["plain"]
+    assert found["spectrum"]["shape"][2] == 63
+    assert "generation" not in found
+
+
+def test_an_edited_model_is_refused_before_anything_is_measured(folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    fastperturb.edit(base, fastperturb.EditConfig()).save_pretrained(tmp_path / "edited")
+    places = (f"plain={folder / 'base'}", f"edited={tmp_path / 'edited'}")
+    options = options_of(folder, tmp_path / "out", models=places, base=str(folder / "base"))
+    with pytest.raises(ValueError, match="model 'edited' edits tokens at random"):
+        command(options)
 
 
 @pytest.mark.parametrize(

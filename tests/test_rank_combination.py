@@ -321,6 +321,12 @@ def test_the_comparison_is_of_the_laws_along_continuations_of_the_model():
     np.testing.assert_allclose(kl["last 2 tokens"][0], expected, rtol=1e-6)
 
 
+def test_an_earlier_checkpoint_has_the_same_vocabulary():
+    targets = logit_matrix(isan(), some(2, 4), with_prefixes(some(4, 3)))
+    with pytest.raises(ValueError, match="earlier has a vocabulary of 5 tokens and the model one"):
+        compare(isan(), {"own": targets}, targets, earlier=isan(vocab_size=5))
+
+
 def test_the_unigram_is_the_best_of_all_constant_laws():
     model = isan()
     targets = logit_matrix(model, some(2, 4), with_prefixes(some(4, 3)))
