@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from fastperturb.drawing import FAINT, INK, MARKERS, PALETTE, plain
 
 LINES = ("-", "--", ":", "-.")
-LEAST_KL = 1e-6  # nats; what is smaller is as good as nothing and would squeeze the rest
+# Nats; what is smaller is as good as nothing and would squeeze the rest.
+LEAST_KL, LEAST_WRITTEN = 1e-6, 1e-3
 
 Models = Mapping[str, Mapping[str, Any]]
 
@@ -171,7 +172,7 @@ def draw_generation(models: Models, path: Path) -> bool:
         for way in found["ways"]:
             total = np.cumsum(way["kl_by_step"])
             steps = range(1, len(total) + 1)
-            axes.plot(steps, np.maximum(total, LEAST_KL), **looks[way["name"]])
+            axes.plot(steps, np.maximum(total, LEAST_WRITTEN), **looks[way["name"]])
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         _finish(axes, name, "tokens written", "cumulative KL, nats")
