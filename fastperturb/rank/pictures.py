@@ -38,6 +38,8 @@ def draw(models: Models, path: Path) -> bool:
         "angles": draw_angles,
         "sizes": draw_sizes,
     }
+    if len(models) > len(PALETTE):  # these have a line or more a model that could not be told apart
+        del panels["angles"], panels["sizes"]
     shown = [name for name in panels if any(each.get(name) for each in models.values())]
     if not shown:
         return False
@@ -67,7 +69,8 @@ def draw_spectra(axes: Axes, models: Models) -> None:
             ends = np.array([fit["first"], fit["last"]])
             line = fit["scale"] / of["frobenius"] * ends ** -fit["estimate"]
             label = f"$i^{{-{fit['estimate']:.2f}}}$  [{fit['low']:.2f}, {fit['high']:.2f}]"
-            axes.plot(ends, line, "--", color=colour, linewidth=1.6, label=label)
+            shown = label if len(models) <= len(PALETTE) else None
+            axes.plot(ends, line, "--", color=colour, linewidth=1.6, label=shown)
     axes.set_xscale("log")
     axes.set_yscale("log")
     _finish(axes, "singular values", "number i (dashed: fitted)", "share of the Frobenius norm")
