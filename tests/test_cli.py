@@ -66,7 +66,7 @@ def test_an_unknown_command_gets_the_closest_and_all(capsys: pytest.CaptureFixtu
     assert cli.main(["docter"]) == 2
     assert capsys.readouterr().err == (
         "fastperturb: error: unknown command 'docter' (did you mean 'doctor'?). "
-        "Choices: demo, train, eval, study, doctor\n"
+        "Choices: demo, train, eval, study, rank, doctor\n"
     )
 
 
