@@ -256,6 +256,15 @@ def test_a_history_written_on_by_itself_writes_what_the_model_does():
     assert list(found) == expected[0, ids.shape[1] :].tolist()
 
 
+def test_a_generator_draws_what_a_sum_writes():
+    model, weights = isan(vocab_size=4), np.array([0.7, 0.6])
+    histories, generator = [(0, 1), (2, 3)], torch.Generator().manual_seed(0)
+    drawn_tokens = [write(model, histories, weights, 1, generator=generator) for _ in range(4000)]
+    found = torch.bincount(torch.tensor(drawn_tokens)[:, 0], minlength=4) / len(drawn_tokens)
+    expected = open_streams(model, histories, weights[None]).law[0, 0].exp()
+    torch.testing.assert_close(found.double(), expected, atol=0.032, rtol=0)  # 4 sd
+
+
 @pytest.mark.parametrize(
     ("weights", "copies", "message"),
     [
