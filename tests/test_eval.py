@@ -20,16 +20,11 @@ from fastperturb.eval.options import EvalOptions
 from fastperturb.train import LoraOptions
 from fastperturb.train import run as train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, own_cache):
     """A base, two texts, and what training left: learned, exact, and all weights."""
     folder = tmp_path_factory.mktemp("eval")
     tiny_run.model_folder(folder / "base")

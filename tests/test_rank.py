@@ -19,16 +19,11 @@ from fastperturb.rank.spectrum import spectrum
 from fastperturb.rank.truncation import kl_by_rank
 from fastperturb.train import run as train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, own_cache):
     """A base, a text, and what two trainings left."""
     folder = tmp_path_factory.mktemp("rank")
     tiny_run.model_folder(folder / "base")

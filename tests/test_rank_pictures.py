@@ -30,7 +30,7 @@ def models():
             "exponent": power_law(of).to_dict(),
             "kl": [kl.to_dict(), held_out.to_dict()],
             "angles": {"two halves": angles.to_dict()},
-            "sizes": [each.to_dict() for each in by_size(values, fractions=(0.5, 1.0))],
+            "sizes": [each.to_dict() for each in by_size(values, of, fractions=(0.5, 1.0))],
         }
     return json.loads(json.dumps(found))
 

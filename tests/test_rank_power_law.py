@@ -118,7 +118,7 @@ def test_difference_intervals_cover_the_mean_difference():
 
 def test_sizes_are_those_of_the_leading_sub_matrices():
     values = random_rows(np.random.default_rng(0), 120, 0.8, 400)
-    found = by_size(values, fractions=(0.5, 1.0), tolerance=0.05)
+    found = by_size(values, spectrum(values), fractions=(0.5, 1.0), tolerance=0.05)
     sizes = [(each.histories, each.futures) for each in found]
     assert sizes == [(60, 20), (120, 20), (60, 40), (120, 40)]
     for each in found:
@@ -126,7 +126,7 @@ def test_sizes_are_those_of_the_leading_sub_matrices():
         assert each.exponent == power_law(own)
         assert each.rank == own.rank(0.05)
         assert each.effective_rank == own.effective_rank
-    fixed = by_size(values, fractions=(0.5, 1.0), first=5, last=14)
+    fixed = by_size(values, spectrum(values), fractions=(0.5, 1.0), first=5, last=14)
     assert {(each.exponent.first, each.exponent.last) for each in fixed} == {(5, 14)}
     assert json.loads(json.dumps(found[0].to_dict()))["exponent"] == found[0].exponent.to_dict()
 
@@ -144,5 +144,8 @@ def test_refusals_say_what_a_fit_needs():
         power_law(full, level=95)
     with pytest.raises(ValueError, match="ask both models on the same"):
         exponent_difference(full, exact)
+    ones = np.ones((4, 2, 3))
     with pytest.raises(ValueError, match="fractions must lie in"):
-        by_size(np.ones((4, 2, 3)), fractions=(0.5, 2.0))
+        by_size(ones, spectrum(ones), fractions=(0.5, 2.0))
+    with pytest.raises(ValueError, match="whole must be the spectrum of values"):
+        by_size(ones, full)

@@ -15,7 +15,6 @@ to learn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -79,13 +78,19 @@ def run(options: RankOptions) -> int:
             )
     tokenizer = common_tokenizer(every, trust_remote_code=options.trust_remote_code)
     asked, prompt = _asked(options, tokenizer)
-    found: dict[str, Measured] = {}
+    first: Measured | None = None
+    found: dict[str, Any] = {"models": {}, "differences": {}}
     for place in places:
-        first = next(iter(found.values()), None)
-        found |= _measured(place, asked, prompt, options, first, None if first else before)
-        for each in found.values():
-            _decode(each.found, tokenizer)
-        results = _results(found, where, options)
+        measured = _measured(place, asked, prompt, options, first, None if first else before)
+        first = first or next(iter(measured.values()))
+        for name, each in measured.items():
+            found["models"][name] = _decoded(each.found, tokenizer)
+            # A vocabulary that was padded has other columns.
+            if each is not first and each.spectrum.shape == first.spectrum.shape:
+                difference = exponent_difference(each.spectrum, first.spectrum, seed=options.seed)
+                found["differences"][name] = difference.to_dict()
+        config = {"places": where, "config": options.to_dict()}
+        results = {**found, **config, **runs.provenance()}
         runs.write_json(folder / "results.json", results)
 
     tables = table.tables(results)
@@ -133,30 +138,16 @@ def _measured(
     return found
 
 
-def _results(
-    found: Mapping[str, Measured], where: Mapping[str, str], options: RankOptions
-) -> dict[str, Any]:
-    """As results.json holds them."""
-    first = next(iter(found.values())).spectrum
-    return {
-        "models": {name: each.found for name, each in found.items()},
-        "differences": {
-            name: exponent_difference(each.spectrum, first, seed=options.seed).to_dict()
-            for name, each in found.items()
-            # A vocabulary that was padded has other columns.
-            if each.spectrum is not first and each.spectrum.shape == first.shape
-        },
-        "places": dict(where),
-        "config": options.to_dict(),
-        **runs.provenance(),
-    }
-
-
-def _decode(found: dict[str, Any], tokenizer: Any) -> None:
-    """What was written becomes text."""
-    for each in found.get("generation", {}).get("written", ()):
-        for key, tokens in each.items():
-            each[key] = tokens if isinstance(tokens, str) else tokenizer.decode(tokens)
+def _decoded(found: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """With what was written as text."""
+    if "generation" not in found:
+        return found
+    generation = found["generation"]
+    written = [
+        {key: tokenizer.decode(tokens) for key, tokens in each.items()}
+        for each in generation["written"]
+    ]
+    return {**found, "generation": {**generation, "written": written}}
 
 
 def _asked(options: RankOptions, tokenizer: Any) -> tuple[Asked, Tokens]:

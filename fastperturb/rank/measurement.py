@@ -171,7 +171,7 @@ def measure(
         "exponent": exponent.to_dict(),
         "kl": [each.to_dict() for each in cuts],
         "angles": {name: each.to_dict() for name, each in angles.items()},
-        "sizes": [each.to_dict() for each in by_size(real.values, tolerance=TOLERANCE)],
+        "sizes": [each.to_dict() for each in by_size(real.values, of_real, tolerance=TOLERANCE)],
     }
     if asked.targets:
         compared = compare(

@@ -156,6 +156,7 @@ def exponent_difference(
 
 def by_size(
     values: Values,
+    whole: Spectrum,
     *,
     fractions: Sequence[float] = (0.25, 0.5, 1.0),
     tolerance: float = 0.01,
@@ -169,17 +170,23 @@ def by_size(
     Histories and futures should be in random order: these are the first ones. The window of the
     exponent grows with the sub-matrix unless `first` and `last` are given.
 
-    tolerance: of `Spectrum.rank`.
+    whole: the spectrum of `values`; tolerance: of `Spectrum.rank`.
     """
     check(values)
     if not fractions or not all(0 < each <= 1 for each in fractions):
         raise ValueError(f"fractions must lie in (0, 1], got {list(fractions)}")
+    if whole.shape != values.shape:
+        raise ValueError(
+            f"whole must be the spectrum of values, which are {list(values.shape)}, got that of "
+            f"{list(whole.shape)}"
+        )
     found = []
     for part in fractions:
         futures = max(1, round(part * values.shape[1]))
         for other in fractions:
             histories = max(1, round(other * len(values)))
-            of = spectrum(values[:histories, :futures])
+            part_of = values[:histories, :futures]
+            of = whole if part_of.shape == values.shape else spectrum(part_of)
             try:
                 exponent = power_law(of, first=first, last=last)
             except TooFewValues:
