@@ -108,6 +108,7 @@ def test_a_perturbed_model_is_asked_under_its_noise_and_without_it(folder, ranke
     base = AutoModelForCausalLM.from_pretrained(folder / "base")  # without the adapter
     plain = spectrum(matrix_of(folder, base.eval()))
     difference = exponent_difference(noisy, plain).to_dict()
+    assert list(results["differences"]) == list(found)[1:]
     assert results["differences"]["learned"] == pytest.approx(difference, rel=1e-3)
 
 

@@ -47,7 +47,15 @@ def models():
     sequence = wrap(
         base_model("Llama"), PerturbConfig(latent_dim=4, init_scale=1.0, marginal="sequence")
     )
-    return {**plain, "noisy": noisy, "noisy, sequence marginal": sequence}
+    biased = base_model("Llama")
+    biased.lm_head = torch.nn.Linear(biased.config.hidden_size, biased.config.vocab_size)
+    torch.nn.init.normal_(biased.lm_head.bias)
+    return {
+        **plain,
+        "biased head": biased,
+        "noisy": noisy,
+        "noisy, sequence marginal": sequence,
+    }
 
 
 # Weights
@@ -346,6 +354,8 @@ def test_the_unigram_is_the_best_of_all_constant_laws():
         [told(model, each, drawn(model, each, 3, 2, generator)) for each in targets.histories]
     )
     best = truths.exp().mean((0, 1, 2))
+    lost = (truths.exp() * (truths - best.log())).sum(-1).mean((0, 1))
+    np.testing.assert_allclose(unigram.kl.mean(0), lost, rtol=1e-6)
     for other in (best, *torch.rand(20, 6, dtype=torch.float64).softmax(-1)):
         lost = (truths.exp() * (truths - other.log())).sum(-1).mean((0, 1)).sum()
         assert unigram.kl.mean(0).sum() <= lost + 1e-9
