@@ -1,107 +1,154 @@
-"""`make gpu`: everything that needs CUDA, in one run, into one results.json.
+"""`make gpu`: everything that needs CUDA, stage by stage, into one results.json.
 
-The doctor's checks, the tests marked `gpu`, compute-sanitizer over the kernels, then the
-benchmarks. A stage that fails is recorded and the others still run; the exit status tells.
+    doctor         which implementation runs, and is it right
+    checks         the tests marked `gpu`, and compute-sanitizer over every kernel, side by side
+    step           a training step of a 1B-class Llama, by plan and by naive code
+    memory         what that step takes beside the model, at few samples and at many
+    heads, perturb_embed   the ops against naive code and the device's limits
+
+A stage that fails is recorded and the others still run; the exit status tells. Measurements are
+written as they come, so that a run that is cut off keeps what it has. All stages take more than
+ten minutes; `make gpu STAGES="heads perturb_embed"` runs some.
 """
 
 import argparse
 import importlib.util
-import itertools
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import harness, heads, perturb_embed, wrapper
+from bench import harness, heads, memory, perturb_embed, wrapper
 from fastperturb import doctor, runs
 
-TESTS = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-# Most of the tests' time is compiling kernels, which the machine's cores can share.
-if importlib.util.find_spec("xdist"):
-    TESTS += ["-n", "8"]
+Result = dict[str, Any]
+Keep = Callable[[Result], None]  # writes what a stage has so far
+Stage = Callable[[Path, Keep], Result]
+
+# The files that have such tests: the others import packages that a GPU machine need not have.
+# Its torch and transformers may warn of what the tested ones do not, which fails nothing here.
+TESTS = ["tests/test_gpu.py", "tests/kernels", "-m", "gpu", "-q", "-W", "default"]
 SANITIZERS = ("memcheck", "racecheck")
+SANITIZED = """
+import torch
+from fastperturb import doctor
+from fastperturb.ops import dispatch
+
+found = [doctor.check(op, torch.device("cuda")) for op in dispatch.OPS]
+print(*found, sep="\\n")
+raise SystemExit(not all(each["ok"] for each in found))
+"""
+LIMIT = 300  # seconds, of each check
 
 
-def run(output_dir: Path, *, overwrite: bool) -> int:
+def run(output_dir: Path, *, overwrite: bool, stages: list[str]) -> int:
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA device and a torch built for it", file=sys.stderr)
         return 2
     folder = runs.open_output_dir(output_dir, overwrite=overwrite)
-    stages: dict[str, Callable[[], dict[str, Any]]] = {
-        "doctor": doctor.examine,
-        "tests": lambda: command([*TESTS, "tests"], limit=240),
-        **{f"sanitizer {tool}": lambda tool=tool: sanitize(tool) for tool in SANITIZERS},
-        "benchmarks": benchmarks,
-    }
-    report: dict[str, Any] = {**runs.provenance(), "stages": {}}
-    for name, stage in stages.items():
+    results: dict[str, Result] = {}
+    report = {**runs.provenance(), "stages": results}
+    for name in stages:
+
+        def keep(result: Result, name: str = name) -> None:
+            results[name] = result
+            runs.write_json(folder / "results.json", report)
+
         begin = time.perf_counter()
         try:
-            result = stage()
+            result = STAGES[name](folder, keep)
         except Exception as error:  # the other stages must still have their turn on the device
-            result = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            reason = f"{type(error).__name__}: {error}"
+            result = {**results.get(name, {}), "ok": False, "error": reason}
         result["seconds"] = round(time.perf_counter() - begin, 1)
-        report["stages"][name] = result
-        print(f"{name}: {'ok' if result['ok'] else 'FAILED'} in {result['seconds']} s", flush=True)
-        runs.write_json(folder / "results.json", report)
-    return 0 if all(result["ok"] for result in report["stages"].values()) else 1
+        keep(result)
+        verdict = "ok" if result["ok"] else f"FAILED {result.get('error', '')}"
+        print(f"{name}: {verdict} in {result['seconds']} s", flush=True)
+    return 0 if all(result["ok"] for result in results.values()) else 1
 
 
-def command(arguments: list[str], *, limit: int) -> dict[str, Any]:
-    """Run a program; its exit status and the end of what it printed."""
+def examine(folder: Path, keep: Keep) -> Result:
+    return doctor.examine()
+
+
+def check(folder: Path, keep: Keep) -> Result:
+    """All at once: they wait for compilers and for processes to start more than for the device."""
+    tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", "8"]
+    commands = {"tests": tests}
+    for tool in SANITIZERS:
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        commands[tool] = [*sanitizer, sys.executable, "-c", SANITIZED]
+    logs = [folder / f"{name}.log" for name in commands]
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(commands, pool.map(command, commands.values(), logs), strict=True))
+    return {"ok": all(result["ok"] for result in found.values()), **found}
+
+
+def command(arguments: list[str], log: Path) -> Result:
+    """Run a program: how it ended, the end of what it printed, and all of that in a file."""
+    if shutil.which(arguments[0]) is None:
+        return {"ok": False, "error": f"{arguments[0]} is not on the PATH"}
     environment = {**os.environ, "PYTHONPATH": "."}
-    try:
-        done = subprocess.run(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return {"ok": False, "error": f"took longer than {limit} s"}
-    lines = done.stdout.splitlines()
-    print("\n".join(lines[-15:]), flush=True)
-    return {"ok": done.returncode == 0, "output": lines[-40:]}
+    if arguments[0] == "compute-sanitizer":
+        # In torch's pool of memory a read beyond a tensor's end lands in somebody's allocation.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    with log.open("w") as file:
+        try:
+            done = subprocess.run(
+                arguments, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT, env=environment
+            )
+            result: Result = {"ok": done.returncode == 0}
+        except subprocess.TimeoutExpired:
+            result = {"ok": False, "error": f"took longer than {LIMIT} s"}
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join([f"{log.stem}:", *lines[-15:]]), flush=True)
+    return {**result, "output": lines[-40:]}
 
 
-def sanitize(tool: str) -> dict[str, Any]:
-    """compute-sanitizer over the doctor's checks: every kernel once, on small inputs."""
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        return {"ok": False, "error": "compute-sanitizer is not on the PATH"}
-    checks = (
-        "import torch; from fastperturb import doctor; from fastperturb.ops import dispatch; "
-        "found = [doctor.check(op, torch.device('cuda')) for op in dispatch.OPS]; "
-        "print(found); raise SystemExit(not all(each['ok'] for each in found))"
-    )
-    program = [sys.executable, "-c", checks]
-    return command([sanitizer, "--tool", tool, "--error-exitcode", "1", *program], limit=150)
+def benchmark(measure: Callable[..., Iterator[list[harness.Row]]], *, repeats: int) -> Stage:
+    def stage(folder: Path, keep: Keep) -> Result:
+        rows: list[Result] = []
+        for measured in measure(torch.device("cuda"), repeats=repeats):
+            harness.show(measured)
+            sys.stdout.flush()
+            rows += harness.as_json(measured)
+            keep({"ok": False, "error": "cut off", "rows": rows})
+        return {"ok": True, "rows": rows}
+
+    return stage
 
 
-def benchmarks() -> dict[str, Any]:
-    rows: list[harness.Row] = []
-    device = torch.device("cuda")
-    for measured in itertools.chain(
-        perturb_embed.rows(device, repeats=50),
-        heads.rows(device, repeats=10),
-        wrapper.rows(device, repeats=5),
-    ):
-        harness.show(measured, baseline="naive", floor="floor")
-        rows += measured
-    return {"ok": True, "rows": harness.as_json(rows)}
+def grow(folder: Path, keep: Keep) -> Result:
+    found = memory.growth(torch.device("cuda"))
+    print(*found, sep="\n", flush=True)
+    return {"ok": True, "growth": found}
+
+
+STAGES: dict[str, Stage] = {
+    "doctor": examine,
+    "checks": check,
+    "step": benchmark(wrapper.rows, repeats=5),
+    "memory": grow,
+    "heads": benchmark(heads.rows, repeats=10),
+    "perturb_embed": benchmark(perturb_embed.rows, repeats=50),
+}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     options = parser.parse_args()
-    sys.exit(run(options.output_dir, overwrite=options.overwrite))
+    sys.exit(run(options.output_dir, overwrite=options.overwrite, stages=options.stages))

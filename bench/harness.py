@@ -4,7 +4,9 @@ A machine's speed drifts, so every repetition times each variant once, and only 
 medians within one run mean anything.
 """
 
+import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastperturb import runs
 from fastperturb.ops import dispatch
+
+# Providers that are naive code, and those that no implementation can be faster than.
+NAIVE = ("naive", "loop", "checkpointed")
+FLOOR = ("floor", "trunk")
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Row:
     provider: str
     mode: str
     # milliseconds; extra_mib: the peak above what was allocated before; bytes_ratio: bytes that
-    # go in and out of all its calls, over the least possible
+    # go in and out of all its calls, over the least possible; fits: 0, where the memory did not do
     metric: str
     x: dict[str, Any]
     p20: float
@@ -60,20 +66,31 @@ def measure(
 ) -> list[Row]:
     """Time every variant `repeats` times, interleaved; its memory and its traffic once.
 
-    least_bytes: by mode, what any implementation must read and write.
+    least_bytes: by mode, what any implementation must read and write. A variant for which the
+    device has too little memory is left out, and its row says so.
     """
-    times: list[list[float]] = [[] for _ in variants]
+    times: dict[Variant, list[float]] = {variant: [] for variant in variants}
     gc.disable()  # a collection in the middle of a timing would be charged to that variant
     for repeat in range(-warmup, repeats):
-        for variant, taken in zip(variants, times, strict=True):
-            elapsed = _milliseconds(variant.run, device)
-            if repeat >= 0:
-                taken.append(elapsed)
+        for variant in list(times):
+            elapsed = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                elapsed = _milliseconds(variant.run, device)
+            if elapsed is None:
+                del times[variant]
+                gc.collect()  # what the failed call held is not given back by itself
+                torch.cuda.empty_cache()
+            elif repeat >= 0:
+                times[variant].append(elapsed)
     gc.enable()
     where = runs.provenance()
     rows = []
-    for variant, taken in zip(variants, times, strict=True):
+    for variant in variants:
         label = {"op": op, "provider": variant.provider, "mode": variant.mode, "x": x, **where}
+        if variant not in times:
+            rows.append(Row(metric="fits", p20=0.0, p50=0.0, p80=0.0, **label))
+            continue
+        taken = times[variant]
         p20, _, _, p80 = statistics.quantiles(taken, n=5, method="inclusive")
         rows.append(
             Row(metric="milliseconds", p20=p20, p50=statistics.median(taken), p80=p80, **label)
@@ -162,24 +179,32 @@ def _moved_bytes(run: Callable[[], Any]) -> int:
     return traffic.bytes
 
 
-def show(rows: Sequence[Row], *, baseline: str, floor: str) -> None:
-    """One x's medians, their ratio to the naive code and to the physical limit."""
+def show(
+    rows: Sequence[Row], *, naive: Sequence[str] = NAIVE, floor: Sequence[str] = FLOOR
+) -> None:
+    """One x's medians, their ratio to the fastest naive code and to the physical limit."""
     first = rows[0]
     medians = {(row.provider, row.mode, row.metric): row.p50 for row in rows}
+
+    def fastest(providers: Sequence[str], mode: str) -> float:
+        keys = [(each, mode, "milliseconds") for each in providers]
+        return min((medians[key] for key in keys if key in medians), default=math.nan)
+
     print(f"\n{first.op}  " + "  ".join(f"{name}={value}" for name, value in first.x.items()))
     print(
-        f"{'mode':10}{'provider':12}{'ms [p20, p80]':28}{'speed-up':>10}{'/ floor':>10}{'MiB':>10}"
+        f"{'mode':10}{'provider':14}{'ms [p20, p80]':28}{'speed-up':>10}{'/ floor':>10}{'MiB':>10}"
     )
     for row in rows:
+        if row.metric == "fits":
+            print(f"{row.mode:10}{row.provider:14}does not fit")
         if row.metric == "milliseconds":
-            naive = medians.get((baseline, row.mode, row.metric), float("nan"))
-            limit = medians.get((floor, row.mode, row.metric), float("nan"))
             extra = medians[row.provider, row.mode, "extra_mib"]
             spread = f"{row.p50:.3f} [{row.p20:.3f}, {row.p80:.3f}]"
-            ratios = f"{naive / row.p50:>9.2f}x{row.p50 / limit:>10.2f}"
+            speed_up = fastest(naive, row.mode) / row.p50
+            ratios = f"{speed_up:>9.2f}x{row.p50 / fastest(floor, row.mode):>10.2f}"
             traffic = medians.get((row.provider, row.mode, "bytes_ratio"))
             moved = "" if traffic is None else f"{traffic:>8.1f}"
-            print(f"{row.mode:10}{row.provider:12}{spread:28}{ratios}{extra:>10.1f}{moved}")
+            print(f"{row.mode:10}{row.provider:14}{spread:28}{ratios}{extra:>10.1f}{moved}")
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

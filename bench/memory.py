@@ -28,11 +28,15 @@ SAMPLES = {"cpu": (4, 32), "cuda": (4, 64)}
 
 def growth(device: torch.device) -> list[dict[str, Any]]:
     """The peak of each plan at few and at many samples, in MiB, and their ratio."""
+
+    def peak(plan: str, samples: int) -> float:
+        if device.type == "cuda":
+            return extra_mib(plan, samples, device)
+        return _in_fresh_process(plan, samples)
+
     found = []
     for plan in PLANS:
-        few, many = (
-            (samples, _in_fresh_process(plan, samples)) for samples in SAMPLES[device.type]
-        )
+        few, many = ((samples, peak(plan, samples)) for samples in SAMPLES[device.type])
         found.append(
             {
                 "plan": plan,

@@ -22,7 +22,7 @@ def run(output_dir: Path, *, overwrite: bool, repeats: int) -> None:
         heads.rows(device, repeats=max(5, repeats // 4)),  # a hundred times longer each
         wrapper.rows(device, repeats=max(5, repeats // 4)),
     ):
-        harness.show(measured, baseline="naive", floor="floor")
+        harness.show(measured)
         rows += measured
     payload = {**runs.provenance(), "rows": harness.as_json(rows)}
     runs.write_json(folder / "results.json", payload)

@@ -63,7 +63,7 @@ if __name__ == "__main__":
     found = rows(world, repeats=options.repeats)
     if world.is_main:
         folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
-        harness.show(found, baseline="one", floor="one")
+        harness.show(found, naive=["one"], floor=["one"])
         payload = {**runs.provenance(), "rows": harness.as_json(found)}
         runs.write_json(folder / "results.json", payload)
     distributed.stop()

@@ -2,11 +2,13 @@
 
 A GPT-2-like model (frozen, with LoRA), embeddings moved by lowrank, the iwae loss:
 
-    naive       M copies through the model's own forward at once, all logits, autograd
-    loop        the same, a sample at a time
+    naive         M copies through the model's own forward at once, all logits, autograd
+    loop          the same, a sample at a time
+    checkpointed  the loop, each sample's log-probs under torch.utils.checkpoint
     batched, chunked, resample   our plans; chunked two samples at a time, resample sends one back
-    trunk       what batched spends outside of our ops: the trunk forward and backward, and the
-                head's two GEMMs as torch.mm does them
+    one_sample    batched with a single sample, for its memory
+    trunk         what batched spends outside of our ops: the trunk forward and backward, and the
+                  head's two GEMMs as torch.mm does them
 """
 
 import functools
@@ -18,6 +20,7 @@ import peft
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bench.harness import Row, Variant, measure
 from fastperturb import PerturbConfig, wrap
@@ -58,16 +61,16 @@ def model_of(case: Case, device: torch.device) -> Any:
     """GPT-2's architecture on a CPU, Llama's (1B-class) on a GPU; frozen, with LoRA."""
     torch.manual_seed(0)
     if device.type == "cuda":
-        model: Any = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=case.V,
-                hidden_size=case.D,
-                intermediate_size=4 * case.D,
-                num_hidden_layers=case.layers,
-                num_attention_heads=case.D // 64,
-                num_key_value_heads=8,
-            )
+        config = transformers.LlamaConfig(
+            vocab_size=case.V,
+            hidden_size=case.D,
+            intermediate_size=4 * case.D,
+            num_hidden_layers=case.layers,
+            num_attention_heads=case.D // 64,
+            num_key_value_heads=8,
         )
+        with device:  # a billion random numbers take a CPU a while
+            model: Any = transformers.LlamaForCausalLM(config)
         targets = ["q_proj", "v_proj"]
     else:
         model = transformers.GPT2LMHeadModel(
@@ -94,8 +97,8 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     base = model_of(case, device)
     ids = torch.randint(case.V, (case.B, case.T), device=device)
 
-    def step(plan: str, **options: Any) -> Callable[[], Any]:
-        lm = wrap(base, PerturbConfig(num_samples=case.M, plan=plan, **options))
+    def step(plan: str, samples: int = case.M, **options: Any) -> Callable[[], Any]:
+        lm = wrap(base, PerturbConfig(num_samples=samples, plan=plan, **options))
 
         def run() -> None:
             lm.zero_grad()
@@ -108,8 +111,10 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         "batched": step("batched"),
         "chunked": step("chunked", chunk_size=2),
         "resample": step("resample", backward_samples=1),
+        "one_sample": step("batched", samples=1),
         "naive": functools.partial(_naive, plain, ids, case.M),
         "loop": functools.partial(_loop, plain, ids, case.M),
+        "checkpointed": functools.partial(_loop, plain, ids, case.M, checkpointed=True),
         "trunk": functools.partial(_floor, plain, ids, case.M),
     }
     return [Variant(name, "full", run, opaque=True) for name, run in found.items()]
@@ -131,9 +136,11 @@ def _naive(lm: Any, ids: Tensor, M: int) -> None:
     (-_log_probs(lm, ids, M).logsumexp(0).mean()).backward()
 
 
-def _loop(lm: Any, ids: Tensor, M: int) -> None:
+def _loop(lm: Any, ids: Tensor, M: int, *, checkpointed: bool = False) -> None:
     lm.zero_grad()
-    each = torch.cat([_log_probs(lm, ids, 1) for _ in range(M)])
+    one = functools.partial(_log_probs, lm, ids, 1)
+    run = functools.partial(checkpoint, one, use_reentrant=False) if checkpointed else one
+    each = torch.cat([run() for _ in range(M)])
     (-each.logsumexp(0).mean()).backward()
 
 

@@ -36,6 +36,9 @@ ATTENTION = {
     "flash_attention_3": "flash_attn_interface",
 }
 
+# Heads of queries and of keys: as many, or shared by groups of queries.
+HEADS = {"equal heads": (8, 8), "grouped heads": (8, 2)}
+
 
 @dataclass(frozen=True)
 class DoctorOptions:
@@ -110,12 +113,21 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def sdpa_kernel(device: torch.device) -> str:
     """Whether torch's attention takes its flash kernel for our copies, and when it does not."""
-    query = torch.empty(8, 8, 128, 64, device=device, dtype=torch.bfloat16)
+    refused = [name for name, heads in HEADS.items() if not _takes_flash(device, *heads)]
+    if len(refused) == len(HEADS):
+        return "no flash kernel: use attn_implementation='flash_attention_2', or expect less speed"
+    others = ", ".join(["padded batches", "fp32", *refused])
+    return f"flash in 16 bits without padding; a slower kernel for {others}"
+
+
+def _takes_flash(device: torch.device, heads: int, kv_heads: int) -> bool:
+    query, key = (
+        torch.empty(8, count, 128, 64, device=device, dtype=torch.bfloat16)
+        for count in (heads, kv_heads)
+    )
     # Query, key, value, mask, dropout, causal, grouped heads.
-    params = torch.backends.cuda.SDPAParams(query, query, query, None, 0.0, True, False)
-    if torch.backends.cuda.can_use_flash_attention(params):
-        return "flash in 16 bits without padding; padded batches and fp32 take a slower kernel"
-    return "no flash kernel: use attn_implementation='flash_attention_2', or expect less speed"
+    params = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, heads != kv_heads)
+    return torch.backends.cuda.can_use_flash_attention(params)
 
 
 def compiler() -> dict[str, str | None]:

@@ -17,7 +17,7 @@ from fastperturb.version import __version__
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "numpy")
+PACKAGES = ("triton", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def open_output_dir(path: str | Path, *, overwrite: bool) -> Path:
@@ -63,7 +63,13 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"fastperturb": __version__, "python": platform.python_version()}
+    import torch
+
+    found = {
+        "fastperturb": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # names its build, which the package's metadata may not
+    }
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

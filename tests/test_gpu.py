@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastperturb import PerturbConfig, doctor, noise, ops, wrap
 from fastperturb.config import LATENTS, TRANSFORMS
@@ -14,14 +15,15 @@ from fastperturb.transforms import make_transform
 pytestmark = pytest.mark.gpu
 
 
-def tiny_llama(*, width, heads):
+def tiny_llama(*, width, heads, words=97):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=97,
+        vocab_size=words,
         hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=heads,
+        num_key_value_heads=2,
         initializer_range=0.2,
     )
     return transformers.LlamaForCausalLM(config)
@@ -185,6 +187,7 @@ def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatc
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     tiny_run.model_folder(tmp_path / "base")
     text = str(tiny_run.text_file(tmp_path / "text.txt"))
+    other = str(tiny_run.text_file(tmp_path / "other.txt", seed=1))
     wrap(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PerturbConfig()
     ).save_pretrained(tmp_path / "perturbed")
@@ -193,7 +196,7 @@ def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatc
         flags = {
             "models": str(tmp_path / "perturbed"),
             "domains": text,
-            "tune-on": text,
+            "tune-on": other,
             "base": str(tmp_path / "base"),
             "block-size": "16",
             "device": device,
@@ -224,6 +227,38 @@ def test_logits_and_their_combinations_are_the_same_on_both_devices(perturbed):
         streams = open_streams(oracle, histories, weights, copies=2)
         found.append((oracle.log_probs(histories, futures).cpu(), streams.advance(written).cpu()))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+PLANS = {
+    "batched": {},
+    "chunked": {"chunk_size": 2},
+    "resample": {"backward_samples": 2},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_attention_over_the_copies_takes_the_flash_kernel(plan):
+    lm = wrap(tiny_llama(width=128, heads=4), PerturbConfig(plan=plan, **PLANS[plan]))
+    lm = lm.cuda().bfloat16()
+    ids = torch.randint(97, (2, 64), device="cuda")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # there is no other to fall back to
+        lm(input_ids=ids, labels=ids).loss.backward()
+    assert torch.isfinite(lm.transform.U.grad).all()
+
+
+@pytest.mark.parametrize("plan", ["chunked", "resample"])
+def test_memory_does_not_grow_with_the_samples(plan):
+    base = tiny_llama(width=256, heads=4, words=32000).cuda()
+    ids = torch.randint(32000, (2, 256), device="cuda")
+    peaks = []
+    for samples in (4, 4, 64):  # the first also loads the kernels
+        lm = wrap(base, PerturbConfig(num_samples=samples, plan=plan, **PLANS[plan]))
+        lm.requires_grad_(False).transform.requires_grad_()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        lm(input_ids=ids, labels=ids).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[2] < 1.1 * peaks[1]
 
 
 def test_packed_documents_under_flash_attention_2_give_what_sdpa_gives():

@@ -465,8 +465,11 @@ def test_training_by_plain_jvi_is_refused_and_evaluating_by_it_is_not():
     assert torch.isfinite(lm.eval()(**batch()).loss)
 
 
-def varlen_attention(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def varlen_attention(
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softmax_scale
+):
     """What the flash kernel computes of documents laid end to end: [tokens, heads, width]."""
+    assert causal and softmax_scale == q.shape[-1] ** -0.5
     assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q.tolist() == cu_seqlens_k.tolist()
     lengths = cu_seqlens_q.diff().tolist()
     assert max(lengths) == max_seqlen_q == max_seqlen_k
@@ -483,13 +486,10 @@ def varlen_attention(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
 def flash_attention(monkeypatch):
     """transformers' own flash path, down to the kernel that needs a GPU."""
 
-    def lengths_only(*, max_seqlen_q=None, max_seqlen_k=None, **_):
-        return {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-
     utils = transformers.modeling_flash_attention_utils
     kernels = (None, varlen_attention, None, None, None)
-    found = (kernels, (lengths_only, None))
-    monkeypatch.setattr(utils, "lazy_import_flash_attention", lambda implementation: found)
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: kernels)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
 
 
 def test_packed_documents_under_flash_attention_give_what_sdpa_gives(flash_attention):
