@@ -50,6 +50,7 @@ def combine(
     for fp64 log-probs; they may be strided.
     """
     _check(log_probs, mask, estimator, marginal)
+    dispatch.refuse_tangents("combine", log_probs)
     log_probs = log_probs.to(reference.accumulate(log_probs))
     return Combined(*torch.ops.fastperturb.combine(log_probs, mask, estimator, marginal))
 

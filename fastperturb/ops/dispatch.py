@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastperturb.ops import extension
 
@@ -113,6 +115,12 @@ def only(name: str) -> Iterator[None]:
         yield
     finally:
         _only = before
+
+
+def refuse_tangents(op: str, *inputs: Tensor | None) -> None:
+    """To forward-mode differentiation a registered op would pass for a constant."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(f"{op} has no forward-mode derivative: differentiate it by backward()")
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -60,6 +60,7 @@ def perturb_embed(
     the transform's parameters and to the table or embeddings where they require it.
     """
     call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
+    dispatch.refuse_tangents("perturb_embed", call.table, *call.parameters)
     return torch.ops.fastperturb.perturb_embed(*call)
 
 

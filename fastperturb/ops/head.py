@@ -85,6 +85,7 @@ def linear_logprob(
     hidden, weight, valid_vocab = _check_head(
         hidden, weight, target, bias, softcap, valid_vocab, ignore_index, "[N, D]"
     )
+    dispatch.refuse_tangents("linear_logprob", hidden, weight, bias)
     log_probs, lse, hit, entropy, _ = torch.ops.fastperturb.linear_logprob(
         hidden,
         weight,
@@ -171,6 +172,7 @@ def linear_quadratic(
                 f"got {row_weights.dtype} {list(row_weights.shape)}"
             )
         row_weights = row_weights.detach()
+    dispatch.refuse_tangents("linear_quadratic", hidden, weight, bias)
     value, log_probs, *_ = torch.ops.fastperturb.linear_quadratic(
         hidden,
         weight,

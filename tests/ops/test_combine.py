@@ -221,13 +221,16 @@ def test_the_same_bits_come_out_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize("marginal", MARGINALS)
-def test_only_the_value_has_a_gradient_and_no_second_one(marginal: str) -> None:
+def test_only_the_value_has_a_gradient_and_no_second_or_forward_one(marginal: str) -> None:
     log_probs, mask = some_log_probs(4, 3, 5).requires_grad_(), some_mask(3, 5)
     combined = ops.combine(log_probs, mask, "iwae", marginal=marginal)
     assert [each.requires_grad for each in combined] == [True, False, False, False]
     value = combined.value.square().sum()
     with pytest.raises(RuntimeError, match="combine has no second derivative"):
         torch.autograd.grad(value, log_probs, create_graph=True)
+    start = log_probs.detach()
+    with pytest.raises(RuntimeError, match="combine has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.combine(x, mask, "iwae").value, (start,), (start,))
 
 
 @pytest.mark.parametrize("marginal", MARGINALS)

@@ -486,6 +486,17 @@ def test_a_second_derivative_is_refused(kind, frozen):
         torch.autograd.grad(value.sum(), hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_forward_mode_derivative_is_refused_and_not_zero(kind):
+    hidden, weight, bias, target = (each.detach() for each in head_inputs(kind))
+    with pytest.raises(RuntimeError, match=f"{HEADS[kind]} has no forward-mode derivative"):
+        torch.func.jvp(
+            lambda bias: getattr(ops, HEADS[kind])(hidden, weight, target, bias=bias),
+            (bias,),
+            (bias,),
+        )
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", HEADS)
 def test_an_infinite_upstream_gradient_does_not_reach_ignored_rows(kind, frozen):

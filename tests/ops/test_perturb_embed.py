@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fastperturb import PerturbConfig, noise, ops
 from fastperturb.config import LATENTS, TRANSFORMS
@@ -268,6 +269,20 @@ def test_per_sample_gradients_need_neither_grad_mode_nor_trainable_parameters():
     with torch.no_grad():
         psi = ops.perturb_embed_per_sample_grad(upstream, *arguments, transform, 5, 3)
     assert all(torch.equal(psi[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("moved", ["table", "U"])
+def test_a_forward_mode_derivative_is_refused_and_not_zero(moved):
+    transform, table = transform_of("lowrank"), torch.randn(20, 12, dtype=torch.float64)
+    with forward_ad.dual_level():
+        if moved == "table":
+            table = forward_ad.make_dual(table, table)
+        else:
+            start = transform.U.detach()
+            del transform.U
+            transform.U = forward_ad.make_dual(start, start)
+        with pytest.raises(RuntimeError, match="perturb_embed has no forward-mode derivative"):
+            ops.perturb_embed(torch.randint(0, 20, (2, 7)), table, transform, 5, 4)
 
 
 def test_a_per_sample_gradient_of_the_wrong_shape_is_refused():
