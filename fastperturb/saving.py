@@ -70,7 +70,7 @@ def save_pretrained(
 
 def _save(lm: PerturbedLM, folder: Path, save_base: bool | None) -> None:
     tensors = _tensors(lm)
-    _refuse_native_adapters(lm.base)
+    _refuse_hidden_adapters(lm.base)
     if is_adapted(lm.base):
         _refuse_unsaved_weights(lm.base, save_base)
         save_base = False
@@ -141,7 +141,7 @@ def load(
     """
     embed: Any = understand(model).embed
     width = embed.weight.shape[-1]
-    _refuse_native_adapters(model)
+    _refuse_hidden_adapters(model)
     saved = Checkpoint.read(_find(directory, revision, token))
     tensors = saved.tensors()
     if width != saved.embed_dim:
@@ -224,12 +224,20 @@ def _refuse_unsaved_weights(base: Any, save_base: bool | None) -> None:
         )
 
 
-def _refuse_native_adapters(model: nn.Module) -> None:
+def _refuse_hidden_adapters(model: nn.Module) -> None:
+    """Refuse adapters inside a model that is no PeftModel, by which alone they are saved."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"this {type(model).__name__} carries an adapter that transformers put on it, whose "
             "saving and loading are its own: load the base by its own name, and let PEFT "
             "(PeftModel) or fastperturb.load put the adapter on"
+        )
+    if not is_adapted(model) and any(is_adapted(module) for module in model.modules()):
+        raise ValueError(
+            f"this {type(model).__name__} is no PeftModel, but get_peft_model or an earlier "
+            "fastperturb.load put an adapter into its layers: to save, set lm.base to the "
+            "PeftModel that get_peft_model returned; to load another checkpoint, give it a base of "
+            "its own, or take the first adapter off by lm.base.unload()"
         )
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastperturb import architectures, ops
 from fastperturb.batch import moving_positions
@@ -84,12 +85,12 @@ def standard_errors(
     if estimator in ("resample", "sumo", "mlmc"):  # which estimate iwae's gradient
         estimator = "iwae"
     bread = _bread(bread, estimator, count)
-    _check_model(lm, bread)
+    _check_model(lm)
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()))
     with lm._configured(estimator=estimator, plan="batched", chunk_size=None):
         batches = _numbered(dataloader, lm)
-        equation = _Equation(lm, batches, chosen, num_samples, seed)
+        equation = _Equation(lm, batches, chosen, num_samples, seed, bread)
         meat, total = equation.outer_products()
         information = meat if bread == "outer" else -equation.jacobian()
     inverse = _inverse((information + information.T) / 2)
@@ -115,6 +116,7 @@ class _Equation:
     parameters: dict[str, nn.Parameter]
     num_samples: int | None
     seed: int | Tensor
+    bread: str
 
     def total(self) -> Tensor:
         """sum psi [P]."""
@@ -156,15 +158,18 @@ class _Equation:
         leaves: list[Tensor] = []
 
         def catch(trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if self.bread == "information":
+                _refuse_rounding(kwargs["inputs_embeds"])
             leaves.append(kwargs["inputs_embeds"].detach().requires_grad_())
-            return args, {**kwargs, "inputs_embeds": leaves[0]}
+            return args, {**kwargs, "inputs_embeds": leaves[-1]}
 
         hook = parts.trunk.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             with torch.enable_grad():
                 draws: dict[str, Any] = {"num_samples": self.num_samples, "seed": self.seed}
                 loss = lm(**batch, **draws, num_items_in_batch=1).loss
-                (upstream,) = torch.autograd.grad(-loss, leaves)
+                # The copies' pass is the last one; a prefix that nothing moves is encoded before.
+                (upstream,) = torch.autograd.grad(-loss, leaves[-1])
         finally:
             hook.remove()
         embeddings = batch.get("inputs_embeds")
@@ -173,7 +178,9 @@ class _Equation:
         moving, positions = moving_positions(
             *(batch.get(name) for name in ("attention_mask", "position_ids", "perturb_mask"))
         )
-        upstream = upstream.unflatten(0, (-1, len(embeddings)))  # (M, B, T, D)
+        upstream = upstream.unflatten(0, (-1, len(embeddings)))
+        still = embeddings.shape[1] - upstream.shape[2]
+        upstream = F.pad(upstream, (0, 0, still, 0))  # (M, B, T, D)
         found = ops.perturb_embed_per_sample_grad(
             upstream,
             embeddings,
@@ -240,7 +247,7 @@ def _bread(bread: str, estimator: str | Mapping[str, float], count: int) -> str:
     return "information" if count <= _MOST_DIFFERENCED else "outer"
 
 
-def _check_model(lm: PerturbedLM, bread: str) -> None:
+def _check_model(lm: PerturbedLM) -> None:
     if lm._exact:
         raise ValueError("lm.exact() moves nothing, so its transform has no standard errors")
     if lm.config.deterministic:
@@ -248,11 +255,18 @@ def _check_model(lm: PerturbedLM, bread: str) -> None:
     dropout = architectures.dropout_sources(lm.base)
     if dropout:
         raise ValueError(f"dropout is active in {', '.join(dropout[:3])}: call lm.eval() first")
-    dtype = architectures.understand(lm.base).embed.weight.dtype
-    if bread == "information" and dtype in (torch.bfloat16, torch.float16):
+
+
+def _refuse_rounding(embeddings: Tensor) -> None:
+    """Asked inside the forward, where Accelerate's autocast is on too."""
+    device, dtype = embeddings.device.type, embeddings.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"the differences of bread='information' drown in the rounding of {dtype}: give the "
-            "base in fp32 (lm.float()), or use bread='outer'"
+            "base in fp32 (lm.float()), outside of torch.autocast (of Accelerate: "
+            "accelerator.unwrap_model(lm, keep_fp32_wrapper=False)), or use bread='outer'"
         )
 
 

@@ -51,7 +51,6 @@ _FLAT_TILE = 2048
 _SAMPLES_TILE = 4096
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -184,8 +183,8 @@ def gather_kernel(
             tl.store(weights_ptr + first + b_word, b_q, mask=b_word < v)
     if total_ptr is not None:
         _rescale(total_ptr + row.to(tl.int64) * D, old_peak, peak, D, BD)
-    # A maximum skips NaN, a sum does not.
-    tl.store(peak_ptr + row, tl.where(others == others, peak, _NAN))
+    # A maximum skips NaN, a sum does not. (Triton would take a global NaN for one that changes.)
+    tl.store(peak_ptr + row, tl.where(others == others, peak, float("nan")))
     tl.store(others_ptr + row, others)
     tl.store(at_target_ptr + row, at_target)
     if spread_ptr is not None:

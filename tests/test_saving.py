@@ -44,8 +44,8 @@ def plain(*, seed=0, width=WIDTH, scale=0.2, dtype=torch.float32, frozen=True):
 
 def with_lora(model, *, name="default", **options):
     peft = pytest.importorskip("peft", reason="LoRA tests need peft")
-    options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options
-    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options)
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     return peft.get_peft_model(model, config, adapter_name=name)
 
 
@@ -324,6 +324,29 @@ def test_a_native_adapter_of_transformers_is_refused(saved):
         fastperturb.load(model, saved)
     with pytest.raises(ValueError, match="carries an adapter that transformers put on it"):
         perturbed(model).save_pretrained(saved)
+
+
+def test_a_second_adapter_on_one_base_is_refused_until_the_first_is_taken_off(tmp_path):
+    first, second = perturbed(with_lora(plain())), perturbed(with_lora(plain(), r=3))
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    base = plain()
+    loaded = fastperturb.load(base, tmp_path / "first")
+    refuses(base, tmp_path / "second", "a base of its own, or .* lm.base.unload")
+    assert_same(loaded, first)
+    assert_same(fastperturb.load(loaded.base.unload(), tmp_path / "second"), second)
+
+
+def test_an_adapter_put_on_after_wrapping_is_saved_once_lm_base_is_the_peft_model(tmp_path):
+    base = plain()
+    lm = perturbed(base)
+    adapted = with_lora(base)
+    with pytest.raises(ValueError, match="set lm.base to the PeftModel"):
+        lm.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    lm.base = adapted
+    lm.save_pretrained(tmp_path)
+    assert_same(fastperturb.load(plain(), tmp_path), lm)
 
 
 def cut(content, at):

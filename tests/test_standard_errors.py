@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from fastperturb import PerturbConfig, noise, wrap
+from fastperturb import PerturbConfig, noise, prefix, wrap
 
 WORDS, DIM, IGNORED = 12, 3, -100
 TRUTH = torch.tensor([[0.4, 0.84, -0.72]], dtype=torch.float64)
@@ -175,7 +175,8 @@ def test_errors_match_the_spread_of_estimates_over_replications(times):
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 @pytest.mark.parametrize("min_scale", [0.0, 1.0])
-def test_scores_of_rows_are_their_own_gradients(marginal, min_scale):
+@pytest.mark.parametrize("still", [0, 2])
+def test_scores_of_rows_are_their_own_gradients(marginal, min_scale, still):
     config = PerturbConfig(
         transform="diagonal", min_scale=min_scale, marginal=marginal, estimator="jvi_clip"
     )
@@ -184,6 +185,7 @@ def test_scores_of_rows_are_their_own_gradients(marginal, min_scale):
     batch = {"input_ids": torch.randint(31, (12, 6)), "attention_mask": torch.ones(12, 6)}
     batch["attention_mask"][::2, :2] = 0
     batch["perturb_mask"] = torch.rand(12, 6) < 0.7
+    batch["perturb_mask"][:, :still] = False
     batch["labels"] = batch["input_ids"].where(torch.rand(12, 6) < 0.8, IGNORED)
     psi = []
     for row in range(12):
@@ -200,6 +202,17 @@ def test_scores_of_rows_are_their_own_gradients(marginal, min_scale):
     else:
         found = lm.standard_errors(loader(batch, 5), bread="outer", seed=5)
     torch.testing.assert_close(found.covariance, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_prefix_encoded_once_changes_no_error(monkeypatch):
+    lm = wrap(llama(layers=1, hidden=4, vocab=31), PerturbConfig(transform="diagonal"))
+    torch.manual_seed(1)
+    ids = torch.randint(31, (40, 8))
+    data = [{"input_ids": ids, "labels": ids, "perturb_mask": torch.arange(8).expand(40, 8) >= 3}]
+    once = lm.standard_errors(data, bread="outer", seed=5)
+    monkeypatch.setattr(prefix, "_cacheable", lambda trunk: False)
+    each = lm.standard_errors(data, bread="outer", seed=5)
+    torch.testing.assert_close(once.covariance, each.covariance, rtol=1e-3, atol=1e-6)
 
 
 def test_the_equation_of_a_randomised_estimator_is_iwae():
@@ -290,3 +303,13 @@ def test_models_whose_errors_would_mean_nothing_are_refused():
     )
     with pytest.raises(ValueError, match=r"dropout is active in .* call lm.eval\(\)"):
         dropping.standard_errors(data)
+
+
+def test_differences_are_refused_under_autocast_wherever_it_is_switched_on():
+    lm, data = one_sign(), [rows_of(torch.tensor([1]), torch.tensor([2]))]
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast, pytest.raises(ValueError, match="bfloat16: .* outside of torch.autocast"):
+        lm.standard_errors(data)
+    lm.forward = autocast(lm.forward)  # as Accelerate does
+    with pytest.raises(ValueError, match="accelerator.unwrap_model"):
+        lm.standard_errors(data)

@@ -26,13 +26,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in place where that can be."""
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right."""
     if left.device.type == "cpu":
-        return total.add_(product(left, right))
-    if total.dtype == left.dtype:
-        return total.addmm_(left, right)
-    return torch.addmm(total, left, right, out_dtype=total.dtype)
+        total.add_(product(left, right))
+    elif total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 @functools.cache

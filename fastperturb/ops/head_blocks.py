@@ -178,7 +178,7 @@ def linear_logprob(
             weights = _for_gemm(products, dtype) if want_pull else None
             head.rows.gather(products, block.logits, y, running, weights, total)
             if total is not None and weights is not None:
-                total = add_product(total, weights, weight)
+                add_product(total, weights, weight)
         log_probs[part], log_sums, sums = running.finish()
         lse[:, part] = _rounded_sum(running.peak, log_sums)
         hit[part] = running.at_target >= running.peak
@@ -268,7 +268,7 @@ def linear_quadratic(
             out = _for_gemm(products, dtype)
             given = y, part_lse, weights, part_dots, upstream
             head.rows.quadratic_pull(products, block.logits, *given, out)
-            total = add_product(total, out.flatten(0, 1), block.weight(dtype))
+            add_product(total, out.flatten(0, 1), block.weight(dtype))
         pull[:, part] = total.view(*shape, -1).to(pull.dtype)
     return Quadratic(
         labels.spread(values, dim=0),
@@ -333,9 +333,9 @@ def _gradients(
             out = _for_gemm(products, dtype)
             pull(products, block.logits, part, out)
             if want_hidden:
-                grad_rows[index] = add_product(grad_rows[index], out, block_weight)
+                add_product(grad_rows[index], out, block_weight)
             if grad_block is not None:
-                grad_block = add_product(grad_block, out.T, h)
+                add_product(grad_block, out.T, h)
             if grad_bias is not None:
                 grad_bias[block.words] += out.sum(0, dtype=like.dtype)
         if grad_weight is not None and grad_block is not None:
