@@ -69,6 +69,18 @@ def test_perturb_embed_matches_the_oracle(family, dtype):
         assert (got - want).norm() <= tolerance * want.norm()
 
 
+def test_the_gradient_of_a_frequent_token_is_summed_in_fp32():
+    transform = make_transform(PerturbConfig(latent_dim=6), 136).cuda()
+    table = torch.randn(3, 136, device="cuda").bfloat16().requires_grad_()
+    ids = torch.ones(2, 4000, dtype=torch.int64, device="cuda")
+    grad = torch.rand(2, 2, 4000, 136, device="cuda").bfloat16()
+    out = ops.perturb_embed(ids, table, transform, 5, 2)
+    first, again = (torch.autograd.grad(out, table, grad, retain_graph=True)[0] for _ in range(2))
+    expected = grad.double().sum((0, 1, 2))
+    torch.testing.assert_close(first[1].double(), expected, rtol=8e-3, atol=0)
+    assert torch.equal(first, again)
+
+
 @pytest.mark.parametrize("size", [(40, 64, 300), (300, 1024, 32000)], ids=["small", "real"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

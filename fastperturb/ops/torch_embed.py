@@ -43,12 +43,14 @@ def perturb_embed_backward(
     if not want_table:
         return [table.new_empty(0), *grads]
     upstream = grad.to(reference.accumulate(table)).sum(0)
-    grad_embeddings = (upstream + through_shift).to(table.dtype)
+    grad_embeddings = upstream + through_shift
     if call.ids is None:
-        return [grad_embeddings, *grads]
-    # index_put_ sorts on a GPU, so the order of the sums is the same in every run.
-    grad_table = torch.zeros_like(table).index_put_((call.ids,), grad_embeddings, accumulate=True)
-    return [grad_table, *grads]
+        return [grad_embeddings.to(table.dtype), *grads]
+    # index_put_ sorts on a GPU, so the order of the sums is the same in every run. In 16 bits a
+    # frequent token's sum would stop growing.
+    grad_table = grad_embeddings.new_zeros(table.shape)
+    grad_table.index_put_((call.ids,), grad_embeddings, accumulate=True)
+    return [grad_table.to(table.dtype), *grads]
 
 
 def perturb_embed_per_sample_grad(
