@@ -26,11 +26,11 @@ class Batch:
     parts: CausalLM
     embeddings: Tensor  # [B, T, D]
     attention_mask: Tensor | None
-    position_ids: Tensor | None
     moving: Tensor | None  # [B, T] bool, which positions move; None: all
-    positions: Tensor | None  # [B, T], what keys the noise; None: 0, 1, ...
+    positions: Tensor | None  # [B, T], told the model and keying the noise; None: 0, 1, ...
     labels: Tensor | None
     draws: Draws
+    exact: bool  # whether nothing moves at all
     return_logits: bool
     marginal: str
     prefix: Prefix | None
@@ -86,6 +86,7 @@ class Copies:
                 attention_mask=self.attention_mask,
                 position_ids=self.position_ids,
                 use_cache=False,
+                return_dict=True,
                 **self._packed_lengths(trunk),
             ).last_hidden_state  # (m B, L, D)
         return self.at_source(hidden.unflatten(0, self.embeddings.shape[:2]))
@@ -95,14 +96,11 @@ class Copies:
         attention = str(getattr(trunk.config, "_attn_implementation", None))
         if self.position_ids is None or not attention.startswith("flash"):
             return {}
+        if self.attention_mask is not None:
+            return {}  # with which documents are not packed
         begins = F.pad(self.position_ids.diff(dim=1) != 1, (1, 0), value=True)
         if int(begins.sum()) == len(begins):
             return {}  # a document a row
-        if self.attention_mask is not None:
-            raise ValueError(
-                f"packed position_ids under attn_implementation={attention!r} take no "
-                "attention_mask: leave it out, with padding as a document of its own, or use 'sdpa'"
-            )
         edges = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())
         edges, longest = edges.int(), int(edges.diff().max())
         return {
@@ -161,19 +159,6 @@ class Draws:
         return noise.auxiliary_uniforms(self.seed, kept, first_rows)
 
 
-def moving_positions(
-    attention_mask: Tensor | None, position_ids: Tensor | None, perturb_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which positions move, and the positions that key their noise: padding does neither."""
-    if attention_mask is None:
-        return perturb_mask, position_ids
-    real = attention_mask.bool()
-    moving = real if perturb_mask is None else perturb_mask & real
-    if position_ids is None:
-        position_ids = (real.cumsum(1) - 1).clamp_min(0)
-    return moving, position_ids
-
-
 @torch.no_grad()
 def travelled(moved: Tensor, embeddings: Tensor) -> Tensor:
     """The sum over samples of |T(e) - e| [B, T], one sample at a time."""
@@ -200,10 +185,12 @@ def repeated(per_row: Tensor | None, draws: int) -> Tensor | None:
     return None if per_row is None else per_row.repeat(draws, 1)
 
 
-def label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+def label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor | int:
     """What divides the loss; a global batch without labels has a loss of 0, not 0 / 0."""
     if num_items_in_batch is None:
         return mask.sum().clamp_min(1)
+    if isinstance(num_items_in_batch, int):  # to put it on a GPU would wait for the whole forward
+        return max(1, num_items_in_batch)
     count = torch.as_tensor(num_items_in_batch, device=mask.device)
     if count.numel() != 1 or count.is_complex():
         raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")

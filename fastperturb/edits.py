@@ -160,7 +160,7 @@ class EditedLM(PerturbedLM):
         return super()._embeddings(embed, input_ids, None)
 
     def _copies(self, batch: Batch, samples: Tensor) -> Copies:
-        if self._exact:
+        if batch.exact:
             return super()._copies(batch, samples)
         assert batch.input_ids is not None
         return self._edited(
@@ -172,7 +172,7 @@ class EditedLM(PerturbedLM):
             positions=batch.positions,
             moving=batch.moving,
             attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
+            position_ids=batch.positions,
         )
 
     def _edited(

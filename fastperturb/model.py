@@ -31,7 +31,6 @@ from fastperturb.batch import (
     Live,
     label_count,
     log_sum_of,
-    moving_positions,
     repeated,
     travelled,
     variance_over_samples,
@@ -39,6 +38,7 @@ from fastperturb.batch import (
 from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.generate import Decoder, generate
 from fastperturb.ops.combine import COMBINABLE
+from fastperturb.positions import moving_positions, without_mask
 from fastperturb.prefix import Prefix
 from fastperturb.transforms import Transform, make_transform
 
@@ -171,6 +171,17 @@ class PerturbedLM(nn.Module):
             if labels.device.type == "cpu":  # where looking at them costs no sync
                 given = labels[labels != IGNORED]
                 checks.range("labels", given, vocab, f"be {IGNORED} (no label) or ")
+        # A chunk that runs again in the backward must meet what it met, whatever became of these.
+        attention_mask, position_ids, labels, perturb_mask, rows = (
+            None if given is None else given.clone()
+            for given in (attention_mask, position_ids, labels, perturb_mask, rows)
+        )
+        if self.config.marginal == "sequence" and rows is not None and rows.ndim == 2:
+            raise ValueError(
+                "the sequence marginal is of one document a row: rows must be [B], got "
+                f"{list(rows.shape)}"
+            )
+        attention_mask = without_mask(attention_mask, position_ids, self.config.marginal)
         draws = self._draw(seed, rows, num_samples, embeddings)
         moving, positions = moving_positions(attention_mask, position_ids, perturb_mask)
         prefix = None
@@ -180,11 +191,11 @@ class PerturbedLM(nn.Module):
             parts,
             embeddings,
             attention_mask,
-            position_ids,
             moving,
             positions,
             labels,
             draws,
+            self._exact,
             return_logits,
             self.config.marginal,
             prefix,
@@ -298,8 +309,9 @@ class PerturbedLM(nn.Module):
             )
         device = embeddings.device
         if seed is None:
-            seed = self._split.agreed(torch.randint(2**63 - 1, (), dtype=torch.int64).to(device))
-        seed = noise.seed_tensor(seed, device)
+            drawn = torch.randint(2**63 - 1, (), dtype=torch.int64)
+            seed = self._split.agreed(drawn.to(device, non_blocking=True))
+        seed = noise.seed_tensor(seed, device).clone()  # its owner may count it on
         if rows is None:
             rows = torch.arange(len(embeddings), device=device)
         if self.has_one_draw:
@@ -311,9 +323,10 @@ class PerturbedLM(nn.Module):
         if first not in ("sumo", "mlmc"):
             return Draws(seed, rows, wanted, equations, draw_noise=self._draw_noise)
         telescope = estimators.Telescope(first, wanted)
-        # One level for the whole step: every row, micro-batch and rank agrees on it.
+        # One level for the whole step: every row and micro-batch agrees on it, and every rank
+        # whose passes gather the shards of the others.
         one_row = torch.zeros(1, dtype=torch.int64, device=device)
-        uniform = noise.auxiliary_uniforms(seed, 1, one_row)
+        uniform = noise.auxiliary_uniforms(shards.agreed(self, seed), 1, one_row)
         level = telescope.sample(uniform.reshape(()))
         return Draws(seed, rows, int(telescope.draws(level)), equations, telescope, level)
 
@@ -338,7 +351,7 @@ class PerturbedLM(nn.Module):
         samples = torch.arange(draws.count, device=batch.embeddings.device)
         by_default = "resample" in draws.equations and config.plan == "auto"
         resampling = torch.is_grad_enabled() and (by_default or config.plan == "resample")
-        if self.has_one_draw or not resampling:
+        if self.has_one_draw or batch.labels is None or not resampling:
             self._report = report = self._choose(batch, run, samples[: split.most(draws.count)])
             size = None if report.plan == "batched" else report.chunk_size
             return split.run(run, samples, size), None
@@ -372,7 +385,7 @@ class PerturbedLM(nn.Module):
             *(batch.embeddings.shape, batch.embeddings.dtype, batch.return_logits),
             *(batch.labels is None, batch.prefix and batch.prefix.hidden.shape[1]),
             *(self.training, tuple(batch.draws.equations)),
-            torch.is_autocast_enabled(samples.device.type),
+            *(samples.device, torch.is_autocast_enabled(samples.device.type)),
             sum(value.requires_grad for value in self.parameters()),
             any(getattr(each, "gradient_checkpointing", False) for each in self.base.modules()),
         )
@@ -398,7 +411,7 @@ class PerturbedLM(nn.Module):
 
     def _copies(self, batch: Batch, samples: Tensor) -> Copies:
         moved, count = batch.embeddings[None], len(samples)
-        if not self._exact:
+        if not batch.exact:
             moved = self._moved(
                 batch.embeddings,
                 batch.draws.seed,
@@ -409,7 +422,7 @@ class PerturbedLM(nn.Module):
                 perturb_mask=batch.moving,
             )
         attention_mask = repeated(batch.attention_mask, count)
-        return Copies(moved, attention_mask, repeated(batch.position_ids, count))
+        return Copies(moved, attention_mask, repeated(batch.positions, count))
 
     def _moved(
         self,

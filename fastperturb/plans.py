@@ -68,9 +68,10 @@ def chunked(run: Run, samples: Tensor, passes: int) -> Pass:
     parts = samples.tensor_split(passes)
     if not torch.is_grad_enabled():
         return _joined([run(part) for part in parts])
-    return _joined(
-        [checkpoint(run, part, use_reentrant=False, context_fn=_contexts) for part in parts]
-    )
+    again = checkpoint
+    if torch.compiler.is_compiling():  # the compiler takes no checkpoint with contexts like ours
+        again = torch.compiler.disable(checkpoint)
+    return _joined([again(run, part, use_reentrant=False, context_fn=_contexts) for part in parts])
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

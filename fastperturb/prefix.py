@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from fastperturb.positions import own_positions
+
 # A shorter prefix is not worth a pass of its own.
 _LEAST_SHARE = 0.1
 
@@ -35,11 +37,14 @@ class Prefix:
         length = int(still.long().cumprod(0).sum())
         if length == len(still) or length < _LEAST_SHARE * len(still):
             return None
+        mask = None if attention_mask is None else attention_mask[:, :length]
         out = trunk(
             inputs_embeds=embeddings[:, :length],
-            attention_mask=None if attention_mask is None else attention_mask[:, :length],
+            attention_mask=mask,
+            position_ids=own_positions(mask, None),
             past_key_values=DynamicCache(),
             use_cache=True,
+            return_dict=True,
         )
         kept = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
         return cls(out.last_hidden_state, kept)
@@ -52,11 +57,14 @@ class Prefix:
         cache = DynamicCache()
         for index, pair in enumerate(self.keys_values):
             cache.update(*(value.repeat(count, 1, 1, 1) for value in pair), index)
+        positions = own_positions(attention_mask, None)
         rest = trunk(
             inputs_embeds=moved[:, :, length:].flatten(0, 1),
             attention_mask=attention_mask,
+            position_ids=None if positions is None else positions[:, length:],
             past_key_values=cache,
             use_cache=True,
+            return_dict=True,
         ).last_hidden_state
         return torch.cat([self.hidden.repeat(count, 1, 1), rest], dim=1)
 

@@ -120,7 +120,8 @@ def _own_labels(
         real = attention_mask.bool()
         follows &= real & real.roll(1, dims=1)
     if position_ids is not None:
-        follows &= position_ids > 0
+        follows[:, 1:] &= position_ids.diff(dim=1) == 1
+        follows[:, 0] = False
     return input_ids.long().where(follows, IGNORED)
 
 

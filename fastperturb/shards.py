@@ -11,12 +11,27 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def _shards(module: nn.Module) -> list[Any]:
+    return [value for value in module.parameters() if hasattr(value, "full_tensor")]
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 spread parameters over processes, which then gather them together."""
-    return any(hasattr(value, "full_tensor") for value in module.parameters())
+    return bool(_shards(module))
+
+
+def agreed(module: nn.Module, value: Tensor) -> Tensor:
+    """What the first of the processes that share FSDP2's shards has, for all of them."""
+    meshes = [parameter.device_mesh for parameter in _shards(module)]
+    for mesh in meshes[:1]:
+        value = value.clone()
+        for dimension in range(mesh.ndim):
+            dist.broadcast(value, group=mesh.get_group(dimension), group_src=0)
+    return value
 
 
 def whole(value: Any) -> Tensor:

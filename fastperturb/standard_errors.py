@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastperturb import architectures, ops
-from fastperturb.batch import moving_positions
 from fastperturb.config import suggestion
+from fastperturb.positions import moving_positions
 
 if TYPE_CHECKING:
     from fastperturb.model import PerturbedLM

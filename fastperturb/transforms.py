@@ -73,7 +73,7 @@ class Transform(nn.Module):
         self.min_scale = config.min_scale
         self.register_buffer("embed_rms", torch.tensor(embed_rms, dtype=torch.float32))
         for name, value in zip(self.parameter_names, self._initial(), strict=True):
-            self.register_parameter(name, nn.Parameter(value))
+            self.register_parameter(name, nn.Parameter(value.float()))
         with torch.no_grad():
             correction = self.init_scale / self.scale()
             for name in self.outer:

@@ -121,6 +121,7 @@ def naive_log_probs(lm, inputs, *, seed, num_samples):
             lm.base(
                 inputs_embeds=torch.where(real[..., None], lm.transform(e, sample), e),
                 attention_mask=mask,
+                position_ids=positions,  # as `generate` counts them
             ).logits
             for sample in z
         ]
@@ -163,7 +164,8 @@ def test_without_noise_the_logits_are_the_models_own(architecture):
     lm = perturbed(base_model(architecture))
     inputs = batch()
     real = inputs["attention_mask"].bool()
-    expected = lm.base(**inputs)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    expected = lm.base(**inputs, position_ids=positions)
     with lm.exact():
         exact = lm(**inputs, return_logits=True)
     still = lm(**inputs, return_logits=True, perturb_mask=torch.zeros_like(real))
