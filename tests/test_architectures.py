@@ -159,6 +159,21 @@ def test_every_supported_architecture_is_tested():
     assert {class_name(architecture) for architecture in CONFIGS} == set(_HEADS)
 
 
+@pytest.mark.parametrize("still", [False, True], ids=["", "prefix"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_padding_on_the_left_changes_nothing(architecture, still):
+    lm = perturbed(base_model(architecture))
+    ids = batch()["input_ids"][:1]
+    plain = {"input_ids": ids, "labels": ids}
+    if still:
+        plain["perturb_mask"] = torch.tensor([[False] * 3 + [True] * 5])
+    padded = {name: nn.functional.pad(value, (4, 0), value=0) for name, value in plain.items()}
+    padded["attention_mask"] = nn.functional.pad(torch.ones_like(ids), (4, 0))
+    padded["labels"][:, :5] = IGNORED
+    one, other = (lm(**inputs, seed=5).log_probs for inputs in (plain, padded))
+    torch.testing.assert_close(other[:, :, 4:], one, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_without_noise_the_logits_are_the_models_own(architecture):
     lm = perturbed(base_model(architecture))

@@ -198,6 +198,22 @@ def test_two_processes_give_the_gradients_of_one():
     in_processes(2, whole_samples)
 
 
+def other_seeds():
+    """The level, and with it how often shards are gathered, must not be each process's own."""
+    world, inputs = distributed.start(), batch()
+    lm = model("chunked", "mlmc", {"num_samples": 16, "chunk_size": 1})
+    distributed.distribute(lm, world, "fsdp")
+    torch.manual_seed(world.rank)
+    for _ in range(4):
+        lm(**inputs).loss.backward()
+        assert all(torch.isfinite(value.grad.to_local()).all() for value in lm.parameters())
+
+
+@pytest.mark.slow
+def test_processes_with_seeds_of_their_own_take_the_same_level():
+    in_processes(2, other_seeds)
+
+
 def split_samples():
     world = distributed.start(mc=2)
     for kind in distributed.KINDS:

@@ -508,6 +508,56 @@ def test_packed_documents_under_flash_attention_give_what_sdpa_gives(flash_atten
     torch.testing.assert_close(lm(**packed, seed=4).log_probs, expected)
 
 
+def test_packed_documents_stay_apart_whatever_mask_comes_with_them():
+    lm = wrap(base_model(), PerturbConfig(num_samples=3))
+    ids = torch.randint(3, 97, (1, 9))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = {"input_ids": ids, "labels": ids, "position_ids": positions, "seed": 5}
+    mask = torch.ones_like(ids)
+    expected = lm(**packed).log_probs
+    torch.testing.assert_close(lm(**packed, attention_mask=mask).log_probs, expected)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="packed position_ids take no attention_mask"):
+        lm(**packed, attention_mask=mask)
+    # What `generate` passes for a row that is padded on the left is no packing.
+    positions, mask = positions[:, :5].roll(-3, 1).clone(), torch.tensor([[0, 0, 1, 1, 1]])
+    positions[0] = torch.tensor([1, 1, 0, 1, 2])
+    lm(ids[:, :5], attention_mask=mask, position_ids=positions, labels=ids[:, :5])
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"rows": torch.tensor([[0] * 4 + [1] * 5])},
+        {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])},
+    ],
+    ids=["rows", "position_ids"],
+)
+def test_the_sequence_marginal_of_packed_documents_is_refused(packing):
+    lm = wrap(base_model(), PerturbConfig(num_samples=3, marginal="sequence"))
+    ids = torch.randint(3, 97, (1, 9))
+    with pytest.raises(ValueError, match="the sequence marginal is of one document a row"):
+        lm(ids, labels=ids, **packing)
+    with pytest.raises(ValueError, match="the sequence marginal is of one document a row"):
+        lm.score(ids, **packing)
+
+
+def test_a_base_that_returns_tuples_is_run_all_the_same():
+    lm = wrap(base_model(), PerturbConfig(num_samples=3))
+    expected = lm(**batch(), seed=5).loss
+    lm.base.config.return_dict = False
+    assert lm(**batch(), seed=5).loss == expected
+
+
+def test_the_transform_is_in_fp32_whatever_the_default_dtype_is():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        lm = wrap(base_model(), PerturbConfig())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {value.dtype for value in lm.transform.parameters()} == {torch.float32}
+
+
 def test_a_config_that_is_no_config_is_refused():
     with pytest.raises(TypeError, match="config must be a PerturbConfig, got dict"):
         wrap(base_model(), {"num_samples": 3})

@@ -153,6 +153,52 @@ def test_plans_work_under_autocast_and_the_models_own_checkpointing(plan):
         torch.testing.assert_close(grad, low[1][name], rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize("plan", ["chunked", "resample"])
+def test_what_the_caller_reuses_before_the_backward_changes_nothing(plan):
+    lm = wrap(adapted(), config(plan, chunk_size=1))
+    _, expected = loss_and_gradients(lm)
+    lm.zero_grad()
+    given = {**batch(), "seed": torch.tensor(5), "rows": torch.arange(B)}
+    loss = lm(**given).loss
+    for value in given.values():
+        value.zero_()
+    loss.backward()
+    for name, value in lm.named_parameters():
+        if value.requires_grad:
+            torch.testing.assert_close(value.grad, expected[name])
+
+
+def test_an_exact_loss_may_be_differentiated_after_leaving_exact():
+    lm = wrap(adapted(), config("chunked", chunk_size=1))
+    with lm.exact():
+        within, _ = lm(**batch()).loss, lm.transform.requires_grad_(False)
+        trained = [value for value in lm.parameters() if value.requires_grad]
+        expected = torch.autograd.grad(within, trained)
+        after = lm(**batch()).loss
+    for ours, right in zip(torch.autograd.grad(after, trained), expected):
+        torch.testing.assert_close(ours, right)
+
+
+def test_what_resampling_would_run_again_is_run_once_without_labels():
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    by_plan = [
+        wrap(base_model(), config(plan))(**inputs, seed=5, return_logits=True).logits
+        for plan in ("batched", "resample")
+    ]
+    torch.testing.assert_close(*by_plan)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # dynamo
+@pytest.mark.parametrize("plan", ["chunked", "resample"])
+def test_chunks_work_in_a_compiled_wrapper(plan):
+    lm = wrap(base_model(), config(plan, chunk_size=2))
+    expected = loss_and_gradients(lm)
+    lm.compile(backend="aot_eager")
+    assert_same(loss_and_gradients(lm), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo
 def test_chunks_work_with_a_compiled_trunk():
