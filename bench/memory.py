@@ -6,10 +6,13 @@ reading is the heap's fragmentation). On a GPU, the allocator's peak above the m
 """
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +29,25 @@ PLANS: dict[str, dict[str, Any]] = {
 SAMPLES = {"cpu": (4, 32), "cuda": (4, 64)}
 
 
-def growth(device: torch.device) -> list[dict[str, Any]]:
-    """The peak of each plan at few and at many samples, in MiB, and their ratio."""
-
-    def peak(plan: str, samples: int) -> float:
-        if device.type == "cuda":
-            return extra_mib(plan, samples, device)
-        return _in_fresh_process(plan, samples)
-
-    found = []
+def growth(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Each plan's peak in MiB at few and at many samples, None if it does not fit; their ratio."""
     for plan in PLANS:
-        few, many = ((samples, peak(plan, samples)) for samples in SAMPLES[device.type])
-        found.append(
-            {
-                "plan": plan,
-                "extra_mib": {str(samples): round(peak, 1) for samples, peak in (few, many)},
-                "ratio": round(many[1] / few[1], 3),
-            }
-        )
+        few, many = (_peak(plan, samples, device) for samples in SAMPLES[device.type])
+        yield {
+            "plan": plan,
+            "extra_mib": dict(zip(map(str, SAMPLES[device.type]), (few, many), strict=True)),
+            "ratio": round(many / few, 3) if few and many else None,
+        }
+
+
+def _peak(plan: str, samples: int, device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return round(_in_fresh_process(plan, samples), 1)
+    found = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        found = round(extra_mib(plan, samples, device), 1)
+    gc.collect()  # the model, and what a step that failed still held
+    torch.cuda.empty_cache()
     return found
 
 
@@ -99,7 +103,8 @@ if __name__ == "__main__":
         print(extra_mib(options.one[0], int(options.one[1]), device))
     else:
         folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
-        found = growth(device)
-        for each in found:
+        found = []
+        for each in growth(device):
+            found.append(each)
             print(f"{each['plan']:10}{each['extra_mib']}  ratio {each['ratio']}")
         runs.write_json(folder / "results.json", {**runs.provenance(), "growth": found})
