@@ -154,6 +154,8 @@ class PerturbedLM(nn.Module):
         """Run M perturbed copies; with labels [B, T], estimate the loss.
 
         input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T] (1 = real token).
+        position_ids: [B, T], beginning anew with each packed document; by default they count real
+            tokens, as `generate` does, so that padding changes nothing on either side.
         perturb_mask: bool [B, T], which positions move; default every real token.
         num_samples: M for this call. rows: global example numbers [B], or [B, T] for packed
             documents, that key the noise; default 0..B-1.
