@@ -114,7 +114,9 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
         return seed.reshape(()).to(device)
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be an int of 64 bits or an int64 tensor, got {seed!r}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=device)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    # A fill: to copy a number to a GPU would wait for all that it has to do.
+    return torch.full((), signed, dtype=torch.int64, device=device)
 
 
 def fold_in(seed: int | Tensor, number: int) -> Tensor:

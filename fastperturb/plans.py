@@ -144,7 +144,7 @@ class Planner:
         count = len(samples)
         if kind not in self._measured:
             self._measured[kind] = kept_bytes(run, samples[:1], owners)
-        return fitting(count, self._measured[kind], free_bytes(device))
+        return fitting(count, self._measured[kind], spare_bytes(owners, device))
 
 
 def fitting(count: int, per_sample: int, free: int) -> PlanReport:
@@ -183,6 +183,14 @@ def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:
         result = run(samples)  # kept alive until all is counted: memory must not be used twice
     del result
     return sum(kept.values())
+
+
+def spare_bytes(owners: nn.Module, device: torch.device) -> int:
+    """Free memory, less what a first step allocates for good: gradients and AdamW's two moments."""
+    coming = (each for each in owners.parameters() if each.requires_grad and each.grad is None)
+    return max(
+        0, free_bytes(device) - sum(3 * each.numel() * each.element_size() for each in coming)
+    )
 
 
 def free_bytes(device: torch.device) -> int:

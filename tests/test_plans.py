@@ -302,6 +302,18 @@ def test_auto_takes_all_at_once_where_it_fits_and_says_so(monkeypatch):
         assert "6 samples at once would not fit" in str(small)
 
 
+def test_auto_leaves_room_for_gradients_and_an_optimizer(monkeypatch):
+    lm = wrap(base_model(), config("auto"))
+    lm(**batch(), seed=5)
+    activations = 11 * lm.plan_report().bytes_per_sample  # of 6 samples, with its margins
+    coming = sum(3 * 4 * value.numel() for value in lm.parameters())
+    for free, plan in ((activations, "chunked"), (activations + coming, "batched")):
+        monkeypatch.setattr(plans, "free_bytes", lambda device, free=free: free)
+        other = wrap(lm.base, config("auto"))
+        other(**batch(), seed=5)
+        assert other.plan_report().plan == plan
+
+
 def test_auto_measures_what_a_sample_really_keeps():
     base = adapted()
     whole = kept(wrap(base, config("batched")))

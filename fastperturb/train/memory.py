@@ -90,7 +90,7 @@ def _largest_step(loop: Loop) -> tuple[plans.PlanReport, int]:
     each = max(1, (more - few) // (_MORE - _FEW))
     report = plans.PlanReport("batched", count, "as configured")
     if lm.config.plan == "auto" and not shards.is_sharded(lm):  # which are always batched
-        report = plans.fitting(count, each, plans.free_bytes(loop.world.device))
+        report = plans.fitting(count, each, plans.spare_bytes(lm, loop.world.device))
     if report.plan == "chunked":
         return _run_whole(loop, plan="chunked", chunk_size=report.chunk_size)
     return report, few + (count - _FEW) * each
