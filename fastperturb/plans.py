@@ -187,10 +187,9 @@ def kept_bytes(run: Run, samples: Tensor, owners: nn.Module) -> int:
 
 def spare_bytes(owners: nn.Module, device: torch.device) -> int:
     """Free memory, less what a first step allocates for good: gradients and AdamW's two moments."""
-    coming = (each for each in owners.parameters() if each.requires_grad and each.grad is None)
-    return max(
-        0, free_bytes(device) - sum(3 * each.numel() * each.element_size() for each in coming)
-    )
+    trained = (each for each in owners.parameters() if each.requires_grad and each.grad is None)
+    coming = sum(3 * each.numel() * each.element_size() for each in trained)
+    return max(0, free_bytes(device) - coming)
 
 
 def free_bytes(device: torch.device) -> int:
