@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastperturb import runs
 from fastperturb.ops import dispatch
 
-# Providers that are naive code, and those that no implementation can be faster than.
+# Providers that are naive code, and those whose work no implementation can leave out.
 NAIVE = ("naive", "loop", "checkpointed")
 FLOOR = ("floor", "trunk")
 

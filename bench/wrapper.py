@@ -111,13 +111,14 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         "batched": step("batched"),
         "chunked": step("chunked", chunk_size=2),
         "resample": step("resample", backward_samples=1),
-        "one_sample": step("batched", samples=1),
         "naive": functools.partial(_naive, plain, ids, case.M),
         "loop": functools.partial(_loop, plain, ids, case.M),
         "checkpointed": functools.partial(_loop, plain, ids, case.M, checkpointed=True),
         "trunk": functools.partial(_floor, plain, ids, case.M),
     }
-    return [Variant(name, "full", run, opaque=True) for name, run in found.items()]
+    return [Variant(name, "full", run, opaque=True) for name, run in found.items()] + [
+        Variant("one_sample", "single", step("batched", samples=1), opaque=True)
+    ]
 
 
 def _log_probs(lm: Any, ids: Tensor, count: int) -> Tensor:

@@ -14,6 +14,7 @@ from fastperturb import estimators, noise, plans
 from fastperturb.architectures import CausalLM
 from fastperturb.config import PerturbConfig
 from fastperturb.ops import reference
+from fastperturb.positions import document_starts
 from fastperturb.prefix import Prefix
 
 IGNORED = -100
@@ -98,7 +99,7 @@ class Copies:
             return {}
         if self.attention_mask is not None:
             return {}  # with which documents are not packed
-        begins = F.pad(self.position_ids.diff(dim=1) != 1, (1, 0), value=True)
+        begins = document_starts(self.position_ids)
         if int(begins.sum()) == len(begins):
             return {}  # a document a row
         edges = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())

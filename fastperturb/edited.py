@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastperturb import noise
+from fastperturb.positions import document_starts
 
 KINDS = ("replace", "insert", "delete", "swap")
 
@@ -219,9 +220,10 @@ def nearest(table: Tensor, tokens: Tensor, count: int, special: Tensor) -> Tenso
 
 def _documents(real: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which tokens are the first of a document [B, T], and where each one's document starts."""
-    first = real & (real.cumsum(1) == 1)
-    if position_ids is not None:
-        first = first | (position_ids.diff(dim=1, prepend=position_ids[:, :1]) != 1)
+    if position_ids is None:
+        first = real & (real.cumsum(1) == 1)
+    else:
+        first = document_starts(position_ids, real)
     index = torch.arange(real.shape[1], device=real.device)
     return first, index.where(first, 0).cummax(1).values
 

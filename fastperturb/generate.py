@@ -26,6 +26,7 @@ from transformers.generation import GenerationMode
 
 from fastperturb import checks, noise
 from fastperturb.config import check_draws, suggestion
+from fastperturb.positions import real_positions
 
 if TYPE_CHECKING:
     from fastperturb.model import PerturbedLM
@@ -203,7 +204,7 @@ class Decoder:
 
     def _logits(self, model: Any, sequences: Sequences, cache: Any) -> Tensor:  # [M N, V]
         start = 0 if cache is None else int(cache.get_seq_length())
-        positions = (sequences.mask.cumsum(1) - 1).clamp_min(0)[:, start:]
+        positions = real_positions(sequences.mask)[:, start:]
         moved = self.lm._moved(
             model.get_input_embeddings()(sequences.ids[:, start:]),
             self.seed,

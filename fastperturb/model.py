@@ -38,7 +38,7 @@ from fastperturb.batch import (
 from fastperturb.config import PerturbConfig, check_draws
 from fastperturb.generate import Decoder, generate
 from fastperturb.ops.combine import COMBINABLE
-from fastperturb.positions import moving_positions, without_mask
+from fastperturb.positions import documents_apart, moving_positions
 from fastperturb.prefix import Prefix
 from fastperturb.transforms import Transform, make_transform
 
@@ -174,16 +174,12 @@ class PerturbedLM(nn.Module):
                 given = labels[labels != IGNORED]
                 checks.range("labels", given, vocab, f"be {IGNORED} (no label) or ")
         # A chunk that runs again in the backward must meet what it met, whatever became of these.
-        attention_mask, position_ids, labels, perturb_mask, rows = (
+        attention_mask, position_ids, labels, perturb_mask, rows, input_ids = (
             None if given is None else given.clone()
-            for given in (attention_mask, position_ids, labels, perturb_mask, rows)
+            for given in (attention_mask, position_ids, labels, perturb_mask, rows, input_ids)
         )
-        if self.config.marginal == "sequence" and rows is not None and rows.ndim == 2:
-            raise ValueError(
-                "the sequence marginal is of one document a row: rows must be [B], got "
-                f"{list(rows.shape)}"
-            )
-        attention_mask = without_mask(attention_mask, position_ids, self.config.marginal)
+        marginal = self.config.marginal
+        attention_mask = documents_apart(attention_mask, position_ids, rows, marginal)
         draws = self._draw(seed, rows, num_samples, embeddings)
         moving, positions = moving_positions(attention_mask, position_ids, perturb_mask)
         prefix = None
@@ -199,7 +195,7 @@ class PerturbedLM(nn.Module):
             draws,
             self._exact,
             return_logits,
-            self.config.marginal,
+            marginal,
             prefix,
             input_ids,
         )
@@ -293,7 +289,7 @@ class PerturbedLM(nn.Module):
                 f"inputs_embeds must be {self.transform.embed_dim} wide, as the model's "
                 f"embeddings are, got {list(inputs_embeds.shape)}"
             )
-        return inputs_embeds
+        return inputs_embeds.clone()
 
     def _draw(
         self,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastperturb import architectures, checks, estimators, ops
 from fastperturb.batch import IGNORED
+from fastperturb.positions import document_starts
 
 if TYPE_CHECKING:
     from fastperturb.model import PerturbedLM
@@ -120,8 +121,7 @@ def _own_labels(
         real = attention_mask.bool()
         follows &= real & real.roll(1, dims=1)
     if position_ids is not None:
-        follows[:, 1:] &= position_ids.diff(dim=1) == 1
-        follows[:, 0] = False
+        follows &= ~document_starts(position_ids, attention_mask)
     return input_ids.long().where(follows, IGNORED)
 
 

@@ -88,9 +88,9 @@ def perturb_embed_backward(
         return [grad_e.reshape(call.table.shape), *grads]
     words, D = call.table.shape
     grad_table = torch.ops.aten.embedding_dense_backward(
-        grad_e.reshape(*call.ids.shape, D), call.ids, words, -1, False
+        grad_e.float().reshape(*call.ids.shape, D), call.ids, words, -1, False
     )
-    return [grad_table, *grads]
+    return [grad_table.to(call.table.dtype), *grads]
 
 
 def perturb_embed_per_sample_grad(

@@ -163,15 +163,19 @@ def test_every_supported_architecture_is_tested():
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_padding_on_the_left_changes_nothing(architecture, still):
     lm = perturbed(base_model(architecture))
-    ids = batch()["input_ids"][:1]
-    plain = {"input_ids": ids, "labels": ids}
+    ids = batch()["input_ids"][:2]
+    alone = {"input_ids": ids, "labels": ids}
     if still:
-        plain["perturb_mask"] = torch.tensor([[False] * 3 + [True] * 5])
-    padded = {name: nn.functional.pad(value, (4, 0), value=0) for name, value in plain.items()}
-    padded["attention_mask"] = nn.functional.pad(torch.ones_like(ids), (4, 0))
-    padded["labels"][:, :5] = IGNORED
-    one, other = (lm(**inputs, seed=5).log_probs for inputs in (plain, padded))
-    torch.testing.assert_close(other[:, :, 4:], one, rtol=1e-4, atol=1e-4)
+        alone["perturb_mask"] = torch.tensor([[False] * 3 + [True] * 5] * 2)
+    expected = lm(**alone, seed=5).log_probs
+    padded = {**alone, "attention_mask": torch.ones_like(ids)}
+    for name, value in padded.items():  # by 4 and by 1
+        rows = [nn.functional.pad(row, (left, 4 - left)) for row, left in zip(value, (4, 1))]
+        padded[name] = torch.stack(rows)
+    ours = lm(**padded, seed=5).log_probs
+    for row, left in enumerate((4, 1)):
+        found = ours[:, row, left : left + 7]
+        torch.testing.assert_close(found, expected[:, row], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)

@@ -519,10 +519,20 @@ def test_packed_documents_stay_apart_whatever_mask_comes_with_them():
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="packed position_ids take no attention_mask"):
         lm(**packed, attention_mask=mask)
-    # What `generate` passes for a row that is padded on the left is no packing.
-    positions, mask = positions[:, :5].roll(-3, 1).clone(), torch.tensor([[0, 0, 1, 1, 1]])
-    positions[0] = torch.tensor([1, 1, 0, 1, 2])
-    lm(ids[:, :5], attention_mask=mask, position_ids=positions, labels=ids[:, :5])
+    mask[0, -1], mask[0, 3] = 1, 0  # the end of the first document, which hides no boundary
+    with pytest.raises(ValueError, match="packed position_ids take no attention_mask"):
+        lm(**packed, attention_mask=mask)
+
+
+def test_positions_under_padding_are_no_packing():
+    lm = wrap(base_model(), PerturbConfig(num_samples=3))
+    ids, mask = torch.randint(3, 97, (1, 5)), torch.tensor([[0, 0, 1, 1, 1]])
+    positions = torch.tensor([[1, 1, 0, 1, 2]])  # as `generate` makes them
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask, "seed": 5}
+    told, counted = lm(**inputs, position_ids=positions), lm(**inputs)
+    torch.testing.assert_close(told.log_probs[:, :, 2:], counted.log_probs[:, :, 2:])
+    hole = torch.tensor([[1, 1, 0, 1, 1]])  # within one document
+    lm(**{**inputs, "attention_mask": hole}, position_ids=torch.arange(5)[None])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 import fastperturb
-from fastperturb import PerturbConfig, estimators, noise, plans
+from fastperturb import EditConfig, PerturbConfig, estimators, noise, plans
 from fastperturb.ops import head_blocks
 
 M, B, T, V = 6, 3, 9, 97
@@ -153,25 +153,33 @@ def test_plans_work_under_autocast_and_the_models_own_checkpointing(plan):
         torch.testing.assert_close(grad, low[1][name], rtol=0.1, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", ["ids", "embeddings", "edits"])
 @pytest.mark.parametrize("plan", ["chunked", "resample"])
-def test_what_the_caller_reuses_before_the_backward_changes_nothing(plan):
-    lm = wrap(adapted(), config(plan, chunk_size=1))
-    _, expected = loss_and_gradients(lm)
-    lm.zero_grad()
+def test_what_the_caller_reuses_before_the_backward_changes_nothing(plan, kind):
     given = {**batch(), "seed": torch.tensor(5), "rows": torch.arange(B)}
+    if kind == "edits":
+        options = {} if plan == "chunked" else {"backward_samples": 2}
+        edits = EditConfig(num_samples=M, rate=0.5, plan=plan, chunk_size=1, **options)
+        lm = fastperturb.edit(adapted(), edits)
+    else:
+        lm = wrap(adapted(), config(plan, chunk_size=1))
+    if kind == "embeddings":
+        embed = lm.base.get_input_embeddings()
+        given["inputs_embeds"] = embed(given.pop("input_ids")).detach()
+    trained = [value for value in lm.parameters() if value.requires_grad]
+    expected = torch.autograd.grad(lm(**given).loss, trained)
     loss = lm(**given).loss
     for value in given.values():
         value.zero_()
-    loss.backward()
-    for name, value in lm.named_parameters():
-        if value.requires_grad:
-            torch.testing.assert_close(value.grad, expected[name])
+    for ours, right in zip(torch.autograd.grad(loss, trained), expected):
+        torch.testing.assert_close(ours, right)
 
 
 def test_an_exact_loss_may_be_differentiated_after_leaving_exact():
     lm = wrap(adapted(), config("chunked", chunk_size=1))
+    lm.transform.requires_grad_(False)
     with lm.exact():
-        within, _ = lm(**batch()).loss, lm.transform.requires_grad_(False)
+        within = lm(**batch()).loss
         trained = [value for value in lm.parameters() if value.requires_grad]
         expected = torch.autograd.grad(within, trained)
         after = lm(**batch()).loss
@@ -179,13 +187,13 @@ def test_an_exact_loss_may_be_differentiated_after_leaving_exact():
         torch.testing.assert_close(ours, right)
 
 
-def test_what_resampling_would_run_again_is_run_once_without_labels():
+def test_without_labels_there_is_nothing_to_resample():
     inputs = {name: value for name, value in batch().items() if name != "labels"}
-    by_plan = [
-        wrap(base_model(), config(plan))(**inputs, seed=5, return_logits=True).logits
-        for plan in ("batched", "resample")
-    ]
-    torch.testing.assert_close(*by_plan)
+    whole, resampling = (wrap(base_model(), config(plan)) for plan in ("batched", "resample"))
+    expected = whole(**inputs, seed=5, return_logits=True).logits
+    ours = resampling(**inputs, seed=5, return_logits=True).logits
+    torch.testing.assert_close(ours, expected)
+    assert resampling.plan_report().plan == "batched"
 
 
 @pytest.mark.slow

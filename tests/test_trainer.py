@@ -136,14 +136,18 @@ def test_another_seed_is_another_noise(tmp_path):
 def test_packed_documents_are_numbered_each_and_rows_of_the_data_are_kept(tmp_path):
     trainer = trainer_of(tiny_lm(), tmp_path, per_device_train_batch_size=2)
     labels = torch.zeros(2, 5, dtype=torch.int64)
-    packed = {"labels": labels, "position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])}
+    # The second document may be cut off from its beginning.
+    packed = {"labels": labels, "position_ids": torch.tensor([[0, 1, 4, 5, 6], [0, 1, 2, 3, 4]])}
     numbered = {"labels": labels, "rows": torch.tensor([7, 9])}
-    batches, _ = trainer.get_batch_samples(iter([{"labels": labels}, packed, numbered]), 3, "cpu")
+    alone = {"labels": labels, "position_ids": torch.arange(5).expand(2, -1)}
+    given = [{"labels": labels}, packed, numbered, alone]
+    batches, _ = trainer.get_batch_samples(iter(given), 4, "cpu")
     assert batches[0]["rows"].tolist() == [0, 1]
     first, second = batches[1]["rows"]
     assert first[0] == first[1] != first[2] == first[3] == first[4]
     assert len({*first.tolist(), *second.tolist()}) == 3
     assert batches[2]["rows"].tolist() == [7, 9]
+    assert batches[3]["rows"].ndim == 1  # as the sequence marginal wants it
 
 
 # The optimizer

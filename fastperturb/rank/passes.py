@@ -22,6 +22,7 @@ from fastperturb.architectures import CausalLM
 from fastperturb.config import check_draws
 from fastperturb.edits import EditedLM
 from fastperturb.model import PerturbedLM
+from fastperturb.positions import real_positions
 from fastperturb.rank.oracle import Tokens
 
 
@@ -153,7 +154,7 @@ class Padded(NamedTuple):
         longest = int(lengths.max())
         ids = torch.tensor([(0,) * (longest - len(each)) + each for each in contexts])
         mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        return cls(ids.to(device), mask, (mask.cumsum(1) - 1).clamp_min(0), lengths)
+        return cls(ids.to(device), mask, real_positions(mask), lengths)
 
 
 def _is_shareable(cache: Any) -> bool:

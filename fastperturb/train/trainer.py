@@ -28,6 +28,7 @@ from fastperturb import noise
 from fastperturb.batch import IGNORED
 from fastperturb.checkpoint import Checkpoint, is_adapted
 from fastperturb.model import PerturbedLM
+from fastperturb.positions import document_starts
 from fastperturb.train.loop import EVALUATION, TRANSFORM_RATE, perplexity
 
 # A packed document's number: that of its row, then its own within the row.
@@ -265,7 +266,9 @@ def _number(batch: Any, first: int) -> None:
     rows = first + torch.arange(len(labels), device=labels.device)
     positions = batch.get("position_ids")
     if positions is not None:
-        rows = (rows[:, None] << _DOCUMENT_BITS) + (positions == 0).cumsum(1)
+        document = document_starts(positions, batch.get("attention_mask")).cumsum(1)
+        if document.max() > 1:
+            rows = (rows[:, None] << _DOCUMENT_BITS) + document
     batch.setdefault("rows", rows)
 
 
