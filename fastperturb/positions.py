@@ -38,17 +38,17 @@ def documents_apart(
         raise ValueError(_ONE_A_ROW.format("rows [B, T] number"))
     if position_ids is None or (attention_mask is None and marginal == "token"):
         return attention_mask
-    several = document_starts(position_ids, attention_mask).sum(1).max() > 1
-    padded = several & False if attention_mask is None else ~attention_mask.bool().all()
-    several, padded = torch.stack([several, padded]).tolist()  # at once, for a GPU's sake
-    if several and marginal == "sequence":
+    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    packed = (document_starts(position_ids, real).sum(1) > 1).any()
+    is_packed, is_whole = torch.stack([packed, real.bool().all()]).tolist()  # one wait for a GPU
+    if is_packed and marginal == "sequence":
         raise ValueError(_ONE_A_ROW.format("position_ids pack"))
-    if several and padded:
+    if is_packed and not is_whole:
         raise ValueError(
             "packed position_ids take no attention_mask, under which models let documents see each "
             "other: leave it out, with padding as a document of its own"
         )
-    return None if several else attention_mask
+    return None if is_packed else attention_mask
 
 
 def own_positions(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
