@@ -26,11 +26,12 @@ def is_sharded(module: nn.Module) -> bool:
 
 def agreed(module: nn.Module, value: Tensor) -> Tensor:
     """What the first of the processes that share FSDP2's shards has, for all of them."""
-    meshes = [parameter.device_mesh for parameter in _shards(module)]
-    for mesh in meshes[:1]:
-        value = value.clone()
-        for dimension in range(mesh.ndim):
-            dist.broadcast(value, group=mesh.get_group(dimension), group_src=0)
+    shards = _shards(module)
+    if not shards:
+        return value
+    value, mesh = value.clone(), shards[0].device_mesh
+    for dimension in range(mesh.ndim):
+        dist.broadcast(value, group=mesh.get_group(dimension), group_src=0)
     return value
 
 

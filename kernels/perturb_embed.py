@@ -21,8 +21,8 @@ Backward, with g the upstream gradient, 0 for U, C, ... where a token does not m
 g is read once for up to 64 latents (32 for gated, affine and in fp32) and 64 hidden units (32 in
 fp32 on Ampere), and again for each further block of either. q sums over all columns and is linear
 in what a block of columns knows, so blocks store partial sums of it. All partial sums are added up
-in a fixed order: the same seed gives the same bits. The table's gradient is what an embedding
-layer's is: sorted by id, summed in fp32, rounded once.
+in a fixed order: the same seed gives the same bits. The table's gradient is torch's own of an
+embedding, in fp32, rounded once.
 
 What it costs for M = 8, N = 8192, D = 4096, R = 16, H = 64, bf16, a frozen table, and what to
 expect of an H100 at 3.0 TB/s. PREDICTED: this code has been compiled for sm_80, sm_90 and sm_100

@@ -32,6 +32,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["torch", "cpp"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every op runs by each of a CPU's implementations; C++ needs a compiler."""
+    from fastperturb.ops import dispatch, extension
+
+    if request.param == "cpp" and not extension.availability()[0]:
+        pytest.skip(extension.availability()[1])
+    with dispatch.only(request.param):
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Real text and a tiny model, which are not part of the repository."""

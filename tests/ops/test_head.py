@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastperturb import ops
-from fastperturb.ops import dispatch, extension, head_blocks, reference, torch_rows
+from fastperturb.ops import head_blocks, reference, torch_rows
 
 HEADS = {"logprob": "linear_logprob", "quadratic": "linear_quadratic"}
 OPTIONS = {
@@ -23,7 +23,6 @@ OPTIONS = {
     "everything": {"softcap": 4.0, "logit_scale": 1.7, "valid_vocab": 143, "ignore_index": -1},
 }
 M, N, D, V = 3, 37, 8, 150
-IMPLEMENTATIONS = ("torch", "cpp")
 
 
 @contextlib.contextmanager
@@ -43,14 +42,6 @@ def budget(rows, words):
 @pytest.fixture(params=[(1, 64), (16, 64), (1000, 1000)], ids="{0[0]} x {0[1]} blocks".format)
 def blocks(request):
     with budget(*request.param):
-        yield
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    if request.param == "cpp" and not extension.availability()[0]:
-        pytest.skip(extension.availability()[1])
-    with dispatch.only(request.param):
         yield
 
 
