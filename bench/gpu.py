@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from bench import harness, heads, memory, perturb_embed, wrapper
-from fastperturb import doctor, runs
+from fastperturb import runs
+from fastperturb.cli import doctor
 
 Result = dict[str, Any]
 Keep = Callable[[Result], None]  # writes what a stage has so far
@@ -38,7 +39,7 @@ TESTS = ["tests/test_gpu.py", "tests/kernels", "-m", "gpu", "-q", "-W", "default
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZED = """
 import torch
-from fastperturb import doctor
+from fastperturb.cli import doctor
 from fastperturb.ops import dispatch
 
 found = [doctor.check(op, torch.device("cuda")) for op in dispatch.OPS]

@@ -7,21 +7,21 @@ from fastperturb.version import __version__
 
 if TYPE_CHECKING:
     from fastperturb import estimators, noise, ops, transforms
+    from fastperturb.checkpoint.save import load
     from fastperturb.config import PerturbConfig
-    from fastperturb.edits import EditConfig, EditedLM, edit
+    from fastperturb.integrations.trainer import PerturbTrainer as PerturbTrainer
     from fastperturb.model import PerturbedLM, PerturbedOutput, wrap
-    from fastperturb.saving import load
-    from fastperturb.train.trainer import PerturbTrainer as PerturbTrainer
+    from fastperturb.model.edits import EditConfig, EditedLM, edit
 
 _HOMES = {
-    "EditConfig": "fastperturb.edits",
-    "EditedLM": "fastperturb.edits",
+    "EditConfig": "fastperturb.model",
+    "EditedLM": "fastperturb.model",
     "PerturbConfig": "fastperturb.config",
-    "PerturbTrainer": "fastperturb.train.trainer",
+    "PerturbTrainer": "fastperturb.integrations.trainer",
     "PerturbedLM": "fastperturb.model",
     "PerturbedOutput": "fastperturb.model",
-    "edit": "fastperturb.edits",
-    "load": "fastperturb.saving",
+    "edit": "fastperturb.model",
+    "load": "fastperturb.checkpoint.save",
     "wrap": "fastperturb.model",
 }
 _MODULES = ("estimators", "noise", "ops", "transforms")

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastperturb.cli import main
+from fastperturb.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,10 +35,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(params=["torch", "cpp"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every op runs by each of a CPU's implementations; C++ needs a compiler."""
-    from fastperturb.ops import dispatch, extension
+    from fastperturb.ops import dispatch
+    from fastperturb.ops.cpp import build
 
-    if request.param == "cpp" and not extension.availability()[0]:
-        pytest.skip(extension.availability()[1])
+    if request.param == "cpp" and not build.availability()[0]:
+        pytest.skip(build.availability()[1])
     with dispatch.only(request.param):
         yield
 

@@ -8,7 +8,8 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.memory import PLANS
-from fastperturb import PerturbConfig, doctor, noise, ops, wrap
+from fastperturb import PerturbConfig, noise, ops, wrap
+from fastperturb.cli import doctor
 from fastperturb.config import LATENTS, TRANSFORMS
 from fastperturb.ops import reference
 from fastperturb.transforms import make_transform
@@ -196,7 +197,7 @@ def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatc
         pytest.importorskip(package)
     import tiny_run
 
-    from fastperturb import cli
+    from fastperturb.cli import main as cli
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     tiny_run.model_folder(tmp_path / "base")
@@ -228,7 +229,7 @@ def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatc
 @pytest.mark.parametrize("perturbed", [False, True])
 def test_logits_and_their_combinations_are_the_same_on_both_devices(perturbed):
     from fastperturb.rank import ModelOracle
-    from fastperturb.rank.streams import open_streams
+    from fastperturb.rank.combine.streams import open_streams
 
     model = tiny_llama(width=32, heads=4).eval()
     if perturbed:

@@ -27,7 +27,7 @@ from bench.ranks.targets import Noisy, generic_ranks, total_variation
 from fastperturb import runs
 from fastperturb.eval.table import aligned
 from fastperturb.rank import ISAN, QueryBudgetSpent, learn
-from fastperturb.rank.isan import noisy_parity
+from fastperturb.rank.learn.isan import noisy_parity
 
 LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1)
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from fastperturb import runs
 from fastperturb.rank import ModelOracle, logit_matrix, write
-from fastperturb.rank.oracle import centred
+from fastperturb.rank.ask.oracle import centred
 
 BEGIN = (1,)
 

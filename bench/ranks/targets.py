@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastperturb.rank.isan import ISAN
-from fastperturb.rank.oracle import LogitOracle, Tokens, centred
-from fastperturb.rank.states import StateModel
+from fastperturb.rank.ask.oracle import LogitOracle, Tokens, centred
+from fastperturb.rank.learn.isan import ISAN
+from fastperturb.rank.learn.states import StateModel
 
 
 def all_sequences(vocab_size: int, length: int) -> NDArray[np.int64]:

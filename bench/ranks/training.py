@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fastperturb import PerturbConfig, jobs, train
+from fastperturb import PerturbConfig, train
+from fastperturb.runs.workers import finished
 from fastperturb.train import LoraOptions, TrainOptions
 
 SEEDS = (0, 1, 2)
@@ -68,7 +69,7 @@ def train_missing(base: str, texts: Path, folder: Path, *, workers: int) -> None
         for row in ([first, second], *tasks)
         if not (row[-1].output_dir / "results.json").exists()
     ]
-    for _, done in jobs.finished(in_turn, missing, workers=workers) if missing else ():
+    for _, done in finished(in_turn, missing, workers=workers) if missing else ():
         done.result()
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from bench.synthetic.summary import best_fixed, pick
 from fastperturb.demo.language import NOISE_SD, REGIONS
-from fastperturb.drawing import FAINT, INK, plain
+from fastperturb.report.figures import FAINT, INK, plain
 
 # Okabe and Ito's palette, the pale ones darkened.
 COLOURS = {

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from fastperturb import jobs as processes
 from fastperturb.demo.methods import Method
 from fastperturb.demo.training import Outcome, Setting, run_job
+from fastperturb.runs.workers import finished as finished_tasks
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,5 @@ def cost(method: Method) -> int:
 def finished(jobs: Sequence[Job], *, workers: int) -> Iterator[tuple[Job, Outcome]]:
     """Each job and its outcome as it ends; they start in the order given."""
     tasks = [(job.seed, job.method, job.steps, job.setting) for job in jobs]
-    for index, future in processes.finished(run_job, tasks, workers=workers):
+    for index, future in finished_tasks(run_job, tasks, workers=workers):
         yield jobs[index], future.result()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastperturb.demo import language
-from fastperturb.drawing import FAINT, INK, plain, spread_out
+from fastperturb.report.figures import FAINT, INK, plain, spread_out
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the pale ones are darkened,
 # because names are lettered in them.

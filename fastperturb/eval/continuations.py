@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastperturb.eval.bootstrap import Interval, mean_ratio
-from fastperturb.eval.domains import Domain
+from fastperturb.data.domains import Domain
 from fastperturb.eval.likelihood import measured_as_is
 from fastperturb.model import PerturbedLM
+from fastperturb.report.bootstrap import Interval, mean_ratio
 
 _REPEATED = 4  # the n of the n-grams that count as repeated
 _DISTINCT = (1, 2, 3)

@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastperturb.batch import IGNORED
-from fastperturb.edits import EditedLM
-from fastperturb.eval.domains import Domain
+from fastperturb.data.domains import Domain
+from fastperturb.data.packing import Block, collate
+from fastperturb.diagnostics.score import Score
+from fastperturb.engine.batch import IGNORED
 from fastperturb.model import PerturbedLM
-from fastperturb.score import Score
-from fastperturb.train.packing import Block, collate
+from fastperturb.model.edits import EditedLM
 
 # Among which a temperature is sought.
 TEMPERATURES = (0.5, 2.0)

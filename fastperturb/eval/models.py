@@ -13,11 +13,11 @@ from torch import nn
 
 import fastperturb
 from fastperturb import runs
-from fastperturb.checkpoint import CONFIG_NAME, Checkpoint
+from fastperturb.checkpoint.format import CONFIG_NAME, Checkpoint
 from fastperturb.config import PerturbConfig
-from fastperturb.edits import EditConfig
+from fastperturb.data.documents import DocumentTokenizer
 from fastperturb.model import PerturbedLM
-from fastperturb.train.documents import DocumentTokenizer
+from fastperturb.model.edits import EditConfig
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fastperturb import options as option_files
-from fastperturb.eval.domains import DomainOptions
+from fastperturb.data.domains import DomainOptions
+from fastperturb.runs import option_files
 
 
 @dataclass(frozen=True, kw_only=True)

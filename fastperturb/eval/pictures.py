@@ -10,7 +10,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastperturb.drawing import FAINT, INK, MARKERS, PALETTE, plain
+from fastperturb.report.figures import FAINT, INK, MARKERS, PALETTE, plain
 
 ACROSS = 5  # panels in a row
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastperturb import runs
+from fastperturb.data.domains import Domain
 from fastperturb.eval.continuations import (
     Mauve,
     Prompts,
@@ -17,7 +18,6 @@ from fastperturb.eval.continuations import (
     rouge1,
     texts,
 )
-from fastperturb.eval.domains import Domain
 from fastperturb.eval.options import EvalOptions
 from fastperturb.model import PerturbedLM
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastperturb.ops import extension
+from fastperturb.ops.cpp import build
 
 _TRITON = {
     "perturb_embed": "fastperturb.kernels.perturb_embed",
@@ -28,16 +28,16 @@ _TRITON = {
     "combine": "fastperturb.kernels.combine",
 }
 _CPP = {
-    "perturb_embed": "fastperturb.ops.cpp_embed",
-    "linear_logprob": "fastperturb.ops.cpp_rows",
-    "linear_quadratic": "fastperturb.ops.cpp_rows",
-    "combine": "fastperturb.ops.cpp_combine",
+    "perturb_embed": "fastperturb.ops.cpp.embed",
+    "linear_logprob": "fastperturb.ops.cpp.rows",
+    "linear_quadratic": "fastperturb.ops.cpp.rows",
+    "combine": "fastperturb.ops.cpp.combine",
 }
 _TORCH = {
-    "perturb_embed": "fastperturb.ops.torch_embed",
-    "linear_logprob": "fastperturb.ops.torch_rows",
-    "linear_quadratic": "fastperturb.ops.torch_rows",
-    "combine": "fastperturb.ops.torch_combine",
+    "perturb_embed": "fastperturb.ops.torch.embed",
+    "linear_logprob": "fastperturb.ops.torch.rows",
+    "linear_quadratic": "fastperturb.ops.torch.rows",
+    "combine": "fastperturb.ops.torch.combine",
 }
 OPS = tuple(_TORCH)
 
@@ -85,7 +85,7 @@ def _cpp(op: str, device: torch.device) -> Candidate:
         return Candidate("cpp", False, "this version has no C++ kernel for it")
     if device.type != "cpu":
         return Candidate("cpp", False, "runs on CPUs only")
-    return Candidate("cpp", *extension.availability(), _CPP[op])
+    return Candidate("cpp", *build.availability(), _CPP[op])
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -96,7 +96,7 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
         if candidate.module is None:
             continue
         # The C++ kernels are built on their first use, which may warn or raise.
-        usable = extension.prepare() if candidate.name == "cpp" else candidate.usable
+        usable = build.prepare() if candidate.name == "cpp" else candidate.usable
         if usable:
             return importlib.import_module(candidate.module)
     reasons = "; ".join(f"{each.name}: {each.reason}" for each in candidates)

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fastperturb import options as option_files
-from fastperturb.eval.domains import TextOptions
+from fastperturb.data.domains import TextOptions
 from fastperturb.eval.options import named
+from fastperturb.runs import option_files
 
 
 @dataclass(frozen=True, kw_only=True)

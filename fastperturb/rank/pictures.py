@@ -21,7 +21,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastperturb.drawing import FAINT, INK, MARKERS, PALETTE, plain
+from fastperturb.report.figures import FAINT, INK, MARKERS, PALETTE, plain
 
 LINES = ("-", "--", ":", "-.")
 # Nats; what is smaller is as good as nothing and would squeeze the rest.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fastperturb.rank.oracle import Tokens
+from fastperturb.rank.ask.oracle import Tokens
 
 
 def pieces(

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastperturb.eval import bootstrap
 from fastperturb.eval.likelihood import Likelihood
+from fastperturb.report import bootstrap
 
 Form = tuple[str, bool]  # the view, and whether it is tempered
 Seed = int | None  # None: the same under every seed, such as the model before training

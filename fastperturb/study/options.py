@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fastperturb import options as option_files
+from fastperturb.checkpoint.atomic import digest
 from fastperturb.config import suggestion
-from fastperturb.eval.domains import DomainOptions
-from fastperturb.files import digest
+from fastperturb.data.domains import DomainOptions
+from fastperturb.runs import option_files
 from fastperturb.train.options import TrainOptions
 
 Overrides = Mapping[str, Any]

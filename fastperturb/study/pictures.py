@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 
-from fastperturb.drawing import FAINT, INK, plain, spread_out
+from fastperturb.report.figures import FAINT, INK, plain, spread_out
 from fastperturb.study.arms import AS_TRAINED, TEMPERED, Arm, Arms, Measured, read
 
 GAINS = "#e8f2ea"

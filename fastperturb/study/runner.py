@@ -24,10 +24,11 @@ from torch import Tensor
 
 import fastperturb
 from fastperturb import PerturbConfig, PerturbedLM, ops, runs, train
-from fastperturb.architectures import understand
-from fastperturb.eval import domains, likelihood, models
-from fastperturb.eval.domains import Domain
-from fastperturb.files import digest
+from fastperturb.checkpoint.atomic import digest
+from fastperturb.data import domains
+from fastperturb.data.domains import Domain
+from fastperturb.engine.architectures import understand
+from fastperturb.eval import likelihood, models
 from fastperturb.study.options import Run, StudyOptions
 from fastperturb.train import methods
 from fastperturb.train.report import METRICS_NAME, read_metrics

@@ -11,7 +11,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastperturb.drawing import INK, plain
+from fastperturb.report.figures import INK, plain
 from fastperturb.train.report import read_metrics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

@@ -29,8 +29,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastperturb import runs, shards
-from fastperturb.checkpoint import unadapted
+from fastperturb import runs
+from fastperturb.checkpoint.format import unadapted
+from fastperturb.engine import sharding
 from fastperturb.model import PerturbedLM
 
 KINDS = ("ddp", "fsdp")
@@ -191,12 +192,12 @@ def training_tensors(lm: PerturbedLM, optimizer: torch.optim.Optimizer) -> dict[
     "parameter.NAME" of each trainable parameter and "optimizer.NAME.KEY" of each of its tensors in
     the optimizer. All processes call it; the others get nothing.
     """
-    shards.reshard(lm)
+    sharding.reshard(lm)
     here = not dist.is_initialized() or dist.get_rank() == 0
     found: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
-        entries = shards.whole(value.detach())
+        entries = sharding.whole(value.detach())
         if here:
             found[name] = entries.to("cpu", copy=True)
 
@@ -221,7 +222,7 @@ def load_training_tensors(
     All processes call it, with all tensors. The optimizer's options (param_groups) stay.
     Raises ValueError, with nothing changed, on tensors that are missing, extra or misshaped.
     """
-    shards.reshard(lm)
+    sharding.reshard(lm)
     trainable = _trainable(lm)
     states = _checked(trainable, tensors)
     for name, parameter in trainable.items():

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from fastperturb import noise
-from fastperturb.batch import IGNORED
-from fastperturb.checkpoint import unadapted
+from fastperturb.checkpoint.format import unadapted
+from fastperturb.data.options import Block, TrainingData, collate
+from fastperturb.engine.batch import IGNORED
 from fastperturb.model import PerturbedLM
 from fastperturb.train import distributed, methods, state
-from fastperturb.train.data import Block, TrainingData, collate
 from fastperturb.train.distributed import World
 from fastperturb.train.options import TrainOptions
 from fastperturb.train.report import Report

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastperturb import shards
-from fastperturb.checkpoint import without_peft_deprecations
+from fastperturb.checkpoint.format import without_peft_deprecations
 from fastperturb.config import PerturbConfig
+from fastperturb.engine import sharding
 from fastperturb.model import PerturbedLM, wrap
 from fastperturb.train.options import TrainOptions
 
@@ -53,7 +53,7 @@ def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
     if options.method != "neftune":
         yield
         return
-    shards.reshard(lm)  # what is written must be the parameter, and not a gathered copy of it
+    sharding.reshard(lm)  # what is written must be the parameter, and not a gathered copy of it
     scale: Any = lm.transform.s
     before = scale.detach().clone()
     with torch.no_grad():
@@ -61,7 +61,7 @@ def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
     try:
         yield
     finally:
-        shards.reshard(lm)
+        sharding.reshard(lm)
         with torch.no_grad():
             scale.copy_(before)
 
@@ -124,7 +124,7 @@ def _isotropic(base: nn.Module, options: TrainOptions) -> PerturbedLM:
 
 
 def _edited(base: nn.Module, options: TrainOptions) -> PerturbedLM:
-    from fastperturb.edits import EditConfig, edit
+    from fastperturb.model.edits import EditConfig, edit
 
     shared = {field.name for field in dataclasses.fields(EditConfig)}
     given = {k: v for k, v in options.perturb.to_dict().items() if k in shared}

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fastperturb import options as option_files
 from fastperturb.config import PerturbConfig
-from fastperturb.train.data import DataOptions
+from fastperturb.data.options import DataOptions
+from fastperturb.runs import option_files
 
 Method = Literal["exact", "neftune", "fixed", "discrete", "learned"]
 EditKind = Literal["replace", "insert", "delete", "swap"]

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from fastperturb.files import explaining
+from fastperturb.checkpoint.atomic import explaining
 
 METRICS_NAME = "metrics.jsonl"
 PROJECT = "fastperturb"

@@ -26,7 +26,15 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastperturb.files import digest, explained, explaining, flush, read_json, read_tensors, sha256
+from fastperturb.checkpoint.atomic import (
+    digest,
+    explained,
+    explaining,
+    flush,
+    read_json,
+    read_tensors,
+    sha256,
+)
 from fastperturb.runs import versions
 
 FORMAT_VERSION = 1

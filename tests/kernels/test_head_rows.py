@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastperturb.kernels import head_rows
 from fastperturb.kernels import perturb_embed_tiles as tiles
-from fastperturb.ops import head_blocks, reference, torch_rows
+from fastperturb.ops import head_blocks, reference
 from fastperturb.ops.head_blocks import Head, Logits, Running
+from fastperturb.ops.torch import rows as torch_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

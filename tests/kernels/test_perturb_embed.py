@@ -17,8 +17,8 @@ from fastperturb import noise
 from fastperturb.config import TRANSFORMS, PerturbConfig
 from fastperturb.kernels import perturb_embed as kernels
 from fastperturb.kernels import perturb_embed_tiles as tiles
-from fastperturb.ops import torch_embed
 from fastperturb.ops.embed import EmbedCall
+from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import FAMILIES, make_transform
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastperturb import estimators, ops
 from fastperturb.config import AT_LEAST_TWO_DRAWS, MARGINALS
-from fastperturb.ops import dispatch, extension
+from fastperturb.ops import dispatch
 from fastperturb.ops.combine import COMBINABLE
+from fastperturb.ops.cpp import build
 
 # The jackknife leaves one draw out, so it needs another.
 CASES = [
@@ -27,10 +28,10 @@ CASES = [
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cpp":
         try:
-            extension._compiler()
+            build._compiler()
         except RuntimeError as error:
             pytest.skip(str(error))
-        assert extension.prepare(), extension.availability()
+        assert build.prepare(), build.availability()
     with dispatch.only(request.param):
         yield request.param
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastperturb import ops
-from fastperturb.ops import head_blocks, reference, torch_rows
+from fastperturb.ops import head_blocks, reference
+from fastperturb.ops.torch import rows as torch_rows
 
 HEADS = {"logprob": "linear_logprob", "quadratic": "linear_quadratic"}
 OPTIONS = {

@@ -1,0 +1,1 @@
+"""Checkpoint folders: their format, writing them and reading them."""

@@ -1,0 +1,94 @@
+"""The command line: `fastperturb COMMAND [--config FILE.yaml] [options]`.
+
+A command is a module with a frozen dataclass of options and `run(options) -> int`. It is imported
+only when it is called, so that `fastperturb --version` does not wait for torch.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastperturb.runs import option_files
+from fastperturb.version import __version__
+
+# name: (module:OptionsClass, what it does)
+COMMANDS = {
+    "demo": ("fastperturb.demo:DemoOptions", "learned against fixed noise on a toy language"),
+    "train": ("fastperturb.train:TrainOptions", "adapt a model to text, by any of five methods"),
+    "eval": ("fastperturb.eval:EvalOptions", "how likely texts are under models, with intervals"),
+    "study": ("fastperturb.study:StudyOptions", "every method on one domain, judged on all"),
+    "rank": ("fastperturb.rank:RankOptions", "logit rank, and writing by combinations of prompts"),
+    "doctor": (
+        "fastperturb.cli.doctor:DoctorOptions",
+        "what runs here, how, and if it is right",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--version"]:
+        print(f"fastperturb {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    try:
+        return call(argv[0], argv[1:])
+    except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"fastperturb: error: {error}", file=sys.stderr)
+        return 2
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = [f"  {name:<{width}}  {does}" for name, (_, does) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastperturb COMMAND [--help] [--config FILE.yaml] [options]",
+            "       fastperturb --version",
+            "",
+            *commands,
+        ]
+    )
+
+
+def call(command: str, argv: list[str]) -> int:
+    if command not in COMMANDS:
+        raise ValueError(
+            f"unknown command {command!r}{option_files.did_you_mean(command, COMMANDS)}"
+        )
+    module_name, _, class_name = COMMANDS[command][0].partition(":")
+    module = importlib.import_module(module_name)
+    options_class = getattr(module, class_name)
+    return int(module.run(parse(options_class, argv, prog=f"fastperturb {command}")))
+
+
+def parse(options_class: type, argv: list[str], *, prog: str) -> Any:
+    """Options from, in rising order: the class's defaults, the --config file, the flags."""
+    import tyro
+
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml")
+    known, flags = parser.parse_known_args(argv)
+    # In the description because tyro never sees the flag.
+    about = "--config FILE.yaml sets options by name from a file; flags given here win."
+    return tyro.cli(
+        options_class,
+        prog=prog,
+        description=f"{options_class.__doc__} {about}",
+        args=flags,
+        default=None if known.config is None else option_files.load(known.config, options_class),
+    )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether our own code raised it as a message; anything else keeps its traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "fastperturb"

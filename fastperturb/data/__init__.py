@@ -1,0 +1,1 @@
+"""Texts: reading, tokenising, packing and ordering them."""

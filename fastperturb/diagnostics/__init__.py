@@ -1,0 +1,1 @@
+"""Scores, gradient noise and standard errors of a wrapped model."""

@@ -1,0 +1,280 @@
+"""Gradient noise: how far a step's gradient can be trusted, by estimator and at equal flops.
+
+The gradient g of a loss varies with the latents, with the samples that `resample` draws to send
+backward, and with the examples. Over a few seeds, on one batch, traces of variances are
+
+    latents    tr Var g_iwae
+    draws      E |g_resample - g_iwae|^2 at the same seeds. g_iwae is the mean of g_resample over
+               its draws, so this adds to the latents' part. Draws are independent: measured with
+               one of them, and K have 1 / K of it.
+    data       E |g_A - g_B|^2 - latents, for random halves A and B of the batch's rows and
+               g = g_A + g_B: rows are examples, drawn alike.
+
+and the batch's own signal is |E g|^2 = |mean g|^2 - tr Var g / repeats. A step of resample costs
+2M + 4K and has a variance of latents + data + draws / K; their product is least at
+K = sqrt(c M / 2), c = draws / (latents + data). While all samples weigh alike, draws is about
+M - 1 latents: resample pays where the data's part is larger still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastperturb import estimators, noise
+from fastperturb.engine import architectures, validate
+from fastperturb.engine.batch import IGNORED
+
+if TYPE_CHECKING:
+    from fastperturb.model import PerturbedLM
+
+PARAMETERS = ("transform", "trainable")
+
+Estimator = str | Mapping[str, float]
+
+
+class Row(NamedTuple):
+    """One estimator, or resample at one K."""
+
+    estimator: Estimator
+    backward_samples: int | None  # K of resample
+    signal: float  # |E g|^2, the batch held
+    variance: float  # tr Var g over latents and draws, the batch held
+    plan: str
+    cost: float  # of the trunk, in halves of one sample's forward
+    at_equal_flops: float  # signal / (variance + data) / cost, over that of iwae, batched
+
+    @property
+    def signal_to_noise(self) -> float:
+        """Of the batch's own gradient."""
+        return self.signal / self.variance if self.variance else math.inf
+
+
+@dataclass(frozen=True)
+class GradientNoise:
+    """What `PerturbedLM.gradient_noise` returns; `str` of it is a table.
+
+    data_noise: the data's part of the variance, in units of iwae's latents; 0 if B = 1.
+    draw_noise: c, what resampling one draw adds, in units of latents and data together.
+    backward_samples: the best K for resample, sqrt(c M / 2).
+    """
+
+    rows: list[Row]
+    data_noise: float
+    draw_noise: float
+    backward_samples: int
+
+    def __str__(self) -> str:
+        lines = [f"{'estimator':<16} {'plan':<9} {'cost':>6} {'snr':>9} {'at equal flops':>15}"]
+        for row in self.rows:
+            kept = "" if row.backward_samples is None else f" K={row.backward_samples}"
+            lines.append(
+                f"{f'{row.estimator}{kept}':<16} {row.plan:<9} {row.cost:>6.4g} "
+                f"{row.signal_to_noise:>9.3g} {row.at_equal_flops:>15.3g}"
+            )
+        return "\n".join(lines)
+
+
+def gradient_noise(
+    lm: PerturbedLM,
+    inputs: dict[str, Any],
+    *,
+    repeats: int,
+    compared: Sequence[Estimator] | None,
+    parameters: str,
+    seed: int | Tensor | None,
+) -> GradientNoise:
+    """`PerturbedLM.gradient_noise`, where the arguments are described."""
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    _check(lm, inputs, repeats)
+    M = inputs.get("num_samples") or lm.config.num_samples
+    others = [name for name in _compared(lm, M, compared) if name not in ("iwae", "resample")]
+    step = _Step(lm, inputs, _parameters(lm, parameters))
+    equations = ["iwae", *others]
+    moments = [_Moments() for _ in equations]
+    iwae, draws, halves = moments[0], _Moments(), _Moments()
+    for number, half in _repeats(step, repeats, seed):
+        gradients, taken = zip(*(step.gradient(name, number) for name in equations))
+        for each, gradient in zip(moments, gradients):
+            each.add(gradient)
+        whole = gradients[0]
+        drawn, _ = step.gradient("resample", number, plan="resample", backward_samples=1)
+        draws.add(drawn - whole)
+        if step.size > 1:
+            part, _ = step.gradient("iwae", number, rows=half)
+            halves.add(2 * part - whole)
+    latents = iwae.variance
+    if latents == 0:
+        raise ValueError(
+            "the gradient is the same for every seed: no labelled token follows one that moves"
+        )
+    data = _data_variance(step, iwae, halves)
+
+    def worth(signal: float, variance: float, cost: float) -> float:
+        # Signal 0 is one that the repeats do not show; iwae's and resample's are one number.
+        scale = 1.0 if signal == iwae.signal else math.nan
+        if signal and iwae.signal:
+            scale = iwae.signal / signal
+        total = variance * scale + data
+        return (latents + data) / total * 4 * M / cost if total else math.inf
+
+    rows = []
+    for name, plan, each in zip(equations, taken, moments):
+        signal, variance, cost = each.signal, each.variance, _cost(name, plan, M)
+        gain = worth(signal, variance, cost)
+        rows.append(Row(name, None, signal, variance, plan, cost, gain))
+    for kept in (2**k for k in range(M.bit_length())):
+        variance = latents + draws.mean_square / kept
+        again = 6 if kept > (lm.config.chunk_size or kept) else 4
+        cost = 2 * M + again * kept
+        gain = worth(iwae.signal, variance, cost)
+        rows.append(Row("resample", kept, iwae.signal, variance, "resample", cost, gain))
+    draw_noise = draws.mean_square / (latents + data)
+    best = estimators.default_backward_samples(M, None, draw_noise)
+    return GradientNoise(rows, data / latents, draw_noise, best)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A batch whose gradient is taken again and again."""
+
+    lm: PerturbedLM
+    inputs: dict[str, Any]
+    parameters: list[nn.Parameter]
+
+    @property
+    def size(self) -> int:
+        return len(self.inputs["labels"])
+
+    def gradient(
+        self, estimator: Estimator, seed: int, *, rows: Tensor | None = None, **changes: Any
+    ) -> tuple[Tensor, str]:
+        """The gradient [P] of the whole batch's loss, or of these rows' part; and the plan."""
+        lm, labels = self.lm, self.inputs["labels"]
+        call = {"rows": torch.arange(self.size, device=labels.device), **self.inputs, "seed": seed}
+        call.setdefault("num_items_in_batch", (labels[:, 1:] != IGNORED).sum())
+        if rows is not None:
+            for name, value in call.items():
+                if isinstance(value, Tensor) and (value.ndim > 1 or name == "rows"):
+                    call[name] = value[rows]
+        if lm.config.plan == "resample":
+            changes = {"plan": "auto", **changes}
+        before = lm._report
+        try:
+            with torch.enable_grad(), lm._configured(estimator=estimator, **changes):
+                loss = lm(**call).loss
+                plan = lm.plan_report().plan
+        finally:
+            lm._report = before
+        found = torch.autograd.grad(
+            loss, self.parameters, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([each.flatten().double() for each in found]), plan
+
+
+class _Moments:
+    """The first two moments of gradients, which themselves are not kept."""
+
+    def __init__(self) -> None:
+        self.count, self.squares = 0, 0.0
+        self.sum: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        self.count += 1
+        self.squares += float(gradient.square().sum())
+        self.sum = gradient if self.sum is None else self.sum + gradient
+
+    @property
+    def mean_square(self) -> float:
+        return self.squares / self.count
+
+    @property
+    def square_of_mean(self) -> float:
+        assert self.sum is not None
+        return float((self.sum / self.count).square().sum())
+
+    @property
+    def variance(self) -> float:
+        spread = self.mean_square - self.square_of_mean
+        # Below the rounding of the two it is none.
+        return spread * self.count / (self.count - 1) if spread > 1e-12 * self.mean_square else 0.0
+
+    @property
+    def signal(self) -> float:
+        """|E g|^2, unbiased but for its floor."""
+        return max(0.0, self.square_of_mean - self.variance / self.count)
+
+
+def _data_variance(step: _Step, iwae: _Moments, halves: _Moments) -> float:
+    """What the choice of examples adds to the variance, by the difference between halves."""
+    if step.size == 1:
+        return 0.0
+    # An odd batch has halves that differ by a row, and so by that share of the gradient.
+    share = (step.size % 2 / step.size) ** 2
+    both = (halves.mean_square - share * iwae.mean_square) / (1 - share)
+    return max(0.0, both - iwae.variance)
+
+
+def _repeats(step: _Step, repeats: int, seed: int | Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """A seed and a random half of the rows for every repeat; torch's generator is only read."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.set_state(torch.get_rng_state())
+    else:
+        generator.manual_seed(int(noise.seed_tensor(seed, torch.device("cpu"))))
+    for _ in range(repeats):
+        number = int(torch.randint(2**63 - 1, (), generator=generator))
+        order = torch.randperm(step.size, generator=generator)
+        yield number, order[: (step.size + 1) // 2].to(step.inputs["labels"].device)
+
+
+def _cost(estimator: Estimator, plan: str, num_samples: int) -> float:
+    draws: float = num_samples
+    if estimator in ("sumo", "mlmc"):
+        draws = estimators.Telescope(str(estimator), num_samples).expected_draws
+    return draws * (6 if plan == "chunked" else 4)
+
+
+def _check(lm: PerturbedLM, inputs: dict[str, Any], repeats: int) -> None:
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 2:
+        raise ValueError(f"repeats must be an int of 2 or more, got {repeats!r}")
+    if "labels" not in inputs:
+        raise ValueError(f"labels must be given, got only {list(inputs)}")
+    validate.tensor("labels", inputs["labels"], "[B, T]", (torch.int64,))
+    if lm._exact:
+        raise ValueError("lm.exact() moves nothing, so its gradient has no noise")
+    if lm.config.deterministic:
+        raise ValueError("deterministic=True has no draws, so its gradient has no noise of them")
+    dropout = architectures.dropout_sources(lm.base)
+    if dropout:
+        raise ValueError(
+            f"dropout is active in {', '.join(dropout[:3])}, and would add its own noise: set it "
+            "to 0 or call lm.eval() first"
+        )
+
+
+def _compared(
+    lm: PerturbedLM, num_samples: int, asked: Sequence[Estimator] | None
+) -> Sequence[Estimator]:
+    if isinstance(asked, str | Mapping):
+        raise TypeError(f"estimators must be a list of estimators or None, got {asked!r}")
+    if asked is not None:
+        return asked
+    own = lm.config.estimator
+    paired = lm.config.antithetic or num_samples == 1
+    return [own] if paired or own == "jvi_clip" else [own, "jvi_clip"]
+
+
+def _parameters(lm: PerturbedLM, parameters: str) -> list[nn.Parameter]:
+    if parameters not in PARAMETERS:
+        raise ValueError(f"parameters must be one of {PARAMETERS}, got {parameters!r}")
+    owner = lm.transform if parameters == "transform" else lm
+    found = [value for value in owner.parameters() if value.requires_grad]
+    if not found:
+        raise ValueError(f"none of the {parameters!r} parameters requires a gradient")
+    return found

@@ -1,0 +1,289 @@
+"""Standard errors of the transform's parameters, by the sandwich of the estimating equation.
+
+Training solves sum_i psi_i(theta) = 0, with psi_i the gradient of the estimator's value summed
+over the labels of example i (a row of a batch). At the solution its covariance is about
+
+    information    A^-1 B A^-1,   A = -sum_i dpsi_i / dtheta,   B = sum_i psi_i psi_i^T
+    outer          B^-1
+
+`information` is the sandwich, right for any of the equations and whether or not the model is true;
+A is the observed information, by central differences of sum_i psi_i: 2P passes over the data.
+`outer` takes outer products for the information, which holds where the value is the log-likelihood
+of a true model: for iwae and jvi with many draws. One pass; with few draws it is too small.
+
+The draws are held (one seed, examples numbered through), so what M draws add to psi counts as
+variance. Training that draws anew every step averages some of it out, and errors here are then
+on the safe side; more draws close the gap. The base and its adapters are held at their values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastperturb import ops
+from fastperturb.config import suggestion
+from fastperturb.engine import architectures
+from fastperturb.engine.positions import moving_positions
+
+if TYPE_CHECKING:
+    from fastperturb.model import PerturbedLM
+
+BREADS = ("auto", "information", "outer")
+# P x P in fp64: half a GB, and minutes for its eigenvalues.
+_MOST_PARAMETERS = 8192
+# Beyond this the 2P passes of the differences are not asked for by default.
+_MOST_DIFFERENCED = 256
+# A parameter moves by this share of its tensor's root mean square, or of 0.1 if that is larger.
+_STEP = 1e-2
+# Directions whose information is below this share of the largest are not identified.
+_IDENTIFIED = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class StandardErrors:
+    """What `PerturbedLM.standard_errors` returns, in fp64.
+
+    errors: {parameter: its standard errors, shaped like it}.
+    covariance: [P, P], the parameters flattened one after the other in the order of `errors`; a
+        function g of them has variance grad g^T covariance grad g.
+    bread: "information" or "outer". examples: how many rows there were.
+    newton_step: the largest step, in standard errors, that Newton's method would still take.
+        Well below 1 at a solution; above, the errors are those of no solution.
+    """
+
+    errors: dict[str, Tensor]
+    covariance: Tensor
+    bread: str
+    examples: int
+    newton_step: float
+
+
+def standard_errors(
+    lm: PerturbedLM,
+    dataloader: Iterable[Mapping[str, Tensor]],
+    parameters: Sequence[str] | None,
+    bread: str,
+    num_samples: int | None,
+    seed: int | Tensor | None,
+) -> StandardErrors:
+    """`PerturbedLM.standard_errors`, where the arguments are described."""
+    chosen = _chosen(lm, parameters)
+    count = sum(value.numel() for value in chosen.values())
+    if count > _MOST_PARAMETERS:
+        sizes = {name: value.numel() for name, value in lm.transform.named_parameters()}
+        raise ValueError(
+            f"{count} parameters have a covariance of {count} x {count}, and at most "
+            f"{_MOST_PARAMETERS} are supported; choose some with parameters=[...] of {sizes}"
+        )
+    estimator = lm.config.estimator
+    if estimator in ("resample", "sumo", "mlmc"):  # which estimate iwae's gradient
+        estimator = "iwae"
+    bread = _bread(bread, estimator, count)
+    _check_model(lm)
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
+    with lm._configured(estimator=estimator, plan="batched", chunk_size=None):
+        batches = _numbered(dataloader, lm)
+        equation = _Equation(lm, batches, chosen, num_samples, seed, bread)
+        meat, total = equation.outer_products()
+        information = meat if bread == "outer" else -equation.jacobian()
+    inverse = _inverse((information + information.T) / 2)
+    covariance = inverse if bread == "outer" else inverse @ meat @ inverse
+    variances = covariance.diagonal().clamp_min(0)
+    step = (inverse @ total).abs() / variances.sqrt()
+    split = variances.sqrt().split([value.numel() for value in chosen.values()])
+    return StandardErrors(
+        errors={n: e.view_as(v) for (n, v), e in zip(chosen.items(), split, strict=True)},
+        covariance=covariance,
+        bread=bread,
+        examples=sum(len(batch["labels"]) for batch in batches),
+        newton_step=float(step.nan_to_num().max()),
+    )
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """The estimating equation over all the data, with its draws held."""
+
+    lm: PerturbedLM
+    batches: list[dict[str, Tensor]]
+    parameters: dict[str, nn.Parameter]
+    num_samples: int | None
+    seed: int | Tensor
+    bread: str
+
+    def total(self) -> Tensor:
+        """sum psi [P]."""
+        return torch.stack([self.psi(batch).sum(0) for batch in self.batches]).sum(0)
+
+    def outer_products(self) -> tuple[Tensor, Tensor]:
+        """sum psi psi^T [P, P], and sum psi [P]."""
+        total = sum(value.numel() for value in self.parameters.values())
+        device = self.lm.transform.embed_rms.device
+        sums = torch.zeros(total + 1, total, dtype=torch.float64, device=device)
+        for batch in self.batches:
+            psi = self.psi(batch)
+            sums[:-1].addmm_(psi.T, psi)
+            sums[-1] += psi.sum(0)
+        return sums[:-1], sums[-1]
+
+    @torch.no_grad()
+    def jacobian(self) -> Tensor:
+        """d sum psi / d theta [P, P], by central differences."""
+        columns = []
+        for value in self.parameters.values():
+            step = _STEP * max(float(value.square().mean().sqrt()), 0.1)
+            flat = value.view(-1)
+            for index, before in enumerate(flat.tolist()):
+                ends = []
+                try:
+                    for end in (before - step, before + step):
+                        flat[index] = end
+                        ends.append((float(flat[index]), self.total()))
+                finally:
+                    flat[index] = before
+                (low, left), (high, right) = ends
+                columns.append((right - left) / (high - low))
+        return torch.stack(columns, dim=1)
+
+    def psi(self, batch: dict[str, Tensor]) -> Tensor:
+        """Each row's gradient of its own value [B, P]: one backward to the moved embeddings."""
+        lm, parts = self.lm, architectures.understand(self.lm.base)
+        leaves: list[Tensor] = []
+
+        def catch(trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if self.bread == "information":
+                _refuse_rounding(kwargs["inputs_embeds"])
+            leaves.append(kwargs["inputs_embeds"].detach().requires_grad_())
+            return args, {**kwargs, "inputs_embeds": leaves[-1]}
+
+        hook = parts.trunk.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with torch.enable_grad():
+                draws: dict[str, Any] = {"num_samples": self.num_samples, "seed": self.seed}
+                loss = lm(**batch, **draws, num_items_in_batch=1).loss
+                # The copies' pass is the last one; a prefix that nothing moves is encoded before.
+                (upstream,) = torch.autograd.grad(-loss, leaves[-1])
+        finally:
+            hook.remove()
+        embeddings = batch.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = parts.embed(batch["input_ids"])
+        moving, positions = moving_positions(
+            *(batch.get(name) for name in ("attention_mask", "position_ids", "perturb_mask"))
+        )
+        upstream = upstream.unflatten(0, (-1, len(embeddings)))
+        still = embeddings.shape[1] - upstream.shape[2]
+        upstream = F.pad(upstream, (0, 0, still, 0))  # (M, B, T, D)
+        found = ops.perturb_embed_per_sample_grad(
+            upstream,
+            embeddings,
+            None,
+            lm.transform,
+            self.seed,
+            len(upstream),
+            rows=batch["rows"],
+            positions=positions,
+            antithetic=lm.config.antithetic,
+            perturb_mask=moving,
+        )
+        return torch.cat([found[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)
+
+
+def _inverse(information: Tensor) -> Tensor:
+    """Of a symmetric matrix that ought to be positive; what is not identified is left out."""
+    values, vectors = torch.linalg.eigh(information)
+    identified = values > _IDENTIFIED * values[-1]
+    lost = int((~identified).sum())
+    if lost:
+        warnings.warn(
+            f"the information about {lost} of {len(values)} directions of the parameters is zero "
+            "or negative: they are left out, and errors of parameters that they mix are too "
+            "small. The fit is not at a maximum, there are fewer examples than parameters, "
+            "or the parameters are not identified (gaussian latents: any rotation of U's rows "
+            "is the same model)",
+            stacklevel=4,
+        )
+    return (vectors[:, identified] / values[identified]) @ vectors[:, identified].T
+
+
+def _chosen(lm: PerturbedLM, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    known = dict(lm.transform.named_parameters())
+    if not known:
+        raise ValueError("edits have no parameters, and so no standard errors")
+    if names is None:
+        return known
+    for name in names:
+        if name not in known:
+            hint = suggestion(name, known)
+            raise ValueError(f"parameters must be of {list(known)}, got {name!r}{hint}")
+    if not names or isinstance(names, str):
+        raise ValueError(f"parameters must be a list of names of {list(known)}, got {names!r}")
+    return {name: known[name] for name in names}
+
+
+def _bread(bread: str, estimator: str | Mapping[str, float], count: int) -> str:
+    if bread not in BREADS:
+        raise ValueError(f"bread must be one of {BREADS}, got {bread!r}")
+    likelihood = estimator in ("iwae", "jvi", "jvi_clip")
+    if bread == "outer" and not likelihood:
+        raise ValueError(
+            f"bread='outer' takes the value for a log-likelihood, which {estimator!r} is not; "
+            "use bread='information'"
+        )
+    if bread != "auto":
+        return bread
+    if count > _MOST_DIFFERENCED and not likelihood:
+        raise ValueError(
+            f"estimator={estimator!r} has no bread='outer', and bread='information' runs the data "
+            f"{2 * count} times for {count} parameters: ask for it, or choose parameters=[...]"
+        )
+    return "information" if count <= _MOST_DIFFERENCED else "outer"
+
+
+def _check_model(lm: PerturbedLM) -> None:
+    if lm._exact:
+        raise ValueError("lm.exact() moves nothing, so its transform has no standard errors")
+    if lm.config.deterministic:
+        raise ValueError("deterministic=True has no draws, which these standard errors are of")
+    dropout = architectures.dropout_sources(lm.base)
+    if dropout:
+        raise ValueError(f"dropout is active in {', '.join(dropout[:3])}: call lm.eval() first")
+
+
+def _refuse_rounding(embeddings: Tensor) -> None:
+    """Asked inside the forward, where Accelerate's autocast is on too."""
+    device, dtype = embeddings.device.type, embeddings.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    if dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"the differences of bread='information' drown in the rounding of {dtype}: give the "
+            "base in fp32 (lm.float()), outside of torch.autocast (of Accelerate: "
+            "accelerator.unwrap_model(lm, keep_fp32_wrapper=False)), or use bread='outer'"
+        )
+
+
+def _numbered(
+    dataloader: Iterable[Mapping[str, Tensor]], lm: PerturbedLM
+) -> list[dict[str, Tensor]]:
+    """The batches on the model's device, their rows numbered through where they are not."""
+    device, batches, start = lm.transform.embed_rms.device, [], 0
+    for given in dataloader:
+        batch = {name: value.to(device) for name, value in given.items()}
+        if "labels" not in batch:
+            raise ValueError(f"every batch needs labels, got a batch of {list(batch)}")
+        size = len(batch["labels"])
+        batch.setdefault("rows", torch.arange(start, start + size, device=device))
+        start += size
+        batches.append(batch)
+    if not batches:
+        raise ValueError("dataloader yielded no batch")
+    return batches

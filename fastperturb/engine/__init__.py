@@ -1,0 +1,1 @@
+"""What happens inside one call of a wrapped model: embeddings, samples, trunk, loss."""

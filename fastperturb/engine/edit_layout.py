@@ -1,0 +1,238 @@
+"""Random edits of token ids, laid out so that every label is still predicted causally.
+
+In copy m of row b, position t has an edit with probability `rate`, of a kind drawn evenly:
+
+    edit      lays down               label t + 1 is predicted at
+    (none)    x_t                     x_t
+    replace   a neighbour of x_t      the neighbour
+    insert    any token, then x_t     x_t
+    delete    nothing                 the token before
+    swap      x_{t+1}, then x_t       the token before, where x_t is missing; label t + 2 at x_t
+
+so what predicts label t + 1 has seen edits of x_0 .. x_t and nothing else. Position t + 1 of a
+swap has no edit of its own. If x_{t+1} may not move, the two keep their order, but label t + 1 is
+predicted at the token before all the same: where it is predicted must not tell what it is.
+
+Special tokens are neither edited nor drawn, the first token of a document is neither deleted nor
+swapped, and documents do not mix. A document of n tokens has room for `max_positions` - n more:
+an insertion is dropped where the insertions drawn so far outnumber that room plus the deletions
+so far, so no copy has a position that the model has not. This alone looks ahead: at n, never at
+tokens.
+
+The draws are the words w of Philox (see `noise`) for counter (2^32 - 1, t, m, b), a block that no
+latent reaches: an edit if w0 < rate 2^32, of kind floor(w1 2^-32 #kinds), with token
+floor(w2 2^-32 #tokens) of those that may come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastperturb import noise
+from fastperturb.engine.positions import document_starts
+
+KINDS = ("replace", "insert", "delete", "swap")
+
+_REPLACE, _INSERT, _DELETE, _SWAP = range(len(KINDS))
+_KEEP = -1
+_BLOCK = 0xFFFFFFFF
+# Tokens whose neighbours are looked up at a time, and rows of the table compared with them.
+_QUERIES, _ROWS = 64, 16384
+
+
+class Edited(NamedTuple):
+    """Copies of a batch, padded on the right to the longest."""
+
+    ids: Tensor  # [m, B, L]
+    attention_mask: Tensor | None  # [m, B, L]
+    position_ids: Tensor | None  # [m, B, L]
+    source: Tensor  # [m, B, T], the index in a copy at which label t + 1 is predicted
+
+
+class Edits(nn.Module):
+    """Draws the edits; nothing of it is learned.
+
+    special: bool [V], the tokens that are neither edited nor drawn.
+    max_positions: of the model; None is no limit.
+    embed_dim, embed_rms: the embedding table's, by which a checkpoint knows its base.
+    """
+
+    special: Tensor
+    drawable: Tensor
+    embed_rms: Tensor
+
+    def __init__(
+        self,
+        *,
+        rate: float,
+        kinds: Sequence[str],
+        neighbors: int,
+        special: Tensor,
+        max_positions: int | None,
+        embed_dim: int,
+        embed_rms: Tensor,
+    ) -> None:
+        super().__init__()
+        self.rate, self.kinds, self.neighbors = rate, tuple(kinds), neighbors
+        self.max_positions, self.embed_dim = max_positions, embed_dim
+        self.register_buffer("special", special, persistent=False)
+        self.register_buffer("drawable", (~special).nonzero()[:, 0], persistent=False)
+        self.register_buffer("embed_rms", embed_rms)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        table: Tensor,  # [V, D], the input embeddings
+        ids: Tensor,  # [B, T]
+        seed: Tensor,
+        samples: Tensor,  # [m] or [m, B]
+        *,
+        rows: Tensor,  # [B] or [B, T]
+        positions: Tensor | None,  # [B, T], what keys the draws
+        moving: Tensor | None,  # [B, T] bool, where edits are allowed
+        attention_mask: Tensor | None,  # [B, T]
+        position_ids: Tensor | None,  # [B, T], what the model is told; they restart with a document
+    ) -> Edited:
+        """The copies with these sample numbers."""
+        ids = ids.long()
+        editable = ~self.special[ids]
+        if moving is not None:
+            editable = editable & moving
+        real = torch.ones_like(editable) if attention_mask is None else attention_mask.bool()
+        first, start = _documents(real, position_ids)
+        words = self._words(ids, seed, samples, rows, positions)
+        action, second = self._actions(words, editable, first)  # [m, B, T]
+        action = self._with_room(action, real, start, position_ids)
+        tokens = self._tokens(table, ids, action, second & editable, words[2])
+
+        is_laid = real.flip(1).cumsum(1).flip(1) > 0  # all but padding on the right
+        inserted = action == _INSERT
+        count = (is_laid & (action != _DELETE)).long() + inserted
+        end = count.cumsum(-1)
+        length = max(ids.shape[1], int(end[..., -1].max()))
+        at = (end - 1).where(count > 0, length)
+        before = (end - 2).where(inserted, length)
+
+        def laid(values: Tensor, extra: Tensor | int) -> Tensor:
+            """Each position's value [m, B, T] at its place in the copy, and those inserted."""
+            out = values.new_zeros(*values.shape[:2], length + 1)  # the last takes what is not laid
+            out.scatter_(2, at, values)
+            extra = torch.as_tensor(extra, dtype=out.dtype, device=out.device)
+            return out.scatter_(2, before, extra.expand_as(before))[..., :length]
+
+        mask = places = None
+        if attention_mask is not None:
+            mask = laid(attention_mask.expand_as(action), 1)
+        if position_ids is not None:
+            origin = start.expand_as(end)
+            place = position_ids.gather(1, start) + end - 1 - (end - count).gather(2, origin)
+            places = laid(place, place - 1)
+        source = (end - 1 - (action == _SWAP).long()).clamp_min(0)
+        return Edited(laid(tokens, _pick(words[2], self.drawable)), mask, places, source)
+
+    def _words(
+        self, ids: Tensor, seed: Tensor, samples: Tensor, rows: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Philox's four words for each copy and position, each [m, B, T]."""
+        shape = (ids.shape[0], ids.shape[1])
+        m, b, t = noise.counters(
+            samples, rows, positions, shape, antithetic=False, device=ids.device
+        )
+        block = torch.full((), _BLOCK, device=ids.device)
+        counter = torch.broadcast_tensors(block, t, m[..., None], b)
+        words = noise.philox(torch.stack(counter, dim=-1), torch.stack([seed, seed >> 32]))
+        return words.unbind(-1)
+
+    def _actions(
+        self, words: tuple[Tensor, ...], editable: Tensor, first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The edit that each position has, and which positions are the second of a swap."""
+        kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], device=editable.device)
+        is_edited = editable & (words[0] < round(self.rate * 2**32))
+        action = _pick(words[1], kinds).where(is_edited, _KEEP)
+        action = action.masked_fill(first & ((action == _DELETE) | (action == _SWAP)), _KEEP)
+        # Of neighbours that all drew a swap, every other one takes the next along.
+        swaps = action == _SWAP
+        index = torch.arange(swaps.shape[-1], device=swaps.device)
+        run_start = index.where(~swaps, -1).cummax(-1).values
+        swaps = swaps & ((index - run_start) % 2 == 1)
+        second = F.pad(swaps[..., :-1], (1, 0)) & ~first
+        return action.masked_fill(second, _KEEP), second
+
+    def _with_room(
+        self, action: Tensor, real: Tensor, start: Tensor, position_ids: Tensor | None
+    ) -> Tensor:
+        """Without the insertions that would take a document past the model's positions."""
+        if self.max_positions is None:
+            return action
+        if position_ids is None:
+            position_ids = torch.arange(real.shape[1], device=real.device).expand_as(real)
+        last = torch.zeros_like(start).scatter_reduce_(
+            1, start, position_ids.where(real, 0), "amax"
+        )
+        room = (self.max_positions - 1 - last.gather(1, start)).clamp_min(0)
+        inserted = action == _INSERT
+        excess = _so_far(inserted, start) - _so_far(action == _DELETE, start) - room
+        return action.masked_fill(inserted & (excess > 0), _KEEP)
+
+    def _tokens(
+        self, table: Tensor, ids: Tensor, action: Tensor, movable: Tensor, word: Tensor
+    ) -> Tensor:
+        """What each position lays down itself [m, B, T]; movable: it may trade places with t-1."""
+        tokens = ids.expand_as(action)
+        traded = F.pad(movable[..., 1:], (0, 1))
+        tokens = torch.where(traded, ids.roll(-1, 1), tokens)
+        tokens = torch.where(movable, ids.roll(1, 1), tokens)
+        replaced = action == _REPLACE
+        asked, which = tokens[replaced].unique(return_inverse=True)
+        near = nearest(table, asked, self.neighbors, self.special)
+        chosen = word[replaced] * near.shape[1] >> 32
+        return tokens.masked_scatter(replaced, near[which, chosen])
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}, kinds={self.kinds}, neighbors={self.neighbors}"
+
+
+@torch.no_grad()
+def nearest(table: Tensor, tokens: Tensor, count: int, special: Tensor) -> Tensor:  # [U, count]
+    """The `count` other tokens of highest cosine similarity to each; never a special one.
+
+    Looked up anew for the tokens asked [U], so it follows a table that trains; for each of them
+    that costs what the LM head costs for one position.
+    """
+    count = min(count, int((~special).sum()) - 1)
+    found = []
+    # Neither autocast nor what else is looked up (blocks have one size) may change a similarity.
+    with torch.autocast(table.device.type, enabled=False):
+        for block in F.pad(tokens, (0, -len(tokens) % _QUERIES)).split(_QUERIES):
+            query = F.normalize(table[block].float(), dim=-1)
+            parts = [query @ F.normalize(part.float(), dim=-1).T for part in table.split(_ROWS)]
+            similarity = torch.cat(parts, dim=1).masked_fill_(special, -torch.inf)
+            similarity.scatter_(1, block[:, None], -torch.inf)
+            found.append(similarity.topk(count).indices)
+    return torch.cat(found)[: len(tokens)]
+
+
+def _documents(real: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which tokens are the first of a document [B, T], and where each one's document starts."""
+    if position_ids is None:
+        first = real & (real.cumsum(1) == 1)
+    else:
+        first = document_starts(position_ids, real)
+    index = torch.arange(real.shape[1], device=real.device)
+    return first, index.where(first, 0).cummax(1).values
+
+
+def _so_far(events: Tensor, start: Tensor) -> Tensor:
+    """How many events [m, B, T] a document has had up to each position."""
+    total = events.cumsum(-1)
+    return total - (total - events.long()).gather(2, start.expand_as(total))
+
+
+def _pick(word: Tensor, choices: Tensor) -> Tensor:
+    return choices[word * len(choices) >> 32]

@@ -1,0 +1,307 @@
+"""Decoding under the noise, inside the model's own `generate`.
+
+    sequence   one draw for the whole sequence, z advancing with the position: samples of the
+               sequence marginal E_z prod_t pi(y_t | T(x_<t, z))
+    token      a fresh draw for the whole prefix at every step: samples of the token marginal
+               prod_t E_z pi(y_t | T(x_<t, z))
+    mixture    M draws side by side; the next token comes from the mean of their probabilities
+
+transformers prepares what it always does (generation config, logits processors, stopping
+criteria, cache) and then runs the loop below, which differs from its own in where logits come
+from. Of the S sequences returned for a row, number s takes sample s of the noise (sequence),
+sample k S + s at step k (token), or samples s M .. s M + M - 1 (mixture).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerationMode
+
+from fastperturb import noise
+from fastperturb.config import check_draws, suggestion
+from fastperturb.engine import validate
+from fastperturb.engine.positions import real_positions
+
+if TYPE_CHECKING:
+    from fastperturb.model import PerturbedLM
+
+MODES = ("sequence", "token", "mixture")
+
+_ARGUMENTS = {
+    "inputs": "give the prompt as input_ids",
+    "inputs_embeds": "give the prompt as input_ids",
+    "position_ids": "positions count the real tokens of attention_mask",
+    "past_key_values": "give the whole prefix, which is encoded under the noise of this call",
+    "assistant_model": "its candidates would come without the noise",
+    "custom_generate": "mode= chooses the decoding loop",
+    "synced_gpus": "every rank must hold the whole model",
+}
+# Of the generation config, with the value that asks for nothing.
+_SETTINGS = {
+    "guidance_scale": (1, "its second pass would come without the noise"),
+    "return_dict_in_generate": (False, "it returns token ids"),
+    "prefill_chunk_size": (None, "the prompt is encoded in one piece"),
+}
+
+
+def generate(
+    lm: PerturbedLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    mode: str,
+    num_samples: int | None,
+    seed: int | Tensor | None,
+    rows: Tensor | None,
+    perturb_mask: Tensor | None,
+    streamer: Any = None,
+    **options: Any,
+) -> Tensor:
+    """`PerturbedLM.generate` outside of `exact()`; its arguments are documented there."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}{suggestion(str(mode), MODES)}")
+    for name, why in _ARGUMENTS.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is not supported by generate under noise: {why}")
+    base: Any = lm.base
+    validate.tensor("input_ids", input_ids, "[B, T]", (torch.int64,))
+    validate.range("input_ids", input_ids, base.get_input_embeddings().weight.shape[0])
+    validate.like(input_ids, "attention_mask", attention_mask, validate.MASKS)
+    validate.like(input_ids, "perturb_mask", perturb_mask, (torch.bool,))
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    decoder = lm.decoder(
+        lm,
+        draws=_draws(lm, mode, num_samples),
+        redrawn=mode == "token",
+        seed=noise.seed_tensor(seed, input_ids.device),
+        rows=_rows(rows, input_ids),
+        perturb_mask=perturb_mask,
+        streamer=streamer,
+    )
+    return base.generate(
+        input_ids=input_ids,
+        attention_mask=None if attention_mask is None else attention_mask.long(),
+        custom_generate=decoder,
+        **_with_stop_strings(base, options),
+    )
+
+
+class Sequences(NamedTuple):
+    """What is decoded so far and what keys its noise, for N = B S sequences."""
+
+    ids: Tensor  # [N, T]
+    mask: Tensor  # [N, T], 1 where there is a token
+    moves: Tensor  # [N, T] bool, where the embedding is perturbed
+    rows: Tensor  # [N]
+    samples: Tensor  # [N, M], the numbers of its draws
+
+    def append(self, tokens: Tensor) -> Sequences:
+        return self._replace(
+            ids=torch.cat([self.ids, tokens[:, None]], dim=1),
+            mask=F.pad(self.mask, (0, 1), value=1),
+            moves=F.pad(self.moves, (0, 1), value=True),
+        )
+
+    def select(self, kept: Tensor) -> Sequences:
+        return Sequences(*(tensor[kept] for tensor in self))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoding loop, as the `custom_generate` callable that transformers runs."""
+
+    lm: PerturbedLM
+    draws: int  # M
+    redrawn: bool  # whether each step has a draw of its own
+    seed: Tensor
+    rows: Tensor  # [B]
+    perturb_mask: Tensor | None  # [B, T]
+    streamer: Any
+
+    caches: ClassVar[bool] = True  # whether an encoded prefix stays as it is
+
+    # An argument with a name that transformers' own loop has not would be kept from `generate`,
+    # so the mask and the cache are taken from **model_kwargs.
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,  # [N, T], a row's S copies side by side
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        _check_settings(generation_config)
+        copies = len(input_ids) // len(self.rows)
+        sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), copies)
+        cached = model_kwargs["use_cache"] and self.caches and not self.redrawn
+        cache = model_kwargs["past_key_values"] if cached else None
+        if self.draws > 1 and isinstance(cache, StaticCache):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} has no room for "
+                f"the {self.draws} streams of mode='mixture'; leave it None"
+            )
+        pad = _padding(generation_config, stopping_criteria)
+        unfinished = torch.ones_like(sequences.rows, dtype=torch.bool)
+        self._stream(input_ids)
+        while unfinished.any():
+            if cached:
+                logits = self._next_logits(model, sequences, cache)
+            else:  # what will be padding need not be encoded
+                live = unfinished | (pad is None)
+                found = self._next_logits(model, sequences.select(live))
+                logits = found.new_zeros(len(live), found.shape[-1])
+                logits[live] = found
+            scores = logits_processor(sequences.ids, logits)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+            else:
+                tokens = scores.argmax(-1)
+            if pad is not None:
+                tokens = tokens.where(unfinished, pad)
+            self._stream(tokens)
+            sequences = sequences.append(tokens)
+            if self.redrawn:
+                sequences = sequences._replace(samples=sequences.samples + copies)
+            unfinished = unfinished & ~stopping_criteria(sequences.ids, None)
+        if self.streamer is not None:
+            self.streamer.end()
+        return sequences.ids
+
+    def _prompt(self, ids: Tensor, mask: Tensor | None, copies: int) -> Sequences:
+        mask = torch.ones_like(ids) if mask is None else mask
+        if (mask[:, -1] == 0).any() or (mask.diff(dim=1) < 0).any():
+            raise ValueError(
+                "attention_mask must pad on the left, so that every row ends in its last real "
+                "token; set the tokenizer's padding_side='left'"
+            )
+        moves = mask.bool()
+        if self.perturb_mask is not None:
+            moves = moves & self.perturb_mask.repeat_interleave(copies, 0)
+        samples = torch.arange(copies * self.draws, device=ids.device).view(copies, self.draws)
+        return Sequences(
+            ids,
+            mask,
+            moves,
+            rows=self.rows.repeat_interleave(copies),
+            samples=samples.repeat(len(self.rows), 1),
+        )
+
+    def _next_logits(self, model: Any, sequences: Sequences, cache: Any = None) -> Tensor:
+        """The model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
+        logits = self._logits(model, sequences, cache).float()
+        if self.draws == 1:
+            return logits
+        log_probs = logits.log_softmax(-1).unflatten(0, (self.draws, -1))
+        return log_probs.logsumexp(0) - math.log(self.draws)
+
+    def _logits(self, model: Any, sequences: Sequences, cache: Any) -> Tensor:  # [M N, V]
+        start = 0 if cache is None else int(cache.get_seq_length())
+        positions = real_positions(sequences.mask)[:, start:]
+        moved = self.lm._moved(
+            model.get_input_embeddings()(sequences.ids[:, start:]),
+            self.seed,
+            sequences.samples.T,
+            rows=sequences.rows,
+            positions=positions,
+            # Only draws that are averaged come in pairs: steps and copies are independent.
+            antithetic=self.lm.config.antithetic and self.draws > 1,
+            perturb_mask=sequences.moves[:, start:],
+        )  # (M, N, L, D)
+        output = model(
+            inputs_embeds=moved.flatten(0, 1),
+            attention_mask=sequences.mask.repeat(self.draws, 1),
+            position_ids=positions.repeat(self.draws, 1),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+        if cache is not None and cache.get_seq_length() == start:
+            raise RuntimeError(
+                "the model filled no cache, as under gradient checkpointing in training mode; "
+                "call lm.eval() first or generate with use_cache=False"
+            )
+        return output.logits[:, -1]
+
+    def _stream(self, tokens: Tensor) -> None:
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+
+
+def _draws(lm: PerturbedLM, mode: str, num_samples: int | None) -> int:
+    """M."""
+    if mode != "mixture":
+        if num_samples is not None:
+            raise ValueError(
+                f"num_samples is what mode='mixture' averages, and mode={mode!r} takes one draw; "
+                "leave it None"
+            )
+        return 1
+    draws = lm.config.num_samples if num_samples is None else num_samples
+    check_draws("iwae", draws, antithetic=lm.config.antithetic)
+    return draws
+
+
+def _rows(rows: Tensor | None, input_ids: Tensor) -> Tensor:
+    batch, device = len(input_ids), input_ids.device
+    if rows is None:
+        return torch.arange(batch, device=device)
+    validate.tensor("rows", rows, "[B]", (torch.int64,))
+    if len(rows) != batch or rows.device != device:
+        raise ValueError(
+            f"rows must be [B] = [{batch}] on {device}, got {list(rows.shape)} on {rows.device}"
+        )
+    return rows
+
+
+def _with_stop_strings(base: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with their stop strings as a stopping criterion.
+
+    transformers drops the tokenizer that it needs for them when the loop is not its own.
+    """
+    tokenizer = options.pop("tokenizer", None)
+    configs = (options.get("generation_config"), base.generation_config)
+    asked = (
+        options.get("stop_strings"),
+        *(getattr(each, "stop_strings", None) for each in configs),
+    )
+    strings = next((each for each in asked if each is not None), None)
+    if strings is None:
+        return options
+    if tokenizer is None:
+        raise ValueError("stop_strings need tokenizer=, the tokenizer of the model")
+    criteria = StoppingCriteriaList(options.get("stopping_criteria") or [])
+    criteria.append(StopStringCriteria(tokenizer, strings))
+    return {**options, "stop_strings": None, "stopping_criteria": criteria}
+
+
+def _check_settings(config: Any) -> None:
+    strategy = config.get_generation_mode()
+    if strategy not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"generate under noise is greedy or samples, and the generation config asks for "
+            f"{strategy.value}, which moves sequences between rows, whose numbers key the noise; "
+            "use num_beams=1 and no assistant"
+        )
+    for name, (nothing, why) in _SETTINGS.items():
+        value = getattr(config, name, None)
+        if value is not None and value != nothing:
+            raise ValueError(f"{name}={value!r} is not supported by generate under noise: {why}")
+
+
+def _padding(config: Any, criteria: Any) -> int | None:
+    """What follows the end of a finished sequence, chosen as transformers does."""
+    if not any(hasattr(each, "eos_token_id") for each in criteria):
+        return None
+    if config.pad_token_id is not None:
+        return config.pad_token_id
+    ends = config.eos_token_id
+    return ends if isinstance(ends, int) else ends[0]

@@ -1,0 +1,1 @@
+"""Ask a model for log-probs of futures after histories."""

@@ -1,0 +1,1 @@
+"""Write by combinations of other histories."""

@@ -1,0 +1,1 @@
+"""Learn a model of low logit rank from queries."""

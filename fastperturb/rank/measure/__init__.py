@@ -1,0 +1,1 @@
+"""The extended logit matrix and its spectrum."""

@@ -1,0 +1,1 @@
+"""Figures, tables and intervals that several commands share."""

@@ -1,0 +1,24 @@
+"""What every command does with its options, its folder, its processes and its provenance."""
+
+from fastperturb.runs.provenance import (
+    commit,
+    cpu_flags,
+    cpu_model,
+    device,
+    provenance,
+    torch_device,
+    versions,
+)
+from fastperturb.runs.run_folder import open_output_dir, write_json
+
+__all__ = [
+    "commit",
+    "cpu_flags",
+    "cpu_model",
+    "device",
+    "open_output_dir",
+    "provenance",
+    "torch_device",
+    "versions",
+    "write_json",
+]

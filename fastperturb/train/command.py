@@ -1,0 +1,148 @@
+"""`fastperturb train`: a base model, text and a method in; a model, its metrics and curves out.
+
+    OUTPUT/model/                what `fastperturb.load` reads, after the last step
+    OUTPUT/best/                 the same, where the held-out text was likeliest
+    OUTPUT/checkpoints/step-N/   the same, with what --resume auto continues from, bit for bit
+    OUTPUT/metrics.jsonl         one line a step, and one an evaluation
+    OUTPUT/results.json          evaluations, options, versions, device, commit
+    OUTPUT/curves.png            the metrics, drawn
+
+`torchrun --nproc-per-node N -m fastperturb train ...` runs it on N processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastperturb import runs
+from fastperturb.data.options import Block, TrainingData, evaluation_blocks, training_data
+from fastperturb.train import distributed, state
+from fastperturb.train.distributed import World
+from fastperturb.train.options import TrainOptions
+
+
+def run(options: TrainOptions) -> int:
+    world = distributed.start(mc=options.mc, device=options.device)
+    if world.mesh is None and options.parallel == "fsdp":
+        raise ValueError("parallel=fsdp shards over processes: start them by torchrun")
+    if options.dry_run:
+        dry_run(options, world)
+    else:
+        train(options, world)
+    # Not after an error: others may wait in a collective that this process will not join.
+    distributed.stop()
+    return 0
+
+
+def train(options: TrainOptions, world: World) -> None:
+    from fastperturb.train.loop import Loop
+    from fastperturb.train.report import Report
+
+    folder = options.output_dir
+    if world.is_main:
+        _open(options)
+    distributed.wait(world)
+    data, held_out, tokenizer = _read(options, world)
+    loop = Loop(options, world, data, held_out, tokenizer, folder)
+    saved = state.latest(folder / "checkpoints") if options.resume == "auto" else None
+    distributed.same(world, -1 if saved is None else saved.step, "the checkpoint to continue from")
+    if saved is not None:
+        loop.restore(saved)
+    elif world.is_main:
+        # What a run left that was killed before its first checkpoint.
+        for name in ("best", "model"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    distributed.wait(world)
+    with Report(
+        folder,
+        total_steps=loop.total_steps,
+        report_to=options.report_to,
+        config=options.to_dict(),
+        start_step=loop.step,
+        is_main=world.is_main,
+        run_id=loop.run_id,
+    ) as report:
+        loop.run(report)
+    loop.save_model(folder / "model")
+    if world.is_main:
+        _finish(loop, folder)
+
+
+def dry_run(options: TrainOptions, world: World) -> None:
+    import yaml
+
+    from fastperturb.train.dry_run import estimate
+    from fastperturb.train.loop import Loop
+
+    data, held_out, tokenizer = _read(options, world)
+    loop = Loop(options, world, data, held_out, tokenizer, options.output_dir)
+    memory = estimate(loop)
+    if world.is_main:
+        print(yaml.safe_dump(options.to_dict(), sort_keys=False), end="")
+        print(f"steps: {loop.total_steps}")
+        print(memory)
+
+
+def _open(options: TrainOptions) -> None:
+    """The output folder: new, or that of a run to continue, wherever that was killed."""
+    folder = options.output_dir
+    runs.open_output_dir(folder, overwrite=options.overwrite or options.resume == "auto")
+    if options.overwrite:
+        # A later resume must not find another run's.
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _read(options: TrainOptions, world: World) -> tuple[TrainingData, Sequence[Block], Any]:
+    """Training data, held-out blocks and the tokenizer; one process fills the caches."""
+    from transformers import AutoTokenizer
+
+    name = options.tokenizer or options.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {name!r} cannot be loaded: {error}") from error
+    if not world.is_main:
+        distributed.wait(world)
+    data = training_data(options, tokenizer, seed=options.seed)
+    held_out = held_out_blocks(options, tokenizer) if options.eval_data else ()
+    if world.is_main:
+        distributed.wait(world)
+    return data, held_out, tokenizer
+
+
+def held_out_blocks(options: TrainOptions, tokenizer: Any) -> Sequence[Block]:
+    """What a run's evaluations are on."""
+    split = options.eval_split or options.split
+    reading = dataclasses.replace(options, split=split)
+    return evaluation_blocks(options.eval_data, reading, tokenizer)[: options.eval_blocks]
+
+
+def _finish(loop: Any, folder: Path) -> None:
+    """What is said at the end."""
+    from fastperturb.train import curves
+
+    options: TrainOptions = loop.options
+    runs.write_json(
+        folder / "results.json",
+        {
+            "method": options.method,
+            "steps": loop.step,
+            "evaluations": loop.evaluations,
+            "best": loop.best,
+            "config": options.to_dict(),
+            "perturbation": loop.lm.config.to_dict(),
+            **runs.provenance(),
+        },
+    )
+    curves.draw(folder / "metrics.jsonl", folder / "curves.png")
+    print(f"{loop.step} steps of {options.method}; the model is in {folder / 'model'}")
+    if loop.best is not None:
+        best = loop.best
+        print(
+            f"held-out perplexity {loop.evaluations[-1]['perplexity']:.4g} at the end, "
+            f"{best['perplexity']:.4g} at step {best['step']:.0f} ({folder / 'best'})"
+        )

@@ -1,0 +1,282 @@
+"""Likelihoods of documents: against the plain model, against loops, and over seeds."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import tiny_run
+import torch
+import transformers
+
+from fastperturb import EditConfig, PerturbConfig, edit, wrap
+from fastperturb.data import domains
+from fastperturb.data.domains import Domain, DomainOptions
+from fastperturb.data.packing import Cut, Layout, collate
+from fastperturb.engine.batch import IGNORED
+from fastperturb.eval import likelihood
+from fastperturb.eval.likelihood import Likelihood, measure
+
+DRAWS = {"num_samples": 8, "seed": 5, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("likelihood")
+    tiny_run.model_folder(folder / "base")
+    tiny_run.model_folder(folder / "dropout", kind="gpt2")
+    tiny_run.text_file(folder / "text.txt", documents=12)
+    return folder
+
+
+def base_of(folder, kind="base"):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / kind)
+
+
+def perturbed(folder, **changes):
+    torch.manual_seed(0)
+    options = {"num_samples": 8, "latent_dim": 4, "init_scale": 0.5}
+    return wrap(base_of(folder), PerturbConfig(**options | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def domain(folder):
+    """Twelve documents in blocks of 16, which cut most of them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    options = DomainOptions(block_size=16, document_separator="\n\n")
+    return domains.read("d", str(folder / "text.txt"), options, tokenizer)
+
+
+def whole_documents(documents, eos=2):
+    """A domain of token arrays each of which has a block of its own."""
+    size = max(map(len, documents))
+    layout = Layout(size, "documents", eos)
+    blocks = [
+        layout.block(Cut(number, np.asarray(tokens, np.int32), np.arange(len(tokens)) == 0))
+        for number, tokens in enumerate(documents)
+    ]
+    owners = [np.where(np.arange(size) < len(each), n, -1) for n, each in enumerate(documents)]
+    return Domain("d", blocks, owners)
+
+
+def summed_by_document(domain, each):  # each [B, T-1], 0 where there is no label
+    sums = [0.0] * domain.document_count
+    for values, documents in zip(each.tolist(), domain.documents):
+        for value, document in zip(values, documents[1:]):
+            if document >= 0:
+                sums[document] += value
+    return sums
+
+
+def test_an_exact_model_gives_the_plain_models_loss_of_each_document(folder, domain):
+    lm = perturbed(folder)
+    with lm.exact():
+        found = measure(lm, domain, **DRAWS)
+    # By the model alone, on each piece of a document alone.
+    expected, counts = [0.0] * domain.document_count, [0] * domain.document_count
+    for block, documents in zip(domain.blocks, domain.documents):
+        for document in np.unique(documents[documents >= 0]):
+            piece = torch.from_numpy(block.tokens[documents == document])[None]
+            with torch.no_grad():
+                log_probs = lm.base(piece).logits.log_softmax(-1)
+            picked = log_probs[:, :-1].gather(-1, piece[:, 1:, None])
+            expected[document] -= float(picked.sum())
+            counts[document] += piece.shape[1] - 1
+    torch.testing.assert_close(found.nll_sums, expected, rtol=1e-5, atol=1e-4)
+    assert found.counts == counts
+    assert found.nll == pytest.approx(sum(expected) / sum(counts), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(found.nll))
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_sums_errors_and_curve_are_those_of_the_score_of_all_blocks(antithetic, folder, domain):
+    lm = perturbed(folder, antithetic=antithetic)
+    found = measure(lm, domain, **DRAWS)
+    whole = lm.score(**collate(domain.blocks[:]), num_samples=8, seed=5)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    nll = summed_by_document(domain, -whole.log_marginal)
+    torch.testing.assert_close(found.nll_sums, nll, **close)
+    jackknife = summed_by_document(domain, -whole.jackknife)
+    torch.testing.assert_close(found.jackknife_sums, jackknife, **close)
+    assert found.nll == pytest.approx(float(whole.nll), rel=1e-6)
+    assert found.jackknife == pytest.approx(sum(jackknife) / sum(found.counts), rel=1e-6)
+    assert found.standard_error == pytest.approx(float(whole.nll_standard_error), rel=1e-4)
+    assert found.ess == pytest.approx(float(whole.ess.sum() / (whole.ess > 0).sum()), rel=1e-5)
+    assert found.curve["num_samples"] == whole.curve.num_samples
+    torch.testing.assert_close(found.curve["nll"], whole.curve.nll.tolist(), **close)
+    assert found.curve["jackknife"][0] is None
+    torch.testing.assert_close(
+        found.curve["jackknife"][1:], whole.curve.jackknife[1:].tolist(), **close
+    )
+
+
+def test_the_batch_size_changes_nothing(folder, domain):
+    lm = perturbed(folder)
+    one, many = (measure(lm, domain, **DRAWS | {"batch_size": size}) for size in (1, 5))
+    torch.testing.assert_close(one.nll_sums, many.nll_sums, rtol=1e-5, atol=1e-5)
+    assert one.standard_error == pytest.approx(many.standard_error, rel=1e-4)
+    torch.testing.assert_close(one.curve["nll"], many.curve["nll"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_standard_error_is_the_spread_over_seeds(folder, domain):
+    lm = perturbed(folder)
+    draws = DRAWS | {"num_samples": 32, "batch_size": 40}
+    found = [measure(lm, domain, **draws | {"seed": seed}) for seed in range(40)]
+    spread = statistics.stdev(each.nll for each in found)
+    # A spread over 40 seeds is known to 11%; three times that.
+    assert spread == pytest.approx(statistics.mean(each.standard_error for each in found), rel=0.34)
+
+
+def one_draw_models(folder):
+    still = perturbed(folder, antithetic=True)
+    torch.nn.init.zeros_(still.transform.U)
+    return {
+        "transform of scale zero": still,
+        "deterministic": perturbed(folder, deterministic=True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["transform of scale zero", "deterministic"])
+def test_a_model_of_one_draw_takes_one_and_leaves_no_nan(kind, folder, domain):
+    lm = one_draw_models(folder)[kind]
+    found = measure(lm, domain, **DRAWS)
+    assert found.num_samples == 1
+    assert found.standard_error is None and found.ess is None
+    assert found.jackknife_sums == found.nll_sums
+    assert found.curve == {
+        "num_samples": [1],
+        "nll": [pytest.approx(found.nll)],
+        "jackknife": [None],
+    }
+    assert Likelihood.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
+
+
+def test_one_draw_of_a_model_that_has_many_is_one_too(folder, domain):
+    found = measure(perturbed(folder), domain, **DRAWS | {"num_samples": 1})
+    assert (found.num_samples, found.standard_error) == (1, None)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_still_transform_is_the_exact_model_and_any_other_is_not(folder, domain):
+    still, moving = one_draw_models(folder)["transform of scale zero"], perturbed(folder)
+    with moving.exact():
+        exact = measure(moving, domain, **DRAWS)
+    assert measure(still, domain, **DRAWS).nll_sums == exact.nll_sums
+    assert measure(moving, domain, **DRAWS).nll_sums != exact.nll_sums
+
+
+def test_edits_are_measured_like_noise(folder, domain):
+    lm = edit(base_of(folder), EditConfig(rate=0.3, num_samples=8)).eval()
+    found = measure(lm, domain, **DRAWS)
+    whole = lm.score(**collate(domain.blocks[:]), num_samples=8, seed=5)
+    torch.testing.assert_close(
+        found.nll_sums, summed_by_document(domain, -whole.log_marginal), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_model_of_the_sequence_marginal_is_judged_token_by_token(folder, domain):
+    by_token = measure(perturbed(folder), domain, **DRAWS)
+    lm = perturbed(folder, marginal="sequence")
+    assert measure(lm, domain, **DRAWS).nll_sums == by_token.nll_sums
+    assert lm.config.marginal == "sequence"
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_goes_on_training(folder, domain):
+    lm = wrap(base_of(folder, "dropout"), PerturbConfig(num_samples=8, latent_dim=4))
+    expected = measure(lm.eval(), domain, **DRAWS)
+    lm.train()
+    assert measure(lm, domain, **DRAWS).nll_sums == expected.nll_sums
+    assert lm.training and lm.base.training
+
+
+def test_a_temperature_divides_the_logits_of_every_draw(folder, domain):
+    lm, cooled = perturbed(folder), perturbed(folder)
+    with torch.no_grad():
+        cooled.base.model.norm.weight /= 1.7  # of which the logits are a multiple
+    found = measure(lm, domain, **DRAWS, temperature=1.7)
+    assert found.temperature == 1.7
+    expected = measure(cooled, domain, **DRAWS)
+    torch.testing.assert_close(found.nll_sums, expected.nll_sums, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def sampled(model, count, length):
+    """Sequences whose law is the model's."""
+    torch.manual_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (count, 1))
+    while tokens.shape[1] < length:
+        drawn = torch.multinomial(model(tokens).logits[:, -1].softmax(-1), 1)
+        tokens = torch.cat([tokens, drawn], dim=1)
+    return tokens
+
+
+def test_tuning_finds_the_factor_by_which_logits_were_scaled(folder):
+    lm = perturbed(folder, init_scale=0.05)
+    own = whole_documents(sampled(lm.base, 40, 24))
+    tune = {"num_samples": 4, "seed": 0, "batch_size": 40}
+    with lm.exact():  # whose text it is
+        assert likelihood.tuned_temperature(lm, own, **tune) == pytest.approx(1.0, abs=0.1)
+    before = likelihood.tuned_temperature(lm, own, **tune)
+    with torch.no_grad():
+        lm.base.model.norm.weight *= 1.5
+    assert likelihood.tuned_temperature(lm, own, **tune) == pytest.approx(1.5 * before, rel=0.01)
+
+
+def test_no_temperature_is_better_than_the_tuned_one(folder):
+    lm = perturbed(folder)
+    own = whole_documents(sampled(lm.base, 20, 16))
+    tune = {"num_samples": 4, "seed": 0, "batch_size": 20}
+    best = likelihood.tuned_temperature(lm, own, **tune)
+    nll = {scale: measure(lm, own, **tune, temperature=best * scale).nll for scale in (0.9, 1, 1.1)}
+    assert nll[1] < nll[0.9] and nll[1] < nll[1.1]
+
+
+def test_a_unigram_predicts_by_counts_with_one_added(domain):
+    counts = np.arange(63)
+    found = likelihood.unigram(domain, counts)
+    expected = [0.0] * domain.document_count
+    for block, documents in zip(domain.blocks, domain.documents):
+        for label, document in zip(block.labels, documents):
+            if label != IGNORED:
+                expected[document] -= math.log((counts[label] + 1) / (counts.sum() + 63))
+    assert found.nll_sums == pytest.approx(expected)
+    labelled = np.concatenate([block.labels for block in domain.blocks]) != IGNORED
+    assert sum(found.counts) == labelled.sum()
+
+
+def test_a_texts_own_counts_give_the_entropy_of_its_token_frequencies(domain):
+    labels = np.concatenate([block.labels for block in domain.blocks])
+    counts = likelihood.label_counts(domain.blocks, 63)
+    assert counts.tolist() == [(labels == token).sum() for token in range(63)]
+    shares = counts[counts > 0] / counts.sum()
+    own = likelihood.unigram(domain, counts, smoothing=0.0)
+    assert own.nll == pytest.approx(-(shares * np.log(shares)).sum())
+    assert own.nll < likelihood.unigram(domain, counts).nll
+
+
+def test_a_unigram_that_lacks_a_token_is_refused(domain):
+    with pytest.raises(ValueError, match="'d' has tokens that counts has not"):
+        likelihood.unigram(domain, np.eye(1, 63, dtype=int)[0], smoothing=0.0)
+
+
+def test_a_likelihood_comes_back_from_json(folder, domain):
+    found = measure(perturbed(folder), domain, **DRAWS)
+    kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Likelihood.from_dict(kept) == found
+    assert kept["nll"] == found.nll and kept["perplexity"] == found.perplexity
+
+
+def test_the_tiny_pretrained_model_is_as_likely_as_its_readme_says(data_dir, tmp_path):
+    """Whole stories after a begin token; it never met the end token that documents have here."""
+    base = data_dir / "models" / "stories260K-hf"
+    text = (data_dir / "extra_tinystories" / "sample.txt").read_text(encoding="utf-8")
+    stories = [{"text": each.strip()} for each in text.split("<|endoftext|>")]
+    (tmp_path / "stories.json").write_text(json.dumps(stories))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    read = domains.read("s", str(tmp_path / "stories.json"), DomainOptions(), tokenizer)
+    whole = whole_documents([tokens[:-1] for tokens in read.tokens()])
+    lm = wrap(transformers.AutoModelForCausalLM.from_pretrained(base), PerturbConfig())
+    with lm.exact():
+        found = measure(lm, whole, num_samples=1, seed=0, batch_size=8)
+    assert found.nll == pytest.approx(1.266, abs=5e-4)
