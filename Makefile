@@ -9,10 +9,10 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.fastperturb-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint docs docs-serve docs-check bench gpu clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(INSTALLED)  ## watch a learned perturbation beat exact-prefix training out of support
 	$(VENV)/bin/fastperturb demo --output-dir runs/demo --overwrite
@@ -21,10 +21,17 @@ demo: $(INSTALLED)  ## watch a learned perturbation beat exact-prefix training o
 test: $(INSTALLED)  ## run the tests (CI=true adds the slow ones)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --benchmark-disable -m "$(MARKS)"
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy and the import contracts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+docs: $(INSTALLED)  ## build the documentation into site/; a broken link is an error
+	$(RUN) -m mkdocs build --strict
+
+docs-serve: $(INSTALLED)  ## show the documentation in a browser, rebuilt as files change
+	$(RUN) -m mkdocs serve
 
 bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
 	$(RUN) -m bench.run --output-dir runs/bench --overwrite

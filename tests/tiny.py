@@ -58,17 +58,30 @@ LORA_TARGETS = {"GPT2": ["c_attn"], "GPTNeoX": ["query_key_value"], "Phi3": ["qk
 
 
 def class_name(architecture):
+    """The transformers class of this architecture."""
     return "GPT2LMHeadModel" if architecture == "GPT2" else f"{architecture}ForCausalLM"
 
 
-def base_model(architecture="Llama", **changes):
-    torch.manual_seed(0)
+def base_model(architecture="Llama", *, seed=0, **changes):
+    """A random model of this architecture, in eval mode; `changes` are options of its config."""
+    torch.manual_seed(seed)
     kind = "Gemma3Text" if architecture == "Gemma3" else architecture
     config = getattr(transformers, f"{kind}Config")(**{**CONFIGS[architecture], **changes})
     return getattr(transformers, class_name(architecture))(config).eval()
 
 
+def llama(**changes):
+    """A random Llama of two layers, 32 wide, in eval mode."""
+    return base_model("Llama", **changes)
+
+
+def gpt2(**changes):
+    """A random GPT-2 of two layers, 32 wide, without dropout, in eval mode."""
+    return base_model("GPT2", **changes)
+
+
 def with_lora(model, architecture="Llama", **changes):
+    """The model with a random LoRA of rank 4 on its attention; `changes` are of LoraConfig."""
     peft = pytest.importorskip("peft", reason="LoRA tests need peft")
     targets = LORA_TARGETS.get(architecture, ["q_proj", "v_proj"])
     config = {
