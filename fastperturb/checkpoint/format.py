@@ -11,11 +11,10 @@ known to be right, and no path that stands in a file is followed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from fastperturb.checkpoint.atomic import (
     require_file,
     sha256,
 )
-from fastperturb.config import PerturbConfig
+from fastperturb.engine.adapters import unadapted
 from fastperturb.engine.architectures import understand
-from fastperturb.model.edits import EditConfig
-from fastperturb.transforms import make_transform
+from fastperturb.engine.perturbations import PERTURBATIONS
 from fastperturb.version import __version__
 
 FORMAT_VERSION = 1
@@ -50,11 +48,6 @@ _MOST_HEADER_BYTES = 1 << 16
 _RMS_TOLERANCE = 0.01
 # A PEFT config can name files and modules for PEFT to load; a checkpoint stays in its folder.
 _REACHING_OUT = ("adapters", "megatron_config", "tokenizer_name_or_path")
-# The families of perturbations, by the config_class of a checkpoint's config.
-_FAMILIES: dict[str, type[PerturbConfig] | type[EditConfig]] = {
-    "PerturbConfig": PerturbConfig,
-    "EditConfig": EditConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class Checkpoint:
     """A folder whose files are those that were saved together."""
 
     folder: Path
-    config: PerturbConfig | EditConfig
+    config: Any  # a PerturbConfig, or the config of another perturbation
     embed_dim: int
     base: Base
     files: dict[str, str]  # the SHA-256 of every file
@@ -121,9 +114,10 @@ class Checkpoint:
         path = folder / CONFIG_NAME
         values = _read_manifest(path)
         try:
-            family = _FAMILIES[values.get("config_class", "PerturbConfig")]
-            config, embed_dim = family.from_dict(values["config"]), values["embed_dim"]
-            shapes = layout(config, embed_dim)
+            kind = PERTURBATIONS[values.get("config_class", "PerturbConfig")]
+            config_class: Any = kind.config_class
+            config, embed_dim = config_class.from_dict(values["config"]), values["embed_dim"]
+            shapes = kind.transform_shapes(config, embed_dim)
             base, files = Base(**values["base"]), values["files"]
             float(base.embed_rms)
             if set(files) not in ({TENSORS_NAME}, {TENSORS_NAME, *ADAPTER_NAMES}):
@@ -151,11 +145,11 @@ class Checkpoint:
     def has_adapter(self) -> bool:
         return ADAPTER_NAMES[0] in self.files
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The transform's state."""
+    def transform_tensors(self) -> dict[str, Tensor]:
+        """Read the transform's state."""
         path = self.folder / TENSORS_NAME
         tensors = read_tensors(path)
-        refuse_non_finite(tensors, f"{path} cannot be used")
+        reject_non_finite(tensors, f"{path} cannot be used")
         if tensors["embed_rms"] <= 0:
             raise ValueError(f"{path} holds embed_rms={tensors['embed_rms']}, not above 0")
         return tensors
@@ -167,7 +161,7 @@ class Checkpoint:
 def write_manifest(
     folder: Path,
     *,
-    config: PerturbConfig | EditConfig,
+    config: Any,
     embed_dim: int,
     base: Base,
     names: tuple[str, ...],
@@ -187,35 +181,10 @@ def write_manifest(
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def layout(config: PerturbConfig | EditConfig, embed_dim: int) -> dict[str, list[int]]:
-    """The shape of each tensor of a transform, from one that takes no memory."""
-    if isinstance(config, EditConfig):
-        return {"embed_rms": []}
-    with torch.device("meta"):
-        transform = make_transform(config, embed_dim)
-    return {name: list(value.shape) for name, value in transform.state_dict().items()}
-
-
-def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def reject_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{what}: {name} holds nan or inf; go back to an older checkpoint")
-
-
-def is_adapted(model: nn.Module) -> bool:
-    return type(model).__module__.startswith("peft.")
-
-
-def unadapted(model: Any) -> nn.Module:
-    return model.get_base_model() if is_adapted(model) else model
-
-
-@contextlib.contextmanager
-def without_peft_deprecations() -> Iterator[None]:
-    """Without a warning of an attribute that peft 0.21 reads: a user could do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        yield
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -94,21 +94,21 @@ class Edits(nn.Module):
         *,
         rows: Tensor,  # [B] or [B, T]
         positions: Tensor | None,  # [B, T], what keys the draws
-        moving: Tensor | None,  # [B, T] bool, where edits are allowed
+        editable: Tensor | None,  # [B, T] bool, where edits are allowed
         attention_mask: Tensor | None,  # [B, T]
         position_ids: Tensor | None,  # [B, T], what the model is told; they restart with a document
     ) -> Edited:
         """The copies with these sample numbers."""
         ids = ids.long()
-        editable = ~self.special[ids]
-        if moving is not None:
-            editable = editable & moving
-        real = torch.ones_like(editable) if attention_mask is None else attention_mask.bool()
+        allowed = ~self.special[ids]
+        if editable is not None:
+            allowed = allowed & editable
+        real = torch.ones_like(allowed) if attention_mask is None else attention_mask.bool()
         first, start = _documents(real, position_ids)
         words = self._words(ids, seed, samples, rows, positions)
-        action, second = self._actions(words, editable, first)  # [m, B, T]
+        action, second = self._actions(words, allowed, first)  # [m, B, T]
         action = self._with_room(action, real, start, position_ids)
-        tokens = self._tokens(table, ids, action, second & editable, words[2])
+        tokens = self._tokens(table, ids, action, second & allowed, words[2])
 
         is_laid = real.flip(1).cumsum(1).flip(1) > 0  # all but padding on the right
         inserted = action == _INSERT
