@@ -13,7 +13,7 @@ from fastperturb.engine.adapters import is_adapted, unadapted, without_peft_depr
 
 
 def reject_unsaved_weights(base: Any, save_base: bool | None) -> None:
-    """Refuse what PEFT's files would leave out, unless asked to."""
+    """Raise if PEFT's files would leave out trained weights, unless told to leave them."""
     from peft import get_peft_model_state_dict
 
     if len(base.peft_config) > 1:
@@ -46,7 +46,7 @@ def reject_unsaved_weights(base: Any, save_base: bool | None) -> None:
 
 
 def reject_hidden_adapters(model: nn.Module) -> None:
-    """Refuse adapters inside a model that is no PeftModel, by which alone they are saved."""
+    """Raise on adapters inside a model that is no PeftModel: only PEFT saves them."""
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"this {type(model).__name__} carries an adapter that transformers put on it, whose "
@@ -65,7 +65,7 @@ def reject_hidden_adapters(model: nn.Module) -> None:
 def put_on(
     model: nn.Module, adapter: Mapping[str, Tensor], saved: Checkpoint, *, is_trainable: bool
 ) -> nn.Module:
-    """The model with the saved adapter, by PEFT."""
+    """Return the model with the saved adapter, put on by PEFT."""
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -85,7 +85,7 @@ def put_on(
 
 
 def check_adapter(model: Any, adapter: Mapping[str, Tensor], saved: Checkpoint) -> None:
-    """Refuse an adapter on the model that is not the saved one."""
+    """Raise if the adapter on the model is not the saved one."""
     from peft import get_peft_model_state_dict
 
     held = get_peft_model_state_dict(
@@ -110,7 +110,7 @@ def _same(held: Tensor | None, saved: Tensor | None) -> bool:
 
 
 def base_name(adapter_key: str) -> str:
-    """What the tensor of an adapter file would be called in the plain model."""
+    """Return the plain model's name of an adapter file's tensor."""
     return adapter_key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 

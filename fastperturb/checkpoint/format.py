@@ -1,12 +1,12 @@
-"""What a checkpoint's files say, and whether to believe them.
+"""The format of a checkpoint folder, and the checks that its files belong together.
 
     perturbation_config.json   the config, what it was saved over, every file's SHA-256
     perturbation.safetensors   the transform's parameters and embed_rms, in fp32
     adapter_config.json, adapter_model.safetensors    PEFT's own, where there is an adapter
 
-The config carries a digest of itself too, so a folder whose files are damaged, changed or of two
-saves is told from a whole one. Nothing is unpickled, nothing is allocated before its size is
-known to be right, and no path that stands in a file is followed.
+The config carries a digest of itself too. So a folder whose files are damaged, changed or of two
+saves is rejected. Nothing is unpickled, nothing is allocated before its size is known to be right,
+and no path that stands in a file is followed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 # Far above what is ever written, far below what hurts.
 _MOST_CONFIG_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 1 << 16
-# Casting a table to another dtype moves its root mean square by much less, another model's
-# table by much more.
+# Casting a table to another dtype changes its root mean square by much less than this, another
+# model's table by much more.
 _RMS_TOLERANCE = 0.01
 # A PEFT config can name files and modules for PEFT to load; a checkpoint stays in its folder.
 _REACHING_OUT = ("adapters", "megatron_config", "tokenizer_name_or_path")
@@ -52,7 +52,7 @@ _REACHING_OUT = ("adapters", "megatron_config", "tokenizer_name_or_path")
 
 @dataclass(frozen=True)
 class Base:
-    """What a checkpoint was saved over: enough to notice another model."""
+    """The base that a checkpoint was saved over: enough to notice another model."""
 
     model: str
     name: str
@@ -82,7 +82,7 @@ class Base:
         return f"{self.model}{name} with embeddings {self.embedding}, rms {self.embed_rms:.4g}"
 
     def check(self, here: Base, folder: Path) -> None:
-        """Refuse embeddings of another scale, and warn of other weights."""
+        """Raise on embeddings of another scale, and warn of other weights."""
         if not abs(here.embed_rms / self.embed_rms - 1) <= _RMS_TOLERANCE:
             raise ValueError(
                 f"{folder} was saved over {self}, and this is {here}: another base, whose "
@@ -166,7 +166,7 @@ def write_manifest(
     base: Base,
     names: tuple[str, ...],
 ) -> None:
-    """Write the config that vouches for the other files of a folder."""
+    """Write the config that holds the digests of the folder's other files."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "fastperturb_version": __version__,
@@ -211,7 +211,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
-    """Names, shapes and dtypes, before any tensor of theirs exists."""
+    """Check names, shapes and dtypes before any tensor is allocated."""
     require_file(path)
     data_bytes = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     size, most = path.stat().st_size, data_bytes + _MOST_HEADER_BYTES
@@ -223,13 +223,13 @@ def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
         )
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+        stored = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     wanted = {name: ("F32", shape) for name, shape in shapes.items()}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
             raise ValueError(
                 f"{path} must hold {wanted.get(name, 'nothing')} as {name!r} and holds "
-                f"{found.get(name, 'nothing')}: it is not the file saved with {CONFIG_NAME}; "
+                f"{stored.get(name, 'nothing')}: it is not the file saved with {CONFIG_NAME}; "
                 "copy the whole checkpoint again"
             )
 

@@ -29,7 +29,7 @@ from fastperturb.engine.protocol import WrappedModel
 
 
 def find(directory: str | os.PathLike[str], revision: str | None, token: Any) -> Path:
-    """The folder itself, or what the Hub has under that name."""
+    """Return the folder itself, or a download of the Hub's repository of that name."""
     folder = Path(directory)
     if folder.is_dir():
         return folder
@@ -87,9 +87,9 @@ def restore(lm: WrappedModel, saved: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module, *, overwritten: Iterable[str]) -> Iterator[None]:
-    """Undo what happens to a model's modules and weights, should the body raise.
+    """Restore a model's modules and weights if the body raises.
 
-    overwritten: names of tensors whose entries the body writes; it may replace all the others.
+    overwritten: names of tensors whose entries the body writes in place.
     """
     own = model.state_dict()
     entries = [(own[name], own[name].clone()) for name in overwritten if name in own]

@@ -97,7 +97,7 @@ def push_to_hub(
     commit_message: str = "Upload a FastPerturb checkpoint",
     **upload_options: Any,
 ) -> Any:
-    """Upload what save_pretrained writes as one commit; options go to `upload_folder`."""
+    """Upload the files of save_pretrained as one commit; options go to `upload_folder`."""
     with tempfile.TemporaryDirectory() as folder:
         # Of several processes all take part in gathering shards, and one uploads.
         here = not dist.is_initialized() or dist.get_rank() == 0
@@ -157,7 +157,7 @@ def _write(lm: WrappedModel, tensors: dict[str, Tensor], staging: Path, *, with_
 
 
 def _write_adapter(base: Any, staging: Path) -> None:
-    """PEFT's two files at the top of the folder, whatever the adapter is called at run time."""
+    """Write PEFT's two files at the top of the folder, whatever the adapter's run-time name."""
     name = base.active_adapter
     base.save_pretrained(staging, selected_adapters=[name])
     if name != "default":
@@ -170,7 +170,7 @@ def _write_adapter(base: Any, staging: Path) -> None:
 
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A folder inside the folder: on the same disk, so that renaming is atomic."""
+    """Make a folder inside the folder: on the same disk, so that renaming is atomic."""
     with explaining(f"could not write to {folder}"):
         path = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
     try:

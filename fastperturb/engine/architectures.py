@@ -249,14 +249,14 @@ def _check_embedding(name: str, embed: nn.Module) -> None:
             )
 
 
-def _plain_head(name: str, given: Any) -> nn.Linear:
+def _plain_head(name: str, module: Any) -> nn.Linear:
     """Return the linear layer that runs as the head."""
-    what, head = f"the LM head of {name}", _trained_copy(given)
+    what, head = f"the LM head of {name}", _trained_copy(module)
     if type(head) is not nn.Linear:
         raise ValueError(
             f"{what} is a {_type_name(head)}, not a plain torch.nn.Linear; {_advice(head)}"
         )
-    if _is_hooked(given) or _is_hooked(head) or "forward" in vars(head):
+    if _is_hooked(module) or _is_hooked(head) or "forward" in vars(head):
         raise ValueError(
             f"{what} carries hooks or a forward of its own (of offloading, ZeRO-3 or a quantiser, "
             "for example), which the fused head would skip; remove them"

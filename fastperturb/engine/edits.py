@@ -29,7 +29,7 @@ from fastperturb.ops import reference
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """How tokens of the prefix are edited, and how the marginal is estimated.
+    """Configuration of random token edits and of the estimation of the marginal.
 
     The distribution of the edits is in `edit_layout`.
     """
@@ -44,7 +44,8 @@ class EditConfig:
     """Number of most similar tokens (cosine of embeddings) from which a replacement is drawn."""
 
     marginal: str = "token"
-    """What is averaged over samples: the probability of each token, or of the whole sequence."""
+    """Marginal to estimate: token averages each token's probability over samples, sequence the
+    probability of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
     """Estimator of the marginal, or a mixture: names and their weights in the loss."""
@@ -56,7 +57,7 @@ class EditConfig:
     """Number of samples K that resample sends backward; None is round(sqrt(M / 2))."""
 
     plan: str = "auto"
-    """How the samples go through the trunk: auto, batched, chunked or resample."""
+    """Plan by which samples go through the trunk: auto, batched, chunked or resample."""
 
     chunk_size: int | None = None
     """Number of samples at a time under plan chunked."""

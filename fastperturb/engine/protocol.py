@@ -92,7 +92,7 @@ class WrappedModel(nn.Module):
 
     @contextlib.contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
-        """Within it every sample's probabilities are those of its logits / temperature."""
+        """Divide every sample's logits by a temperature within the body."""
         before, self.state.temperature = self.state.temperature, temperature
         try:
             yield
@@ -101,7 +101,7 @@ class WrappedModel(nn.Module):
 
     @contextlib.contextmanager
     def overriding(self, **changes: Any) -> Iterator[None]:
-        """Within it these keys of the config have other values."""
+        """Replace these keys of the config within the body."""
         before, self.config = self.config, dataclasses.replace(self.config, **changes)
         try:
             yield
@@ -110,7 +110,7 @@ class WrappedModel(nn.Module):
 
     @contextlib.contextmanager
     def unsplit(self) -> Iterator[None]:
-        """Within it this process runs all samples."""
+        """Run all samples in this process within the body."""
         before, self.state.split = self.state.split, SampleSplit()
         try:
             yield

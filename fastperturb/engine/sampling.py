@@ -12,7 +12,7 @@ from fastperturb import estimators, noise
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the samples of one call are drawn and combined."""
+    """Everything that decides how the samples of one call are drawn and combined."""
 
     seed: Tensor
     rows: Tensor  # [B] or [B, T], the row ids that key the noise

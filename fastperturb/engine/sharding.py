@@ -57,7 +57,7 @@ def reshard(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
-    """Within it all parameters are whole, on the CPU, in the processes with `here` set.
+    """Make all parameters whole, on the CPU, in the processes with `here` set, for the body.
 
     All processes enter it together; the others take part in the gathering and keep their shards.
     """

@@ -1,4 +1,4 @@
-"""What a wrapped model remembers between calls."""
+"""State that a wrapped model keeps between calls."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class PerturbedLM(WrappedModel):
 
     @contextlib.contextmanager
     def exact(self) -> Iterator[PerturbedLM]:
-        """Within it the model is the base on exact prefixes: one sample, nothing perturbed."""
+        """Make the model the base on exact prefixes within the body: nothing is perturbed."""
         before, self.state.exact = self.state.exact, True
         try:
             yield self
@@ -251,7 +251,7 @@ class PerturbedLM(WrappedModel):
         return self.state.planner.step_down(last)
 
     def split_samples(self, group: DeviceMesh | ProcessGroup) -> None:
-        """From now on run in each of these processes a share of every call's samples.
+        """Run in each of these processes, from now on, a share of every call's samples.
 
         group: one dimension of a mesh, as mesh["mc"]. Its processes call with the same arguments,
         and all get what one process would: loss, log-probs and all else of all M samples. Their
