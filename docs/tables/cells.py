@@ -16,7 +16,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *sources: str) -> str:
-    """Return a Markdown table, columns of numbers to the right, and below it where they are from."""
+    """Return a Markdown table with numbers to the right, and below it where they come from."""
     rule = ["---:" if all(map(_is_number, column)) else "---" for column in zip(*rows, strict=True)]
     lines = [_line(header), _line(rule), *map(_line, rows)]
     return "\n".join([*lines, "", *_source(sources)])
