@@ -10,7 +10,9 @@ from typing import Any
 
 import griffe
 
-_ITEM = re.compile(r"^(?P<names>[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*)(?P<more>(?: \[[^]]*\])?): (?P<text>.*)$")
+_ITEM = re.compile(
+    r"^(?P<names>[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*)(?P<more>(?: \[[^]]*\])?): (?P<text>.*)$"
+)
 _WORDS = {"Returns", "Raises", "Note", "With", "The", "Here", "Mathematically"}
 
 

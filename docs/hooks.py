@@ -33,7 +33,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if path.startswith("docs/"):
             return match[0]
         if not (ROOT / path).exists():
-            raise FileNotFoundError(f"{page.file.src_uri} links {match['target']}: there is no {path}")
+            raise FileNotFoundError(
+                f"{page.file.src_uri} links {match['target']}: there is no {path}"
+            )
         if files.get_file_from_path(path) is not None:
             target = posixpath.relpath(path, folder or ".")
         else:

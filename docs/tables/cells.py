@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,12 @@ RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 def read(name: str) -> dict[str, Any]:
     """Return what the JSON file bench/results/NAME holds."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return _parsed(RESULTS / name)
+
+
+@functools.cache
+def _parsed(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *sources: str) -> str:
