@@ -25,23 +25,20 @@ class PlainDocstrings(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    """Return a docstring with its `name: text` lines as a Markdown list."""
+    """Return a docstring with its `name: text` lines as a Markdown list; the first line stays."""
     lines: list[str] = []
     in_item = False
-    for line in text.splitlines():
-        match = _ITEM.match(line)
+    for number, line in enumerate(text.splitlines()):
+        match = _ITEM.match(line) if number else None
         if match and match["names"].split(",")[0] not in _WORDS:
             names = ", ".join(f"`{name}`" for name in match["names"].split(", "))
-            if not in_item and lines and lines[-1]:
+            if not in_item and lines[-1]:
                 lines.append("")
             lines.append(f"- {names}{match['more']}: {match['text']}")
             in_item = True
-        elif in_item and line.startswith("    "):
-            lines.append(f"  {line.strip()}")
         elif in_item and line.strip():
-            lines += ["", line]
-            in_item = False
+            lines.append(f"  {line.strip()}")
         else:
             lines.append(line)
-            in_item = in_item and bool(line.strip())
+            in_item = False
     return "\n".join(lines)

@@ -23,33 +23,40 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *sources: str) -> str:
     """Return a Markdown table with numbers to the right, and below it where they come from."""
-    rule = ["---:" if all(map(_is_number, column)) else "---" for column in zip(*rows, strict=True)]
+    rule = ["---:" if _holds_numbers(column) else "---" for column in zip(*rows, strict=True)]
     lines = [_line(header), _line(rule), *map(_line, rows)]
-    return "\n".join([*lines, "", *_source(sources)])
+    return "\n".join([*lines, *(["", _source(sources)] if sources else [])])
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _is_number(cell: str) -> bool:
-    return cell.lstrip("*+-")[:1].isdigit() or not cell
+def _holds_numbers(column: Sequence[str]) -> bool:
+    """Return whether most cells that hold anything hold a number."""
+    filled = [cell.lstrip("*+-")[:1].isdigit() for cell in column if cell]
+    return 2 * sum(filled) > len(filled)
 
 
-def _source(names: Sequence[str]) -> list[str]:
-    """Return the line below a table: its files, with the device and commit of each."""
-    if not names:
-        return []
-    files = [f"`bench/results/{name}` ({_where(read(name))})" for name in names]
-    return [f"<small>From {', '.join(files)}.</small>"]
+def _source(names: Sequence[str]) -> str:
+    """Return the line below a table: its files with their commits, and the device."""
+    found = [read(name) for name in names]
+    files = [
+        f"`bench/results/{name}` (commit {_commit(results)})"
+        for name, results in zip(names, found, strict=True)
+    ]
+    devices = dict.fromkeys(_device(results) for results in found)
+    return f"<small>From {', '.join(files)}; {'; '.join(devices)}.</small>"
 
 
-def _where(results: dict[str, Any]) -> str:
-    device = results["device"].removesuffix(" 1 threads")
-    device = f"{device} 1 thread" if device != results["device"] else device
-    # A commit that ends in -dirty had changes that were not committed: part of the truth.
+def _commit(results: dict[str, Any]) -> str:
+    # One that ends in -dirty had changes that were not committed: part of the truth.
     commit, dirty, _ = results["commit"].partition("-dirty")
-    return f"{device}, commit {commit[:7]}{dirty}"
+    return f"{commit[:7]}{dirty}"
+
+
+def _device(results: dict[str, Any]) -> str:
+    return results["device"].replace(" 1 threads", " 1 thread")
 
 
 def spread(mean: float, sd: float | None, form: str) -> str:

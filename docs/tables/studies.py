@@ -10,8 +10,8 @@ from docs.tables.cells import read, spread, table
 STUDIES = {
     "stories": "stories",
     "wikipedia": "wikipedia",
-    "stories_20k": "stories, 20 k",
-    "wikipedia_20k": "wikipedia, 20 k",
+    "stories_20k": "stories, 20\u00a0k",
+    "wikipedia_20k": "wikipedia, 20\u00a0k",
 }
 # (what a row shows, its method, what it is there for, how it is judged, whether tempered)
 _ROWS = (
