@@ -51,8 +51,37 @@ PACKAGES = {
     "config": ("maths", "PerturbConfig"),
     "version": ("maths", "the version"),
 }
+# A step: colour group, name, what happens, the file that does it, the shape of what goes on.
+STAGES = (
+    ("maths", "token ids, labels", "seed, row ids, positions", "model/wrapper.py", "[B, T]"),
+    ("engine", "embedding", "the model's own E(x), once", "engine/inputs.py", "[B, T, D]"),
+    ("ops", "ops.perturb_embed", "T(E(x), z)", "engine/continuous.py", "[M, B, T, D]"),
+    ("engine", "trunk", "the model's own layers", "engine/trunk.py", "[M, B, T, D]"),
+    ("ops", "ops.linear_logprob", "logits by blocks", "engine/forward.py", "l [M, B, T], fp32"),
+    ("ops", "ops.combine", "value, weights, effective samples", "engine/loss.py", "loss"),
+    ("model", "PerturbedOutput", "loss, log_marginal, ess, shift", "engine/forward.py", ""),
+)
+PLANS = (
+    *("The plan (engine/plans.py)", "repeats this part.", "batched: all M at once"),
+    *("chunked: some at a time,", "each run again later", "resample: all M without"),
+    "gradient, then K with it",
+)
+BACKWARD = (
+    "One ordinary backward.",
+    "Only l outlives a chunk.",
+    "z is made again",
+    "from its keys.",
+)
 # What the picture leaves out: nothing to learn from them.
 HIDDEN = ("__main__", "version")
+
+
+# The lines of a box: a name, what it is, and the file.
+_STYLES = (
+    'font-weight="700" font-size="15"',
+    'font-size="12.5"',
+    'font-size="11.5" font-family="ui-monospace, monospace" fill-opacity="0.85"',
+)
 
 
 class Drawing:
@@ -71,7 +100,7 @@ class Drawing:
         )
         middle = y + height / 2 - 9 * (len(lines) - 1)
         for number, line in enumerate(lines):
-            style = 'font-weight="700" font-size="15"' if number == 0 else 'font-size="12.5"'
+            style = _STYLES[number]
             self.parts.append(
                 f'<text x="{x + width / 2:g}" y="{middle + 18 * number + 5:g}" fill="#ffffff" '
                 f'text-anchor="middle" {style}>{escape(line)}</text>'
@@ -140,46 +169,24 @@ def packages() -> str:
 
 def step() -> str:
     """Draw one training step, from token ids to the gradient."""
-    drawing = Drawing(760, 666, "One training step")
-    x, wide, high = 190, 350, 58
-    middle = x + wide // 2
-    stages = [
-        ("maths", ["token ids, labels", "seed, row ids, positions key the noise"]),
-        ("model", ["the model's own embedding", "E(x), once for all samples"]),
-        ("ops", ["ops.perturb_embed", "T(E(x), z) for each of M samples"]),
-        ("engine", ["the model's own trunk", "attention and layers as transformers wrote them"]),
-        ("ops", ["ops.linear_logprob or linear_quadratic", "logits exist a block at a time"]),
-        ("ops", ["ops.combine", "estimator: value, weights, effective samples"]),
-        ("model", ["PerturbedOutput", "loss, log_marginal, ess, shift"]),
-    ]
-    shapes = ["[B, T]", "[B, T, D]", "[M, B, T, D]", "[M, B, T, D]", "l [M, B, T], fp32", "loss"]
-    tops = [10 + 98 * number for number in range(len(stages))]
-    for number, (group, lines) in enumerate(stages):
-        drawing.box(x, tops[number], wide, high, COLOURS[group], lines)
-    for number, shape in enumerate(shapes):
-        y = tops[number] + high
-        drawing.arrow(middle, y, middle, tops[number + 1] - 2)
-        drawing.words(middle + 10, y + (32 if number == 4 else 17), shape)
-    top, bottom = tops[2] - 14, tops[4] + high + 14
+    drawing = Drawing(760, 766, "One training step")
+    x, wide, high, pitch = 190, 350, 72, 112
+    middle, right = x + wide // 2, x + wide + 40
+    tops = [10 + pitch * number for number in range(len(STAGES))]
+    for top, (group, *lines, shape) in zip(tops, STAGES, strict=True):
+        drawing.box(x, top, wide, high, COLOURS[group], lines)
+        if shape:
+            drawing.arrow(middle, top + high, middle, top + pitch - 2)
+            drawing.words(middle + 10, top + high + (32 if shape.startswith("l ") else 17), shape)
+    first, last = tops[2] - 14, tops[4] + high + 14
     drawing.parts.append(
-        f'<rect x="{x - 16}" y="{top}" width="{wide + 32}" height="{bottom - top}" rx="10" '
+        f'<rect x="{x - 16}" y="{first}" width="{wide + 32}" height="{last - first}" rx="10" '
         f'fill="none" stroke="{GREY}" stroke-width="1.5" stroke-dasharray="6 4"/>'
     )
-    plans = (
-        *("The plan repeats this part.", "batched: all M at once", "chunked: some at a time,"),
-        *("each run again later", "resample: all M without", "gradient, then K with it"),
-    )
-    for number, line in enumerate(plans):
-        drawing.words(4, top + 16 + 19 * number, line)
-    right = x + wide + 40
     drawing.arrow(right, tops[6] + high // 2, right, tops[1] + high // 2, dashed=True)
-    backward = (
-        "One ordinary backward.",
-        "Only l outlives a chunk.",
-        "z is made again",
-        "from its keys.",
-    )
-    for number, line in enumerate(backward):
+    for number, line in enumerate(PLANS):
+        drawing.words(4, first + 16 + 19 * number, line)
+    for number, line in enumerate(BACKWARD):
         drawing.words(right + 12, tops[3] + 19 * number, line)
     return drawing.svg()
 

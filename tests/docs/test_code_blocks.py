@@ -127,9 +127,11 @@ def check_command(line: str) -> None:
         case ["fastperturb", command, *arguments]:
             check_options(command, arguments)
         case ["torchrun", *_]:
-            start = words.index("-m")
-            assert words[start + 1] == "fastperturb", line
-            check_options(words[start + 2], words[start + 3 :])
+            module, *arguments = words[words.index("-m") + 1 :]
+            if module == "fastperturb":
+                check_options(arguments[0], arguments[1:])
+            else:
+                assert importlib.util.find_spec(module), line
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module), line
         case _:
