@@ -65,7 +65,7 @@ def angles() -> str:
 
 def writing(file: str) -> str:
     """Return what it costs to write by combinations, beside the baselines."""
-    rows = []
+    rows: list[list[str]] = []
     for way in _model(file)["generation"]["ways"]:
         first = not rows
         more = "" if first else interval(way["more"], "+.2f")

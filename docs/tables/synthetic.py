@@ -43,7 +43,7 @@ def out_of_support() -> dict[str, float]:
     return {row["method"]: row["kl"]["band2"] for row in read(_DEMO)["rows"]}
 
 
-def draws() -> str:
+def samples() -> str:
     return _trained("draws", "M")
 
 
@@ -59,7 +59,7 @@ def size() -> str:
     return _trained("size", "training pairs")
 
 
-def held_draws() -> str:
+def held_samples() -> str:
     """Return the scale found with the trunk held at the truth, by estimator and M."""
     rows = [row for row in _rows("held_draws") if "movement" in row]
     return _pivot(rows, "estimator", "M = {}", lambda row: row["method"]["num_samples"])
@@ -157,11 +157,11 @@ def _signed(value: float) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "synthetic-draws": draws,
+    "synthetic-samples": samples,
     "synthetic-flops": equal_flops,
     "synthetic-fixed": fixed,
     "synthetic-size": size,
-    "synthetic-held-draws": held_draws,
+    "synthetic-held-samples": held_samples,
     "synthetic-held-noise": held_noise,
     "synthetic-ratios": ratios,
     "synthetic-bias": bias,
