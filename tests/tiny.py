@@ -88,7 +88,7 @@ def perturbed(model, *, seed=2, **options):
     return wrap(model, PerturbConfig(**options))
 
 
-def with_lora(model, architecture="Llama", **changes):
+def with_lora(model, architecture="Llama", *, adapter_name="default", **changes):
     """Put a random LoRA of rank 4 on the attention; `changes` are options of LoraConfig."""
     peft = pytest.importorskip("peft", reason="LoRA tests need peft")
     targets = LORA_TARGETS.get(architecture, ["q_proj", "v_proj"])
@@ -99,4 +99,4 @@ def with_lora(model, architecture="Llama", **changes):
         "init_lora_weights": False,
         **changes,
     }
-    return peft.get_peft_model(model, peft.LoraConfig(**config))
+    return peft.get_peft_model(model, peft.LoraConfig(**config), adapter_name=adapter_name)
