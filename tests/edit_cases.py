@@ -169,7 +169,7 @@ def naive_log_probs(lm, inputs, positions_in_model=64):
 
 def edits_of(lm, ids, count, **layout):
     """Return the edited tokens of `count` samples."""
-    empty = dict.fromkeys(("positions", "moving", "attention_mask", "position_ids"))
+    empty = dict.fromkeys(("positions", "editable", "attention_mask", "position_ids"))
     return lm.transform(
         lm.base.get_input_embeddings().weight,
         ids,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from fastperturb import PerturbConfig, wrap
 
@@ -86,6 +87,13 @@ def perturbed(model, *, seed=2, **options):
     """Wrap a model with a random transform; `options` are those of PerturbConfig."""
     torch.manual_seed(seed)
     return wrap(model, PerturbConfig(**options))
+
+
+class Doubled(nn.Module):
+    """A parametrization that doubles a weight."""
+
+    def forward(self, weight):
+        return 2 * weight
 
 
 def with_lora(model, architecture="Llama", *, adapter_name="default", **changes):

@@ -32,9 +32,7 @@ def crash_at(monkeypatch, name, count, error=Crash):
 
 @pytest.mark.parametrize("kind", ["perturbation", "adapter", "base"])
 @pytest.mark.parametrize("name", ["replace", "fsync"])
-def test_crash_anywhere_leaves_old_files_new_files_or_an_error(
-    name, kind, tmp_path, monkeypatch
-):
+def test_crash_anywhere_leaves_old_files_new_files_or_an_error(name, kind, tmp_path, monkeypatch):
     def base(seed):
         model = plain(frozen=kind != "base")
         torch.manual_seed(seed)

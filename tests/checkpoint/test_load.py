@@ -58,7 +58,7 @@ def test_native_adapter_of_transformers_is_rejected(saved):
 
 def test_embeddings_of_another_width_or_base_are_rejected(saved):
     assert_rejects(
-        plain(width=32), saved, "moves embeddings 16 wide, and those of this Llama.* are 32"
+        plain(width=32), saved, "perturbs embeddings 16 wide, and those of this Llama.* are 32"
     )
     assert_rejects(plain(scale=0.3), saved, "another base, whose embeddings it was not trained for")
 

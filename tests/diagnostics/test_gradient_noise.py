@@ -1,5 +1,6 @@
 """Gradient noise against enumeration of all latents and resampled ones, and what it decides."""
 
+import dataclasses
 import itertools
 import math
 
@@ -188,29 +189,31 @@ def test_default_k_is_the_best_at_equal_flops_and_at_most_m(noise, kept):
     assert estimators.default_backward_samples(32, 3, noise) == 3
 
 
-def test_resample_uses_the_measured_k_and_reports_it():
+def test_measured_k_changes_nothing_until_it_is_configured():
     lm = perturbed(num_samples=8, estimator="resample", plan="auto", init_scale=1e-3)
     lm(**batch(1))
-    assert "2 of them" in lm.plan_report().reason and "measured" not in lm.plan_report().reason
     before = lm.plan_report()
-    report = lm.gradient_noise(**batch(1), repeats=20, seed=8)
-    assert lm.plan_report() is before and report.backward_samples > 3
+    measured = lm.gradient_noise(**batch(1), repeats=20, seed=8).backward_samples
+    assert measured > 3 and lm.plan_report() is before
     lm(**batch(1))
-    reason = lm.plan_report().reason
-    assert f"{report.backward_samples} of them" in reason and "measured gradient noise" in reason
-    whole = wrap(lm.base, PerturbConfig(**{**lm.config.to_dict(), "plan": "batched"}))
+    assert "2 of them" in before.reason and "2 of them" in lm.plan_report().reason
+    lm.config = dataclasses.replace(lm.config, backward_samples=measured)
+    lm(**batch(1))
+    assert f"{measured} of them" in lm.plan_report().reason
+    whole = wrap(lm.base, dataclasses.replace(lm.config, plan="batched"))
     whole.load_state_dict(lm.state_dict())
-    whole.gradient_noise(**batch(1), repeats=20, seed=8)
     grads = [
         torch.autograd.grad(model(**batch(), seed=9).loss, model.transform.U)[0]
         for model in (lm, whole)
     ]
     torch.testing.assert_close(*grads)
-    asked = perturbed(num_samples=8, plan="resample", backward_samples=1)
-    asked.gradient_noise(**batch(1), repeats=2)
-    asked(**batch(1))
-    assert "1 of them" in asked.plan_report().reason
-    assert "measured" not in asked.plan_report().reason
+
+
+def test_configured_k_stays_after_a_measurement():
+    lm = perturbed(num_samples=8, plan="resample", backward_samples=1)
+    lm.gradient_noise(**batch(1), repeats=2)
+    lm(**batch(1))
+    assert "1 of them" in lm.plan_report().reason
 
 
 def test_gradients_and_the_random_state_stay_unchanged():
@@ -272,7 +275,7 @@ def test_bad_gradient_noise_argument_is_rejected_by_name():
         lm.gradient_noise(**inputs, parameters="lora")
     with pytest.raises(ValueError, match="the gradient is the same for every seed"):
         lm.gradient_noise(**inputs, perturb_mask=torch.zeros(B, T, dtype=torch.bool))
-    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) moves nothing"):
+    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) perturbs nothing"):
         lm.gradient_noise(**inputs)
     base = llama()
     base.config.attention_dropout = base.model.layers[0].self_attn.attention_dropout = 0.1

@@ -307,7 +307,7 @@ def test_bad_standard_errors_argument_is_rejected_by_name(config, changes, messa
 def test_exact_bf16_and_dropout_models_are_rejected():
     data = [rows_of(torch.tensor([1]), torch.tensor([2]))]
     lm = one_sign()
-    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) moves nothing"):
+    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) perturbs nothing"):
         lm.standard_errors(data)
     with pytest.raises(ValueError, match="drown in the rounding of torch.bfloat16"):
         lm.bfloat16().standard_errors(data)

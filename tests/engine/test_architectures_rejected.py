@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from batches import batch
-from tiny import SMALL, base_model, perturbed, with_lora
+from tiny import SMALL, Doubled, base_model, perturbed, with_lora
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -26,11 +26,6 @@ class Linear4bit(nn.Linear):
 
 class PackedWeight(torch.Tensor):
     """Stands in for torchao's weights: a floating dtype outside, something else inside."""
-
-
-class Doubled(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
 
 
 def with_head(head):

@@ -7,7 +7,7 @@ import torch
 import transformers
 from batches import batch, labelled, positions_of
 from oracles import assert_same_gradients, label_log_probs, sample_logits
-from tiny import CONFIGS, LORA_TARGETS, SMALL, base_model, class_name, perturbed, with_lora
+from tiny import CONFIGS, LORA_TARGETS, SMALL, Doubled, base_model, class_name, perturbed, with_lora
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -166,11 +166,6 @@ def test_input_gradient_hook_of_checkpointing_is_supported():
     model = base_model()
     model.enable_input_require_grads()
     assert_matches_naive_loop(few_samples(with_lora(model).train()))
-
-
-class Doubled(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
 
 
 def test_parametrized_embedding_is_supported():

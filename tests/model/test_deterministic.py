@@ -77,7 +77,7 @@ def test_features_of_several_samples_are_rejected():
         PerturbConfig(antithetic=True, deterministic=True)
     with pytest.raises(TypeError, match="deterministic must be True or False"):
         PerturbConfig(deterministic=1)
-    with pytest.raises(ValueError, match="no draws"):
+    with pytest.raises(ValueError, match="deterministic=True has one latent"):
         deterministic().gradient_noise(**unpadded())
-    with pytest.raises(ValueError, match="no draws"):
+    with pytest.raises(ValueError, match="deterministic=True has one latent"):
         deterministic().standard_errors([unpadded()])
