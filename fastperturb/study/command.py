@@ -30,7 +30,7 @@ from tqdm import tqdm
 from fastperturb import runs
 from fastperturb.checkpoint.atomic import digest
 from fastperturb.data import domains
-from fastperturb.data.options import Block, evaluation_blocks
+from fastperturb.data import Block, evaluation_blocks
 from fastperturb.eval import likelihood
 from fastperturb.runs import workers
 from fastperturb.study import runner

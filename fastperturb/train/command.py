@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastperturb import runs
-from fastperturb.data.options import Block, TrainingData, evaluation_blocks, training_data
+from fastperturb.data import Block, TrainingData, evaluation_blocks, training_data
 from fastperturb.train import distributed, state
 from fastperturb.train.distributed import World
 from fastperturb.train.options import TrainOptions

@@ -26,7 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from fastperturb import noise
 from fastperturb.checkpoint.format import unadapted
-from fastperturb.data.options import Block, TrainingData, collate
+from fastperturb.data import Block, TrainingData, collate
 from fastperturb.engine.batch import IGNORED
 from fastperturb.model import PerturbedLM
 from fastperturb.train import distributed, methods, state
