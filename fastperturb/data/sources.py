@@ -1,8 +1,8 @@
 """Sources of text: opening each entry of `--data`, wherever it lies.
 
 A source is a text file, a JSON file, a folder or glob of them, a folder of `save_to_disk`, or a
-dataset on the Hugging Face hub. All are opened as an `IterableDataset`, whose position can be saved.
-Nothing that comes with the data is executed, and no path that stands in a file is followed.
+dataset on the Hugging Face hub. All are opened as an `IterableDataset`, whose position can be
+saved. Nothing that comes with the data is executed, and no path inside a file is followed.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def open_output_dir(path: str | Path, *, overwrite: bool) -> Path:
-    """Make the folder. One that already holds files is refused unless `overwrite`.
+    """Make the folder; raise FileExistsError if it holds files, unless `overwrite`.
 
     Overwriting replaces files one by one as they are written; nothing is deleted.
     """

@@ -118,7 +118,7 @@ def check(world, kind, case, *, base=llama, tolerance=1e-4, inputs=batch, **opti
     mine = {name: value[rows] for name, value in inputs().items()}
     out = step(lm, mine, module=module, scale=world.dp_size, **options)
     where = f"{kind} {case} {options} {world}"
-    assert_near(distributed.total(world, out.loss.detach()), expected.loss, where, tolerance)
+    assert_near(distributed.sum_over_dp(world, out.loss.detach()), expected.loss, where, tolerance)
     assert_near(out.log_probs, expected.log_probs[:, rows], where, tolerance)
     if world.dp_size == 1:
         for name in ("log_marginal", "ess", "shift", "log_prob_variance"):
@@ -160,10 +160,10 @@ def _process(rank, count, port, work, arguments):
 
 def disagreeing():
     world = distributed.start(device="cpu")
-    distributed.same(world, 3, "the step")
+    distributed.check_same(world, 3, "the step")
     with pytest.raises(ValueError, match="processes differ in the step: 0 and 1"):
-        distributed.same(world, world.rank, "the step")
-    assert int(distributed.of_main(world, torch.tensor(world.rank))) == 0
+        distributed.check_same(world, world.rank, "the step")
+    assert int(distributed.from_main(world, torch.tensor(world.rank))) == 0
 
 
 @pytest.mark.slow
@@ -400,7 +400,7 @@ def test_one_process_is_a_world_without_a_launcher(monkeypatch):
     assert (world.rank, world.size, world.dp_size, world.mc_size, world.mesh) == (0, 1, 1, 1, None)
     lm = model()
     assert all(distributed.distribute(lm, world, kind) is lm for kind in distributed.KINDS)
-    assert distributed.total(world, torch.tensor(3.0)) == 3
+    assert distributed.sum_over_dp(world, torch.tensor(3.0)) == 3
     distributed.stop()
 
 

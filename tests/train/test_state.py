@@ -145,7 +145,7 @@ def test_without_checkpoints_there_is_no_latest(tmp_path):
 
 def test_what_cannot_come_back_the_same_is_refused_before_anything_is_written(tmp_path):
     for values in ({"a": float("inf")}, {"a": (1, 2)}, {1: 2}, {"a": Path("x")}):
-        with pytest.raises(ValueError, match="values must be"):
+        with pytest.raises(ValueError, match="values must"):
             state.save(
                 tmp_path, 1, tensors={}, values=values, write_model=lambda folder: None, keep=1
             )
@@ -156,7 +156,7 @@ def test_what_cannot_come_back_the_same_is_refused_before_anything_is_written(tm
 
 def test_a_model_in_folders_is_refused_and_leaves_nothing(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(ValueError, match="must write plain files, and 'sub' is none"):
+    with pytest.raises(ValueError, match="must write plain files, and 'sub' is not one"):
         save(tmp_path, 2, write_model=lambda folder: (folder / "sub").mkdir())
     assert names(tmp_path) == ["step-00000001"]
 
@@ -468,7 +468,9 @@ def test_pickles_are_not_tensors(two):
 def test_another_format_is_refused_with_advice_and_not_skipped(two, version):
     sign(two, format_version=version, versions={"fastperturb": "9.9"})
     for find in (lambda: state.read(two), lambda: state.latest(two.parent)):
-        with pytest.raises(state.OtherFormat, match=f"has format {version}, .* wrote it, 9.9, or"):
+        with pytest.raises(
+            state.UnsupportedFormat, match=f"has format {version}, .* wrote it, 9.9, or"
+        ):
             find()
 
 
