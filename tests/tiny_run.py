@@ -18,7 +18,7 @@ WORDS = [f"w{number}" for number in range(60)]
 
 
 def model_folder(folder: Path, *, kind: str = "llama") -> Path:
-    """A random Llama with tied embeddings, or GPT-2 with dropout, and a tokenizer of words."""
+    """Write a random Llama with tied embeddings, or GPT-2 with dropout, and a word tokenizer."""
     vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -41,20 +41,20 @@ def model_folder(folder: Path, *, kind: str = "llama") -> Path:
 
 
 def text_file(path: Path, *, documents: int = 24, seed: int = 0) -> Path:
-    """Documents of 5 to 30 words, each of which tends to follow the same one."""
-    draw = random.Random(seed)
+    """Write documents of 5 to 30 words; each word allows one of three to follow it."""
+    generator = random.Random(seed)
     lines = []
     for _ in range(documents):
-        words = [draw.randrange(60)]
-        for _ in range(draw.randint(4, 29)):
-            words.append((words[-1] * 7 + draw.choice((1, 2, 3))) % 60)
+        words = [generator.randrange(60)]
+        for _ in range(generator.randint(4, 29)):
+            words.append((words[-1] * 7 + generator.choice((1, 2, 3))) % 60)
         lines.append(" ".join(WORDS[word] for word in words))
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def options(folder: Path, **changes) -> TrainOptions:
-    """Six steps of four blocks of 16 tokens, with M = 4."""
+    """Options of a run of six steps, on four blocks of 16 tokens each, with M = 4."""
     defaults = {
         "model": str(folder / "base"),
         "data": (str(folder / "train.txt"),),

@@ -8,20 +8,17 @@ import tiny_run
 from fastperturb import PerturbConfig
 from fastperturb.train import LoraOptions
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
+RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_raises_when_options_are_made(tracker, folder, monkeypatch):
+def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
+    tracker, tmp_path, monkeypatch
+):
     monkeypatch.setattr("fastperturb.train.options.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"pip install {tracker}"):
-        tiny_run.options(folder, report_to=(tracker,))
-
-
-SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
-
-
-RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
+        tiny_run.options(tmp_path, report_to=(tracker,))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +41,6 @@ RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=
         ({"resume": "auto", "overwrite": True}, "one of them"),
     ],
 )
-def test_an_invalid_option_is_named_in_the_error(changes, message, folder):
+def test_an_invalid_option_is_named_in_the_error(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        tiny_run.options(folder, **changes)
+        tiny_run.options(tmp_path, **changes)
