@@ -55,7 +55,7 @@ KNOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts are read."""
+    """Rules for reading texts."""
 
     text_field: str = "text"
     """Name of the field that holds the text in each JSON record or dataset row."""
@@ -96,7 +96,7 @@ class TextOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainOptions(TextOptions):
-    """How texts are read, and how they become blocks of tokens."""
+    """Rules for reading texts and cutting them into blocks of tokens."""
 
     block_size: int = 256
     """Number of tokens in a block; a longer document is cut, and each part is predicted without

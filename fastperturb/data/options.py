@@ -29,8 +29,8 @@ class DataOptions:
     """Number of tokens in a block, the unit that batches are made of."""
 
     packing: Packing = "documents"
-    """How documents share a block. documents: each attends only to itself. stream: each also
-    attends to the documents before it in the block."""
+    """Rule for documents that share a block. documents: each attends only to itself. stream: each
+    also attends to the documents before it in the block."""
 
     streaming: bool = False
     """Read the text while training, instead of tokenising all of it first."""

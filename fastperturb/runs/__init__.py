@@ -1,4 +1,4 @@
-"""What all commands share: option files, run folders, worker processes and provenance."""
+"""Shared by all commands: option files, run folders, worker processes and provenance."""
 
 from fastperturb.runs.provenance import (
     commit,

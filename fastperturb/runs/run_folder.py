@@ -1,4 +1,4 @@
-"""A run's folder: opening it, and JSON files that are whole or absent."""
+"""The output folder of a run, and JSON files in it that are whole or absent."""
 
 from __future__ import annotations
 
