@@ -35,7 +35,5 @@ def test_a_tokenizer_that_cannot_be_loaded_is_named_in_the_error(tmp_path):
 def test_more_tokens_than_positions_raise_with_the_name_of_the_option():
     base = tiny.llama()
     pretrained.check_positions("m", base, 64)
-    with pytest.raises(
-        ValueError, match="length = 65 is more than the 64 positions"
-    ):
+    with pytest.raises(ValueError, match="length = 65 is more than the 64 positions"):
         pretrained.check_positions("m", base, 65, "length")
