@@ -1,4 +1,4 @@
-"""A process's place among two that talk by gloo on one machine."""
+"""Two processes on one machine that communicate by gloo."""
 
 import contextlib
 import datetime
@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def joined(rank, folder, **environment):
-    """Within it this process is `rank` of two, which meet in a file of the folder."""
+    """Join the group of two as `rank`; the processes find each other by a file in the folder."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for, and not used
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # required, and not used
     os.environ |= environment
     dist.init_process_group(
         "gloo",

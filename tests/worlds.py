@@ -71,7 +71,7 @@ def check(world, kind, case, *, base=llama, tolerance=1e-4, inputs=batch, **opti
     out = step(lm, mine, module=module, scale=world.dp_size, **options)
     near = functools.partial(assert_near, rel=tolerance, floor=1e-6)
     where = f"{kind} {case} {options} {world}"
-    near(distributed.total(world, out.loss.detach()), expected.loss, name=where)
+    near(distributed.sum_over_dp(world, out.loss.detach()), expected.loss, name=where)
     near(out.log_probs, expected.log_probs[:, rows], name=where)
     if world.dp_size == 1:
         for name in ("log_marginal", "ess", "shift", "log_prob_variance"):

@@ -1,4 +1,4 @@
-"""`fastperturb doctor`: what runs on this machine, which implementation, and is it right?"""
+"""`fastperturb doctor`: the implementation of every op on this machine, and its errors."""
 
 import importlib.util
 import itertools
@@ -26,35 +26,36 @@ from fastperturb.transforms import FAMILIES, make_transform
 # fp32 against fp64 on sums of a few hundred terms: rounding stays far below, a bug far above.
 TOLERANCE = 1e-4
 
-# The instructions that a CPU kernel may be compiled for.
+# The instruction sets that a CPU kernel may be compiled for.
 FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16")
 
-# What transformers calls an attention implementation: the module that brings it.
+# Attention implementations of transformers: the module that each needs.
 ATTENTION = {
     "sdpa": "torch",
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",
 }
 
-# Heads of queries and of keys: as many, or shared by groups of queries.
+# The number of query heads and of key heads.
 HEADS = {"equal heads": (8, 8), "grouped heads": (8, 2)}
 
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Say what runs on this machine and how, and check every op against the reference."""
+    """Report which implementation of every op runs on this machine, and check its results."""
 
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print the report as one JSON object instead of tables."""
 
     output_dir: Path | None = None
-    """Write results.json into this folder as well."""
+    """Folder to write the report to, as results.json; default: print it only."""
 
     overwrite: bool = False
-    """Let output_dir be a folder that already holds files."""
+    """Allow an output_dir that already holds files, and replace its results.json."""
 
 
 def run(options: DoctorOptions) -> int:
+    """Run `fastperturb doctor`; the exit status is 1 if an op is wrong."""
     folder = None
     if options.output_dir is not None:
         folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
@@ -71,6 +72,7 @@ def run(options: DoctorOptions) -> int:
 
 
 def examine() -> dict[str, Any]:
+    """Return the report: versions, devices, implementations and checks, as JSON holds them."""
     devices = present_devices()
     checks = [check(op, device) for device in devices for op in dispatch.OPS]
     return {
@@ -112,11 +114,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def sdpa_kernel(device: torch.device) -> str:
-    """Whether torch's attention takes its flash kernel for our copies, and when it does not."""
-    refused = [name for name, heads in HEADS.items() if not _takes_flash(device, *heads)]
-    if len(refused) == len(HEADS):
+    """Describe when torch's attention takes its flash kernel for the samples of a batch."""
+    without_flash = [name for name, heads in HEADS.items() if not _takes_flash(device, *heads)]
+    if len(without_flash) == len(HEADS):
         return "no flash kernel: use attn_implementation='flash_attention_2', or expect less speed"
-    others = ", ".join(["padded batches", "fp32", *refused])
+    others = ", ".join(["padded batches", "fp32", *without_flash])
     return f"flash in 16 bits without padding; a slower kernel for {others}"
 
 
@@ -131,39 +133,40 @@ def _takes_flash(device: torch.device, heads: int, kv_heads: int) -> bool:
 
 
 def compiler() -> dict[str, str | None]:
-    """The first line of each tool's --version, None where there is no such tool."""
+    """Return the first line of each tool's --version, None for a tool that is missing."""
     return {"c++": _version(os.environ.get("CXX", "c++")), "ninja": _version("ninja")}
 
 
 def _version(tool: str) -> str | None:
     # pip puts ninja beside its package, which need not be on the path.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
-    found = shutil.which(tool, path=path)
-    if found is None:
+    executable = shutil.which(tool, path=path)
+    if executable is None:
         return None
-    done = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([executable, "--version"], capture_output=True, text=True, timeout=30)
     return next(iter(done.stdout.splitlines()), None)
 
 
 def choice(op: str, device: torch.device) -> dict[str, Any]:
-    """Which implementation of `op` runs on `device`, and why the others do not."""
+    """Return the implementation of `op` that runs on `device`, and why the others do not."""
     candidates = dispatch.explain(op, device)
     return {
         "op": op,
         "device": str(device),
-        "runs": next((each.name for each in candidates if each.usable), None),
+        "runs": next((candidate.name for candidate in candidates if candidate.usable), None),
         "candidates": [
-            {"name": each.name, "usable": each.usable, "reason": each.reason} for each in candidates
+            {"name": candidate.name, "usable": candidate.usable, "reason": candidate.reason}
+            for candidate in candidates
         ],
     }
 
 
 def check(op: str, device: torch.device) -> dict[str, Any]:
-    """`op` as it runs here, in fp32, against the reference in fp64."""
+    """Compare `op` as it runs here, in fp32, with the reference in fp64."""
     entry: dict[str, Any] = {"op": op, "device": str(device), "ok": False}
     try:
-        ours = outcome(ops, op, Inputs(device, torch.float32))
-        truth = outcome(reference, op, Inputs(device, torch.float64))
+        ours = values_and_gradients(ops, op, Inputs(device, torch.float32))
+        truth = values_and_gradients(reference, op, Inputs(device, torch.float64))
     except Exception as error:  # a broken installation is a finding, not a reason to stop
         return {**entry, "error": f"{type(error).__name__}: {error}"}
     for name in ("value", "gradient"):
@@ -176,7 +179,7 @@ def check(op: str, device: torch.device) -> dict[str, Any]:
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
-    """The largest difference over the largest true value."""
+    """Return the largest difference over the largest true value."""
     return ((ours.double() - truth).abs().max() / truth.abs().max()).item()
 
 
@@ -194,8 +197,8 @@ class Inputs:
         return torch.randint(high, shape, generator=self.generator).to(self.device)
 
 
-def outcome(module: ModuleType, op: str, inputs: Inputs) -> dict[str, list[Tensor]]:
-    """Values of `module`'s op on small inputs, and gradients under a random upstream one."""
+def values_and_gradients(module: ModuleType, op: str, inputs: Inputs) -> dict[str, list[Tensor]]:
+    """Return values of `module`'s op, and gradients under a random upstream gradient."""
     if op == "perturb_embed":
         cases = _embed_cases(module, inputs)
     elif op == "combine":
@@ -211,7 +214,10 @@ def outcome(module: ModuleType, op: str, inputs: Inputs) -> dict[str, list[Tenso
 
 
 def _embed_cases(module: ModuleType, inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Each family of transforms, away from its start, where some gradients vanish."""
+    """Yield a value and its leaves for each transform, with random parameters.
+
+    At the initial parameters some gradients vanish.
+    """
     D = 24
     ids = inputs.below(50, 2, 9)
     seed = torch.tensor(1234, device=inputs.device)
@@ -221,14 +227,14 @@ def _embed_cases(module: ModuleType, inputs: Inputs) -> Iterator[tuple[Tensor, l
         for parameter in transform.parameters():
             parameter.data = inputs.normal(*parameter.shape) / 4
         table = inputs.normal(50, D).requires_grad_()
-        moved = module.perturb_embed(ids, table, transform, seed, 4)
-        yield moved, [table, *transform.parameters()]
+        perturbed = module.perturb_embed(ids, table, transform, seed, 4)
+        yield perturbed, [table, *transform.parameters()]
 
 
 def _head_cases(
     module: ModuleType, op: str, inputs: Inputs
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """A head with every option on, and one label that is ignored."""
+    """Yield a value and its leaves for a head with every option on, and one ignored label."""
     M, N, D, V = 4, 12, 24, 300
     hidden = inputs.normal(*((M, N, D) if op == "linear_quadratic" else (N, D))).requires_grad_()
     weight = (inputs.normal(V, D) / 5).requires_grad_()
@@ -242,7 +248,10 @@ def _head_cases(
 
 
 def _combine_cases(inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Each estimator and marginal. In fp64 the op is its own reference: the estimators' torch."""
+    """Yield a value and its leaf for each estimator and marginal.
+
+    In fp64 the op is its own reference: it runs the torch code of `estimators`.
+    """
     M, B, T = 8, 3, 40
     mask = inputs.below(4, B, T) > 0
     for estimator, marginal in itertools.product(COMBINABLE, MARGINALS):
@@ -252,13 +261,14 @@ def _combine_cases(inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
 
 
 def show(report: dict[str, Any], console: Any) -> None:
+    """Print the report as tables."""
     console.print(_facts(report))
     console.print(_implementations(report))
     for chosen in report["ops"]:
-        for each in chosen["candidates"]:
-            if each["name"] != chosen["runs"]:
-                why = f"{chosen['op']} on {chosen['device']}: not {each['name']}: {each['reason']}"
-                console.print(why, markup=False)
+        for other in chosen["candidates"]:
+            if other["name"] != chosen["runs"]:
+                text = f"{chosen['op']} on {chosen['device']}: not {other['name']}: "
+                console.print(text + other["reason"], markup=False)
 
 
 def _facts(report: dict[str, Any]) -> Any:

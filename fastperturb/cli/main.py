@@ -15,21 +15,37 @@ from typing import Any
 from fastperturb.runs import option_files
 from fastperturb.version import __version__
 
-# name: (module:OptionsClass, what it does)
+# name: (module:OptionsClass, the line that --help shows)
 COMMANDS = {
-    "demo": ("fastperturb.demo:DemoOptions", "learned against fixed noise on a toy language"),
-    "train": ("fastperturb.train:TrainOptions", "adapt a model to text, by any of five methods"),
-    "eval": ("fastperturb.eval:EvalOptions", "how likely texts are under models, with intervals"),
-    "study": ("fastperturb.study:StudyOptions", "every method on one domain, judged on all"),
-    "rank": ("fastperturb.rank:RankOptions", "logit rank, and writing by combinations of prompts"),
+    "demo": (
+        "fastperturb.demo:DemoOptions",
+        "compare learned and fixed noise on a toy language",
+    ),
+    "train": (
+        "fastperturb.train:TrainOptions",
+        "train a language model on text, with a learned perturbation or a baseline",
+    ),
+    "eval": (
+        "fastperturb.eval:EvalOptions",
+        "measure the perplexity of texts under trained models, with confidence intervals",
+    ),
+    "study": (
+        "fastperturb.study:StudyOptions",
+        "train every method on one text and compare them on several others",
+    ),
+    "rank": (
+        "fastperturb.rank:RankOptions",
+        "measure the rank of a model's logit matrix, and generate by combining prompts",
+    ),
     "doctor": (
         "fastperturb.cli.doctor:DoctorOptions",
-        "what runs here, how, and if it is right",
+        "report which kernels run on this machine, and check their results",
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status, after one line on an error of ours."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:
         print(f"fastperturb {__version__}")
@@ -48,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    commands = [f"  {name:<{width}}  {does}" for name, (_, does) in COMMANDS.items()]
+    commands = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fastperturb COMMAND [--help] [--config FILE.yaml] [options]",
@@ -71,7 +87,7 @@ def call(command: str, argv: list[str]) -> int:
 
 
 def parse(options_class: type, argv: list[str], *, prog: str) -> Any:
-    """Options from, in rising order: the class's defaults, the --config file, the flags."""
+    """Return options of flags, else of the --config file, else the class's defaults."""
     import tyro
 
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
@@ -89,6 +105,6 @@ def parse(options_class: type, argv: list[str], *, prog: str) -> Any:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether our own code raised it as a message; anything else keeps its traceback."""
+    """Return True if our own code raised the error; any other keeps its traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).partition(".")[0] == "fastperturb"

@@ -1,10 +1,10 @@
-"""The texts that models are judged on: blocks that know which document each token is of.
+"""The texts that models are evaluated on: blocks that know the document of each token.
 
-A domain is read like a training text, by the same code: a text file, a folder of them, JSONL, a
-saved dataset, a hub id; or one of the names below, which stand for texts on the Hugging Face hub
-that many evaluate on, each with the field and split it wants. (A file or folder of that name here
-comes first. `openwebtext` is a sample of 100 k documents of it; `germanquad` the passages of its
-test split, once each.) Documents are what intervals are made over, so they never see each other.
+A domain is read by the code that reads training texts: a text file, a folder of them, JSONL, a
+saved dataset or a hub id. Besides, the names in `KNOWN` stand for texts on the Hugging Face hub
+that many evaluate on, each with its field and split; a file or folder of that name here comes
+first. `openwebtext` is a sample of 100 k documents of it, `germanquad` the passages of its test
+split, once each. Confidence intervals are made over documents, so no document attends to another.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastperturb.data.documents import DocumentTokenizer, no_text, open_source
+from fastperturb.data.documents import DocumentTokenizer, token_features
 from fastperturb.data.options import DataOptions
 from fastperturb.data.packing import Block, Layout, PackedDocuments, Tokens
+from fastperturb.data.sources import no_text_error, open_source
 
 
-class Known(NamedTuple):
-    """Where a text lies on the hub: id or id:config, field, split.
+class HubText(NamedTuple):
+    """A text on the Hugging Face hub.
 
-    heading: its rows are lines, of which one like this begins a document.
+    hub: id or id:config.
+    heading: the pattern of a line that begins a document, where each row is one line.
     """
 
     hub: str
@@ -42,37 +44,37 @@ class Known(NamedTuple):
 _ARTICLE = r" = [^=]+ = \s*$"
 
 KNOWN = {
-    "wikitext2": Known("Salesforce/wikitext:wikitext-2-raw-v1", "text", "test", _ARTICLE),
-    "wikitext103": Known("Salesforce/wikitext:wikitext-103-raw-v1", "text", "test", _ARTICLE),
-    "writingprompts": Known("euclaise/writingprompts", "story", "test"),
-    "codeparrot": Known("codeparrot/codeparrot-clean-valid", "content", "train"),
-    "germanquad": Known("mteb/germanquad-retrieval:corpus", "text", "corpus"),
-    "openwebtext": Known("Elriggs/openwebtext-100k", "text", "train"),
+    "wikitext2": HubText("Salesforce/wikitext:wikitext-2-raw-v1", "text", "test", _ARTICLE),
+    "wikitext103": HubText("Salesforce/wikitext:wikitext-103-raw-v1", "text", "test", _ARTICLE),
+    "writingprompts": HubText("euclaise/writingprompts", "story", "test"),
+    "codeparrot": HubText("codeparrot/codeparrot-clean-valid", "content", "train"),
+    "germanquad": HubText("mteb/germanquad-retrieval:corpus", "text", "corpus"),
+    "openwebtext": HubText("Elriggs/openwebtext-100k", "text", "train"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts are read."""
+    """Rules for reading texts."""
 
     text_field: str = "text"
-    """Where a record of JSON or of a dataset holds its text."""
+    """Name of the field that holds the text in each JSON record or dataset row."""
 
     split: str = "test"
-    """Of a dataset that has several."""
+    """Split to read of a dataset that has several."""
 
     document_separator: str | None = None
-    """What stands between the documents of one text file (a blank line is $'\\n\\n' in a shell);
-    default: a file is one document."""
+    """String between the documents of a text file (write a blank line as $'\\n\\n' in a shell);
+    without it each file is one document."""
 
     max_documents: int | None = None
-    """Read the first so many documents of each text only."""
+    """Number of documents to read from the start of each text; default: all."""
 
     document_tokens: int | None = None
-    """Keep the first so many tokens of each document only."""
+    """Number of tokens to keep from the start of each document; default: all."""
 
     def __post_init__(self) -> None:
-        self.reading("text")  # which refuses what training refuses
+        self.data_options("text")  # raises on what training raises on
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"max_documents must be at least 1, got {self.max_documents}")
         if self.document_tokens is not None and self.document_tokens < 2:
@@ -80,34 +82,35 @@ class TextOptions:
                 f"document_tokens must be at least 2 to predict, got {self.document_tokens}"
             )
 
-    def reading(self, where: str) -> DataOptions:
-        """The options by which training reads the same text."""
+    def data_options(self, where: str) -> DataOptions:
+        """Return the options by which training reads the same text."""
         return DataOptions(
             data=(where,),
             text_field=self.text_field,
             split=self.split,
             document_separator=self.document_separator,
-            # Of a text on the hub only what is needed is fetched.
+            # Fetches no more of a text on the hub than is needed.
             streaming=self.max_documents is not None,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainOptions(TextOptions):
-    """How texts are read, and how they are laid into blocks."""
+    """Rules for reading texts and cutting them into blocks of tokens."""
 
     block_size: int = 256
-    """Tokens a block: of longer documents each piece of a block is predicted by itself."""
+    """Number of tokens in a block; a longer document is cut, and each part is predicted without
+    the others."""
 
-    def reading(self, where: str) -> DataOptions:
-        return dataclasses.replace(super().reading(where), block_size=self.block_size)
+    def data_options(self, where: str) -> DataOptions:
+        return dataclasses.replace(super().data_options(where), block_size=self.block_size)
 
 
 @dataclass(frozen=True)
 class Domain:
     """A text in blocks, under packing="documents".
 
-    documents: for each block, the document of each token [T], counted from 0; -1 for padding.
+    documents: for each block, the number of each token's document [T], from 0; -1 for padding.
     """
 
     name: str
@@ -116,49 +119,51 @@ class Domain:
 
     @cached_property
     def document_count(self) -> int:
-        return 1 + max(int(each.max()) for each in self.documents)
+        return 1 + max(int(numbers.max()) for numbers in self.documents)
 
     def tokens(self) -> list[NDArray[np.int64]]:
-        """The tokens of each document."""
-        owners = np.concatenate(self.documents)
+        """Return the tokens of each document."""
+        numbers = np.concatenate(self.documents)
         tokens = np.concatenate([block.tokens for block in self.blocks])
-        ends = np.flatnonzero(np.diff(owners)) + 1  # padding, if any, comes last
+        ends = np.flatnonzero(np.diff(numbers)) + 1  # padding, if any, comes last
         return np.split(tokens, ends)[: self.document_count]
 
 
 def read(name: str, where: str | Sequence[str], options: DomainOptions, tokenizer: Any) -> Domain:
-    """A domain of this name, of the text at `where`, or of several laid end to end."""
+    """Read a domain from the text at `where`, or from several texts laid end to end."""
     tokenize = DocumentTokenizer(tokenizer)
     places = [where] if isinstance(where, str) else where
     documents = [tokens for place in places for tokens in read_documents(place, options, tokenize)]
     layout = Layout(options.block_size, "documents", tokenize.eos)
-    blocks = PackedDocuments([_table(documents)], layout)
+    blocks = PackedDocuments([_in_memory(documents)], layout)
     return Domain(name, blocks, [blocks.documents(number) for number in range(len(blocks))])
 
 
 def read_documents(
     where: str, options: TextOptions, tokenize: DocumentTokenizer
 ) -> list[NDArray[np.int32]]:
-    """The tokens of each document at one place."""
+    """Return the tokens of each document of the text at `where`."""
     known = None if Path(where).expanduser().exists() else KNOWN.get(where)
-    reading = options.reading(where)
+    data_options = options.data_options(where)
     if known is not None:
-        reading = dataclasses.replace(reading, text_field=known.text_field, split=known.split)
-    source = open_source(where if known is None else known.hub, reading)
+        data_options = dataclasses.replace(
+            data_options, text_field=known.text_field, split=known.split
+        )
+    source = open_source(where if known is None else known.hub, data_options)
     batches: Iterable[list[str]] = source.batches()
     if known is not None and known.heading is not None:
         lines = itertools.chain.from_iterable(batches)
-        batches = ([text] for text in _joined(lines, known.heading))
-    found = itertools.chain.from_iterable(map(tokenize, batches))
-    first = itertools.islice(found, options.max_documents)
-    documents = [tokens[: options.document_tokens] for tokens in first]
+        batches = ([text] for text in _join_lines(lines, known.heading))
+    all_tokens = itertools.chain.from_iterable(map(tokenize, batches))
+    wanted = itertools.islice(all_tokens, options.max_documents)
+    documents = [tokens[: options.document_tokens] for tokens in wanted]
     if not documents:
-        raise no_text([source])
+        raise no_text_error([source])
     return documents
 
 
-def _joined(lines: Iterable[str], heading: str) -> Iterator[str]:
-    """The documents that are given line by line."""
+def _join_lines(lines: Iterable[str], heading: str) -> Iterator[str]:
+    """Yield the documents of which `lines` are the lines."""
     document: list[str] = []
     for line in lines:
         if document and re.match(heading, line):
@@ -169,9 +174,7 @@ def _joined(lines: Iterable[str], heading: str) -> Iterator[str]:
         yield "".join(document)
 
 
-def _table(documents: Sequence[Tokens]) -> Any:
-    """As `PackedDocuments` reads them, in memory."""
+def _in_memory(documents: Sequence[Tokens]) -> Any:
     import datasets
 
-    features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
-    return datasets.Dataset.from_dict({"tokens": documents}, features=features)
+    return datasets.Dataset.from_dict({"tokens": documents}, features=token_features())

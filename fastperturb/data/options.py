@@ -1,61 +1,45 @@
-"""Training data: from text to blocks in a run's order, the same for any number of processes.
-
---data -> documents -> tokens, EOS after each -> blocks of T -> the run's order -> batches
-"""
+"""Options about the text of a run and its blocks."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fastperturb.data.documents import DocumentTokenizer, open_source, tokenised
-from fastperturb.data.order import ShuffledData, StreamedData, TrainingData
-from fastperturb.data.packing import Block, Layout, PackedDocuments, Packing, collate
-
-__all__ = [
-    "Block",
-    "DataOptions",
-    "TrainingData",
-    "collate",
-    "evaluation_blocks",
-    "training_data",
-]
+from fastperturb.data.packing import Packing
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is read, and how it is laid into blocks."""
+    """The text that is read, and how it becomes blocks of tokens."""
 
     data: tuple[str, ...]
-    """Files (.txt, .jsonl, .json, each also .gz), folders or globs of them, folders of
-    save_to_disk, or hub ids (id or id:config)."""
+    """Texts to read: files (.txt, .jsonl or .json, also with .gz), folders or globs of such files,
+    folders written by Dataset.save_to_disk, or Hugging Face hub ids (id or id:config)."""
 
     text_field: str = "text"
-    """Where a record of JSON or of a dataset holds its text."""
+    """Name of the field that holds the text in each JSON record or dataset row."""
 
     split: str = "train"
-    """Of a dataset that has several."""
+    """Split to read of a dataset that has several."""
 
     document_separator: str | None = None
-    """What stands between the documents of one text file (a blank line is $'\\n\\n' in a shell);
-    default: a file is one document."""
+    """String between the documents of a text file (write a blank line as $'\\n\\n' in a shell);
+    without it each file is one document."""
 
     block_size: int = 256
-    """Tokens a block."""
+    """Number of tokens in a block, the unit that batches are made of."""
 
     packing: Packing = "documents"
-    """documents: those that share a block do not see each other. stream: they do."""
+    """Rule for documents that share a block. documents: each attends only to itself. stream: each
+    also attends to the documents before it in the block."""
 
     streaming: bool = False
-    """Read while training, instead of tokenising everything first."""
+    """Read the text while training, instead of tokenising all of it first."""
 
     shuffle_buffer: int = 1000
-    """Streaming: the blocks among which the next one is drawn."""
+    """Number of blocks held in memory to draw the next one from; used only with streaming."""
 
     max_tokens: int | None = None
-    """Train on the first so many tokens only."""
+    """Train on this many tokens from the start of the data; default: on all."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -67,48 +51,6 @@ class DataOptions:
         if self.max_tokens is not None and self.max_tokens < 2:
             raise ValueError(f"max_tokens must be at least 2 to predict, got {self.max_tokens}")
         if self.document_separator == "":
-            raise ValueError("document_separator must not be empty; None: a file is a document")
-
-
-def training_data(options: DataOptions, tokenizer: Any, *, seed: int) -> TrainingData:
-    """The blocks of `options.data` in the order of a run, which is a function of the seed."""
-    tokenize = DocumentTokenizer(tokenizer)
-    sources = [open_source(name, options) for name in options.data]
-    layout = Layout(options.block_size, options.packing, tokenize.eos)
-    identity: dict[str, int | str] = {
-        "streaming": int(options.streaming),
-        "tokenizer": tokenize.fingerprint(),
-        "packing": options.packing,
-        "block_size": options.block_size,
-    }
-    if not options.streaming:
-        documents = [tokenised(source, tokenize) for source in sources]
-        blocks = PackedDocuments(documents, layout, max_tokens=options.max_tokens)
-        return ShuffledData(blocks, identity, seed=seed)
-    identity["data"] = ", ".join(str(source) for source in sources)
-    for name in ("text_field", "split", "document_separator", "shuffle_buffer", "max_tokens"):
-        identity[name] = str(getattr(options, name))
-    return StreamedData(
-        sources,
-        tokenize,
-        layout,
-        identity,
-        seed=seed,
-        buffer_size=options.shuffle_buffer,
-        max_tokens=options.max_tokens,
-    )
-
-
-def evaluation_blocks(
-    paths: Sequence[str], options: DataOptions, tokenizer: Any
-) -> Sequence[Block]:
-    """All blocks of `paths`, in the order of their documents, read and laid out as `options` say.
-
-    Nothing is streamed and max_tokens, which is about training, leaves nothing out.
-    """
-    if not paths:
-        raise ValueError("paths must name at least one file, folder or hub id to evaluate on")
-    tokenize = DocumentTokenizer(tokenizer)
-    mapped = dataclasses.replace(options, streaming=False)
-    documents = [tokenised(open_source(path, mapped), tokenize) for path in paths]
-    return PackedDocuments(documents, Layout(options.block_size, options.packing, tokenize.eos))
+            raise ValueError(
+                "document_separator must not be empty; leave it unset for one document a file"
+            )

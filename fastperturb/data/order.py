@@ -1,7 +1,7 @@
 """The order in which a run sees its blocks: shuffled anew each epoch, and resumed exactly.
 
-Every random choice is a function of the seed, the epoch and how many blocks went before, so no
-generator has to be saved, and every process that asks sees the same.
+Every random choice is a function of the seed, the epoch and the number of blocks drawn before. So
+there is no generator to save, and all processes see the same order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastperturb.data.documents import DocumentTokenizer, Source, no_text
-from fastperturb.data.packing import Block, Cut, Layout, PackedDocuments, Tokens
+from fastperturb.data.documents import DocumentTokenizer
+from fastperturb.data.packing import Block, Layout, PackedDocuments, Span, Tokens
+from fastperturb.data.sources import Source, no_text_error
 
 Identity = Mapping[str, int | str]
 
@@ -24,8 +25,9 @@ Identity = Mapping[str, int | str]
 class TrainingData(abc.ABC):
     """The blocks of a run, epoch after epoch.
 
-    epoch: how many are completed. blocks_per_epoch: None where that is not known beforehand.
-    identity: what a saved state must agree on for the sequence to continue.
+    epoch: the number of completed epochs.
+    blocks_per_epoch: None where that is not known beforehand.
+    identity: the facts that a saved state must agree on for the sequence to continue.
     """
 
     blocks_per_epoch: int | None
@@ -39,20 +41,20 @@ class TrainingData(abc.ABC):
 
     @abc.abstractmethod
     def next_blocks(self, count: int) -> list[Block]:
-        """The next `count` blocks, or what is left of the epoch: at least one."""
+        """Return the next `count` blocks, or fewer at the end of an epoch, but at least one."""
 
     def state(self) -> tuple[dict[str, int | str], dict[str, Tensor]]:
-        """Where the sequence stands, as JSON values and as tensors."""
+        """Return the position in the sequence, as JSON values and as tensors."""
         position, tensors = self._position()
         return {**self._identity, "epoch": self.epoch, **position}, tensors
 
     def restore(self, values: Mapping[str, int | str], tensors: Mapping[str, Tensor]) -> None:
-        """Continue where the `state` was taken, which other data refuse."""
-        for name, here in self._identity.items():
-            if values.get(name) != here:
+        """Continue where `state` was called; raise ValueError if that was on other data."""
+        for name, value in self._identity.items():
+            if values.get(name) != value:
                 raise ValueError(
                     f"the state is of other data: its {name} was {values.get(name)!r} and is now "
-                    f"{here!r}; resume with the data and options of the first run, or start anew"
+                    f"{value!r}; resume with the data and options of the first run, or start anew"
                 )
         self.epoch = int(values["epoch"])
         self._seek(values, tensors)
@@ -65,7 +67,7 @@ class TrainingData(abc.ABC):
 
 
 class ShuffledData(TrainingData):
-    """Packed documents in the order of a permutation for each epoch."""
+    """Packed documents, permuted anew in each epoch."""
 
     def __init__(self, blocks: PackedDocuments, identity: Identity, *, seed: int) -> None:
         super().__init__(
@@ -99,10 +101,10 @@ class ShuffledData(TrainingData):
 class StreamedData(TrainingData):
     """Documents packed as they are read, the blocks shuffled through a buffer.
 
-    Documents come in the order of their sources. A block is drawn at random from the next
-    `buffer_size` of them, so sources that differ are better mixed before they are given. Every
-    process reads everything. The state holds the buffer and what is read but not yet cut; a
-    resumed reader skips what it had read of the file it stood in.
+    Documents come in the order of their sources, and each block is drawn at random from the next
+    `buffer_size`: sources that differ should be mixed beforehand. Every process reads everything.
+    The state holds the buffer and the tokens that are read but not in a block yet. A resumed
+    reader skips the part of a file that it had read.
     """
 
     blocks_per_epoch = None
@@ -128,17 +130,18 @@ class StreamedData(TrainingData):
         self._begin()
 
     def _begin(self) -> None:
-        """Stand at the start of an epoch."""
-        self._reading = 0  # which source is being read
+        """Go to the start of an epoch."""
+        self._reading = 0  # index of the source that is being read
         self._position_in_source: dict[str, Any] | None = None
         self._documents = self._read()
-        self._rest = Cut(0, np.empty(0, np.int32), np.empty(0, np.bool_))  # of what is read
-        self._buffer: list[Cut] = []
+        # The tokens that are read and in no block yet.
+        self._rest = Span(0, np.empty(0, np.int32), np.empty(0, np.bool_))
+        self._buffer: list[Span] = []
 
     def next_blocks(self, count: int) -> list[Block]:
         self._fill()
         if not self._buffer:
-            raise no_text(self._sources)
+            raise no_text_error(self._sources)
         blocks: list[Block] = []
         while self._buffer and len(blocks) < count:
             blocks.append(self._layout.block(self._draw()))
@@ -148,7 +151,8 @@ class StreamedData(TrainingData):
             self._begin()
         return blocks
 
-    def _draw(self) -> Cut:
+    def _draw(self) -> Span:
+        """Take a random span out of the buffer."""
         drawn = self._rest.number - len(self._buffer)
         random = np.random.default_rng([self._seed, self.epoch, drawn])
         chosen = random.integers(len(self._buffer))
@@ -156,6 +160,7 @@ class StreamedData(TrainingData):
         return self._buffer.pop()
 
     def _fill(self) -> None:
+        """Read on until the buffer is full or the epoch is read to its end."""
         while len(self._buffer) < self._buffer_size:
             if len(self._rest.tokens) < self._layout.block_size and self._extend():
                 continue
@@ -163,11 +168,11 @@ class StreamedData(TrainingData):
                 return
             number, tokens, starts = self._rest
             size = self._layout.block_size
-            self._buffer.append(Cut(number, tokens[:size], starts[:size]))
-            self._rest = Cut(number + 1, tokens[size:], starts[size:])
+            self._buffer.append(Span(number, tokens[:size], starts[:size]))
+            self._rest = Span(number + 1, tokens[size:], starts[size:])
 
     def _extend(self) -> bool:
-        """Read on; False at the end of the documents or at max_tokens."""
+        """Read one more batch of documents; False at their end or at max_tokens."""
         number, tokens, starts = self._rest
         room = None
         if self._max_tokens is not None:
@@ -177,12 +182,13 @@ class StreamedData(TrainingData):
         documents = next(self._documents, None)
         if documents is None:
             return False
-        first = [np.arange(len(document)) == 0 for document in documents]
+        new_starts = [np.arange(len(document)) == 0 for document in documents]
         tokens = np.concatenate([tokens, *documents])[:room]
-        self._rest = Cut(number, tokens, np.concatenate([starts, *first])[:room])
+        self._rest = Span(number, tokens, np.concatenate([starts, *new_starts])[:room])
         return True
 
     def _read(self) -> Iterator[list[Tokens]]:
+        """Yield documents from the current position on, keeping that position up to date."""
         while self._reading < len(self._sources):
             source, start = self._sources[self._reading], self._starts[self._reading]
             source.rows.load_state_dict(self._position_in_source or start)
@@ -193,12 +199,12 @@ class StreamedData(TrainingData):
 
     def _position(self) -> tuple[dict[str, int | str], dict[str, Tensor]]:
         reader = json.dumps(self._position_in_source)
-        cuts = [*self._buffer, self._rest]
+        spans = [*self._buffer, self._rest]
         return {"reading": self._reading, "reader": reader}, {
-            "numbers": torch.tensor([cut.number for cut in cuts]),
-            "lengths": torch.tensor([len(cut.tokens) for cut in cuts]),
-            "tokens": torch.from_numpy(np.concatenate([cut.tokens for cut in cuts])),
-            "starts": torch.from_numpy(np.concatenate([cut.starts for cut in cuts])),
+            "numbers": torch.tensor([span.number for span in spans]),
+            "lengths": torch.tensor([len(span.tokens) for span in spans]),
+            "tokens": torch.from_numpy(np.concatenate([span.tokens for span in spans])),
+            "starts": torch.from_numpy(np.concatenate([span.starts for span in spans])),
         }
 
     def _seek(self, values: Mapping[str, int | str], tensors: Mapping[str, Tensor]) -> None:
@@ -207,4 +213,4 @@ class StreamedData(TrainingData):
         self._position_in_source = json.loads(str(values["reader"]))
         ends = tensors["lengths"].cumsum(0)[:-1].numpy()
         parts = (np.split(tensors[name].numpy(), ends) for name in ("tokens", "starts"))
-        *self._buffer, self._rest = map(Cut, tensors["numbers"].tolist(), *parts)
+        *self._buffer, self._rest = map(Span, tensors["numbers"].tolist(), *parts)

@@ -1,15 +1,16 @@
-"""Documents laid end to end and cut into blocks of one length, with what a model needs to know.
+"""Packing: documents laid end to end and cut into blocks of T tokens.
 
 A block under packing="documents" (T = 8, the n-th block, EOS written $, documents abc and defgh):
 
     tokens       a     b     c     $     d     e     f     g
     labels       -     b     c     $     -     e     f     g     none for a piece's first token
     positions    0     1     2     3     0     1     2     3     attention stays within a piece
-    rows        8n    8n    8n    8n    8n+4  8n+4  8n+4  8n+4   a piece's own noise
+    rows        8n    8n    8n    8n    8n+4  8n+4  8n+4  8n+4   row ids: the key of its noise
 
-Under packing="stream" documents run on inside a block: one label less than tokens, no positions,
-and the block's number as its row. Rows say where a piece stands in the laid-out documents, so its
-noise is the same in whatever order, and by however many processes, blocks are visited.
+A piece is the part of one document that lies in one block. Under packing="stream" a block is one
+piece whatever documents it holds: only its first token has no label, there are no positions, and
+the row id is the number of the block. A row id is the place of a piece in the laid-out documents,
+so its noise depends neither on the order of the blocks nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -35,49 +36,50 @@ Tokens = NDArray[np.int32]
 
 
 class Block(NamedTuple):
-    """One example of a batch, int64."""
+    """One batch row of T tokens, int64."""
 
     tokens: NDArray[np.int64]  # [T]
-    labels: NDArray[np.int64]  # [T], IGNORED where nothing is predicted
+    labels: NDArray[np.int64]  # [T], IGNORED where there is no label
     positions: NDArray[np.int64] | None  # [T]; None under packing="stream"
-    rows: NDArray[np.int64]  # [T]
+    rows: NDArray[np.int64]  # [T] row ids
 
 
-class Cut(NamedTuple):
-    """A block's share of the laid-out documents; only an epoch's last may be short of T tokens."""
+class Span(NamedTuple):
+    """The tokens of one block; only the last span of an epoch may have fewer than T."""
 
-    number: int
+    number: int  # of the block
     tokens: Tokens
     starts: NDArray[np.bool_]  # where a document begins
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a cut becomes a block."""
+    """The rules by which spans become blocks."""
 
     block_size: int
     packing: Packing
     eos: int
 
-    def block(self, cut: Cut) -> Block:
-        real = len(cut.tokens)
+    def block(self, span: Span) -> Block:
+        real = len(span.tokens)
         missing = (0, self.block_size - real)
-        tokens = np.pad(cut.tokens.astype(np.int64), missing, constant_values=self.eos)
+        tokens = np.pad(span.tokens.astype(np.int64), missing, constant_values=self.eos)
         if self.packing == "stream":
             labels = tokens.copy()
             labels[0] = labels[real:] = IGNORED
-            return Block(tokens, labels, None, np.full_like(tokens, cut.number))
-        starts = np.pad(cut.starts, missing)
+            return Block(tokens, labels, None, np.full_like(tokens, span.number))
+        starts = np.pad(span.starts, missing)
         starts[0] = starts[real : real + 1] = True  # the padding is a piece of its own
         labels = np.where(starts, IGNORED, tokens)
         labels[real:] = IGNORED
         offsets = np.arange(self.block_size)
-        piece = np.maximum.accumulate(np.where(starts, offsets, 0))  # the offset where it begins
-        return Block(tokens, labels, offsets - piece, cut.number * self.block_size + piece)
+        piece_starts = np.maximum.accumulate(np.where(starts, offsets, 0))
+        rows = span.number * self.block_size + piece_starts
+        return Block(tokens, labels, offsets - piece_starts, rows)
 
 
 def collate(blocks: Sequence[Block]) -> dict[str, Tensor]:
-    """The arguments of `PerturbedLM.forward` for a batch of blocks."""
+    """Return the arguments of `PerturbedLM.forward` for a batch of blocks."""
 
     def stack(arrays: Sequence[NDArray[np.int64]]) -> Tensor:
         return torch.from_numpy(np.stack(arrays))
@@ -93,13 +95,14 @@ class PackedDocuments(Sequence[Block]):
     """The blocks of tokenised documents, laid out on demand from memory-mapped tables.
 
     datasets: their column `tokens` holds a list of int32 for each document.
-    max_tokens: leave out what comes after so many.
+    max_tokens: the tokens after this many are left out.
     """
 
     def __init__(
         self, datasets: Sequence[Dataset], layout: Layout, *, max_tokens: int | None = None
     ) -> None:
-        chunks = [chunk for each in datasets for chunk in each.data.column("tokens").chunks]
+        columns = [dataset.data.column("tokens") for dataset in datasets]
+        chunks = [chunk for column in columns for chunk in column.chunks]
         self._layout = layout
         self._chunks: list[Tokens] = [chunk.flatten().to_numpy() for chunk in chunks]
         self._chunk_ends = np.cumsum([len(chunk) for chunk in self._chunks]).tolist()
@@ -128,14 +131,14 @@ class PackedDocuments(Sequence[Block]):
         first, last = np.searchsorted(self._document_starts, (begin, end))
         starts = np.zeros(end - begin, dtype=np.bool_)
         starts[self._document_starts[first:last] - begin] = True
-        return self._layout.block(Cut(number, self._tokens(begin, end), starts))
+        return self._layout.block(Span(number, self._tokens(begin, end), starts))
 
     def documents(self, number: int) -> NDArray[np.int64]:
-        """The document that each token of a block is of [T]; -1 for padding."""
+        """Return the number of the document of each token of a block [T]; -1 for padding."""
         begin = number * self._layout.block_size
         offsets = np.arange(begin, begin + self._layout.block_size)
-        found = np.searchsorted(self._document_starts, offsets, side="right") - 1
-        return np.where(offsets < self.token_count, found, -1)
+        numbers = np.searchsorted(self._document_starts, offsets, side="right") - 1
+        return np.where(offsets < self.token_count, numbers, -1)
 
     def _tokens(self, begin: int, end: int) -> Tokens:
         parts = []

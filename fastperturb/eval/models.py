@@ -14,6 +14,7 @@ from torch import nn
 import fastperturb
 from fastperturb import runs
 from fastperturb.checkpoint.format import CONFIG_NAME, Checkpoint
+from fastperturb.checkpoint.pretrained import check_positions, load_causal_lm, load_tokenizer
 from fastperturb.config import PerturbConfig
 from fastperturb.data.documents import DocumentTokenizer
 from fastperturb.model import EditConfig, PerturbedLM
@@ -89,16 +90,12 @@ def find(name: str, where: str, base: str | None) -> Place:
 
 def common_tokenizer(places: Sequence[Place], *, trust_remote_code: bool) -> Any:
     """The tokenizer of all models: under two, a token would not be the same thing."""
-    from transformers import AutoTokenizer
-
     found = []
     for place in places:
         try:
-            found.append(
-                AutoTokenizer.from_pretrained(place.tokenizer, trust_remote_code=trust_remote_code)
-            )
-        except (OSError, ValueError) as error:
-            raise _unloadable(place, f"the tokenizer {place.tokenizer}", error) from error
+            found.append(load_tokenizer(place.tokenizer, trust_remote_code=trust_remote_code))
+        except ValueError as error:
+            raise _unloadable(place, error) from error
     first, *others = [DocumentTokenizer(each).fingerprint() for each in found]
     for place, other in zip(places[1:], others):
         if other != first:
@@ -130,30 +127,13 @@ def autocast(lm: PerturbedLM, precision: str) -> contextlib.AbstractContextManag
 
 
 def _base(place: Place, options: LoadOptions) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            place.base,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise _unloadable(place, place.base, error) from error
+        return load_causal_lm(place.base, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    except ValueError as error:
+        raise _unloadable(place, error) from error
 
 
-def _unloadable(place: Place, what: str, error: Exception) -> ValueError:
+def _unloadable(place: Place, error: Exception) -> ValueError:
     advice = "" if place.checkpoint is None else ". If what it was saved over has moved, set base"
-    return ValueError(f"model {place.name!r}: {what} cannot be loaded: {error}{advice}")
-
-
-def check_positions(name: str, base: Any, tokens: int, what: str = "block_size") -> None:
-    """Refuse texts of more tokens than a model has positions."""
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise ValueError(
-            f"{what} = {tokens} is more than the {positions} positions that model {name!r} was "
-            "made for; lower it"
-        )
+    return ValueError(f"model {place.name!r}: {error}{advice}")

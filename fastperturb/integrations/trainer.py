@@ -1,15 +1,15 @@
 """Hugging Face's Trainer for a PerturbedLM, and for the trainers that build on it (TRL's).
 
-Everything of Trainer's works as for any model; what is particular:
+Trainer works as it does for any model, with these differences:
 
-    noise        keyed by (args.seed, step) and an example's place in the step's global batch, so
-                 that micro-batches, processes and resuming change none; evaluation has its own
-    optimizer    the transform has its own learning rate and weight decay
-    checkpoints  hold what `lm.save_pretrained` writes, beside Trainer's optimizer and scheduler
-    evaluation   the nll a token of the marginal, its perplexity, ess and shift; no logits exist
+    noise        is keyed by (args.seed, step) and the place of an example in the global batch: it
+                 depends on neither micro-batches, processes nor resuming; evaluation has its own
+    optimizer    gives the transform its own learning rate and weight decay
+    checkpoints  hold the files of `lm.save_pretrained`, beside Trainer's optimizer and scheduler
+    evaluation   reports the marginal nll a token, its perplexity, ess and shift; no logits exist
 
-One process or many by torchrun or `accelerate launch` (DDP). Parameters that are sharded, by FSDP
-or DeepSpeed, are refused: checkpoints could not be written from them.
+It runs in one process, or in several started by torchrun or `accelerate launch` (DDP). Parameters
+that are sharded, by FSDP or DeepSpeed, are rejected: checkpoints could not be written from them.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from fastperturb.engine.adapters import is_adapted
 from fastperturb.engine.batch import IGNORED
 from fastperturb.engine.positions import document_starts
 from fastperturb.model import PerturbedLM
-from fastperturb.train.loop import EVALUATION, TRANSFORM_RATE, perplexity
+from fastperturb.train.evaluation import EVALUATION, perplexity
+from fastperturb.train.optimizer import TRANSFORM_RATE
 
-# A packed document's number: that of its row, then its own within the row.
+# The row id of a packed document: the number of its batch row, then its own in these low bits.
 _DOCUMENT_BITS = 16
 
 
 class PerturbTrainer(transformers.Trainer):
-    """transformers.Trainer for a PerturbedLM; `trainer.lm` is the model that was given.
+    """transformers.Trainer for a PerturbedLM, which is `trainer.lm`.
 
-    transform_learning_rate: default five times args.learning_rate.
-    transform_weight_decay: args.weight_decay is for the other parameters.
-    num_eval_samples: M of evaluations.
+    transform_learning_rate: learning rate of the transform; default, 5 * args.learning_rate.
+    transform_weight_decay: weight decay of the transform; args.weight_decay is for the others.
+    num_eval_samples: the number of Monte-Carlo samples M in an evaluation.
 
     The other arguments are Trainer's. To derive from another trainer too, name this one first:
     `class PerturbSFTTrainer(PerturbTrainer, trl.SFTTrainer)`.
@@ -60,9 +61,10 @@ class PerturbTrainer(transformers.Trainer):
         self.transform_weight_decay = transform_weight_decay
         self.num_eval_samples = num_eval_samples
         super().__init__(model if model is None else _presented(model), *args, **options)
-        self._refuse_unsupported()
-        self._window = torch.zeros(3, device=self.args.device)  # sums of ess, shift and 1
-        self._evaluated: list[Tensor] = []
+        self._reject_unsupported()
+        # Sums of ess, shift and 1 since the last log.
+        self._log_sums = torch.zeros(3, device=self.args.device)
+        self._eval_sums: list[Tensor] = []  # of the batches of an evaluation
 
     @property
     def lm(self) -> PerturbedLM:
@@ -71,11 +73,11 @@ class PerturbTrainer(transformers.Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return _presented(super().call_model_init(trial))
 
-    def _refuse_unsupported(self) -> None:
+    def _reject_unsupported(self) -> None:
         args, no_logits = self.args, "needs logits, and the perturbed model's loss makes none"
         sharding = "shards parameters: use DDP, by torchrun or `accelerate launch`"
         copying = "DataParallel would copy lm to: use DDP, by torchrun or `accelerate launch`"
-        refused = {
+        unsupported = {
             "deepspeed": (self.is_deepspeed_enabled, sharding),
             "fsdp": (self.is_fsdp_enabled, sharding),
             "several GPUs in one process": (args.n_gpu > 1, copying),
@@ -85,23 +87,23 @@ class PerturbTrainer(transformers.Trainer):
             "neftune_noise_alpha": (args.neftune_noise_alpha, "is another noise than lm.config's"),
             "use_liger_kernel": (args.use_liger_kernel, "replaces the forward that lm goes around"),
         }
-        for name, (given, why) in refused.items():
-            if given:
-                raise ValueError(f"PerturbTrainer does not work with {name}, which {why}")
+        for name, (is_set, reason) in unsupported.items():
+            if is_set:
+                raise ValueError(f"PerturbTrainer does not work with {name}, which {reason}")
 
     # Training
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """A step's micro-batches, their examples numbered through the global batch."""
+        """Return a step's micro-batches, with row ids that count through the global batch."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         for index, batch in enumerate(batches):
-            _number(batch, self._place(index) * self._train_batch_size)
+            _set_rows(batch, self._global_index(index) * self._train_batch_size)
         return batches, count
 
-    def _place(self, index: int) -> int:
-        """Of this process's batch `index`, among those of all processes."""
+    def _global_index(self, index: int) -> int:
+        """Return the index of this process's batch `index` among those of all processes."""
         return index * self.accelerator.num_processes + self.accelerator.process_index
 
     def compute_loss(
@@ -113,31 +115,32 @@ class PerturbTrainer(transformers.Trainer):
     ) -> Any:
         seed = noise.fold_in(self.args.seed, self.state.global_step)
         # The loss is the model's own, whatever other trainer this class is mixed into.
-        loss, found = transformers.Trainer.compute_loss(
+        loss, outputs = transformers.Trainer.compute_loss(
             self,
             model,
             {"seed": seed, **inputs},
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        # Summed where they are: reading them would wait for the device at every step.
-        self._window += torch.stack([found.ess, found.shift, torch.ones_like(found.ess)]).detach()
-        return (loss, found) if return_outputs else loss
+        # Summed on the device: reading them would wait for it at every step.
+        values = [outputs.ess, outputs.shift, torch.ones_like(outputs.ess)]
+        self._log_sums += torch.stack(values).detach()
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Trainer's optimizer, the transform's parameters in a group of their own."""
-        given = self.optimizer is not None
+        """Return Trainer's optimizer, with the transform in a parameter group of its own."""
+        exists = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        learned = [value for value in self.lm.transform.parameters() if value.requires_grad]
-        if given or not learned:
+        transform = [value for value in self.lm.transform.parameters() if value.requires_grad]
+        if exists or not transform:
             return optimizer
-        moved = {id(value) for value in learned}
+        transform_ids = {id(value) for value in transform}
         for group in optimizer.param_groups:
-            group["params"] = [value for value in group["params"] if id(value) not in moved]
+            group["params"] = [value for value in group["params"] if id(value) not in transform_ids]
         rate = self.transform_learning_rate
         optimizer.add_param_group(
             {
-                "params": learned,
+                "params": transform,
                 "lr": TRANSFORM_RATE * self.args.learning_rate if rate is None else rate,
                 "weight_decay": self.transform_weight_decay,
             }
@@ -145,10 +148,11 @@ class PerturbTrainer(transformers.Trainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what Trainer logs; ess and shift too, as means over the steps since the last log."""
         if "learning_rate" in logs:  # a training step's, which all processes log together
-            ess, shift, count = self.accelerator.reduce(self._window).tolist()
+            ess, shift, count = self.accelerator.reduce(self._log_sums).tolist()
             logs |= {"ess": ess / count, "shift": shift / count}
-            self._window.zero_()
+            self._log_sums.zero_()
         super().log(logs, start_time)
 
     # Evaluation
@@ -161,12 +165,12 @@ class PerturbTrainer(transformers.Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Trainer's loop; the metrics are of all tokens, not means of batches' means."""
-        self._evaluated = []
+        """Run Trainer's loop; metrics are means over all tokens, not over the batches' means."""
+        self._eval_sums = []
         result = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
-        nll, ess, shift, tokens = torch.cat(self._evaluated).double().sum(0).tolist()
+        nll, ess, shift, tokens = torch.cat(self._eval_sums).double().sum(0).tolist()
         if not tokens:
             raise ValueError("there is no labelled token to evaluate on: every label is ignored")
         metrics = {
@@ -175,7 +179,7 @@ class PerturbTrainer(transformers.Trainer):
             "ess": ess / tokens,
             "shift": shift / tokens,
         }
-        result.metrics.update({f"{metric_key_prefix}_{k}": each for k, each in metrics.items()})
+        result.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return result
 
     def prediction_step(
@@ -185,18 +189,19 @@ class PerturbTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch, and keep its sums for `evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
-        _number(inputs, self._place(len(self._evaluated)) * self.args.eval_batch_size)
+        _set_rows(inputs, self._global_index(len(self._eval_sums)) * self.args.eval_batch_size)
         seed = noise.fold_in(self.args.seed, EVALUATION)
         plan = {"estimator": "iwae", "plan": "chunked", "chunk_size": self.lm.samples_at_once()}
         with torch.no_grad(), self.lm.overriding(**plan):
-            found = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
+            outputs = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)  # [B]
-        nll = -found.log_marginal.reshape(len(tokens), -1).sum(1)
-        sums = torch.stack([nll, found.ess * tokens, found.shift * tokens, tokens], dim=1)
+        nll = -outputs.log_marginal.reshape(len(tokens), -1).sum(1)
+        sums = torch.stack([nll, outputs.ess * tokens, outputs.shift * tokens, tokens], dim=1)
         # By example, so that those which only fill up the last batch are left out.
-        self._evaluated.append(self.accelerator.gather_for_metrics(sums))
-        return found.loss, None, None
+        self._eval_sums.append(self.accelerator.gather_for_metrics(sums))
+        return outputs.loss, None, None
 
     # Checkpoints
 
@@ -218,10 +223,10 @@ class PerturbTrainer(transformers.Trainer):
 
 
 class _Presented(nn.Module):
-    """A PerturbedLM as trainers expect a model: its `config` is the base's, for them to write to.
+    """A PerturbedLM with the attributes that trainers expect of a pretrained model.
 
-    What else they look for on a pretrained model, and only the base has, is the base's; the rest
-    is the lm's.
+    Those of `_OF_BASE` are the base's, `config` among them, which trainers write to. All others are
+    the PerturbedLM's.
     """
 
     _OF_BASE = (
@@ -236,7 +241,7 @@ class _Presented(nn.Module):
         super().__init__()
         self.lm = lm
 
-    @functools.wraps(PerturbedLM.forward)  # whose arguments Trainer keeps of a dataset's columns
+    @functools.wraps(PerturbedLM.forward)  # Trainer keeps the dataset columns that it names
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return self.lm(*args, **kwargs)
 
@@ -256,8 +261,8 @@ def _presented(model: Any) -> _Presented:
     return _Presented(model)
 
 
-def _number(batch: Any, first: int) -> None:
-    """Give a batch the `rows` that key its noise, counted from `first`, unless it brings some."""
+def _set_rows(batch: Any, first: int) -> None:
+    """Add `rows`, the row ids that key the noise, counted from `first`, if a batch has none."""
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(
@@ -274,7 +279,7 @@ def _number(batch: Any, first: int) -> None:
 
 
 def restore(lm: PerturbedLM, folder: str | os.PathLike[str]) -> None:
-    """Put what `lm.save_pretrained` wrote back into the model that wrote it, or one made alike."""
+    """Load the files of `lm.save_pretrained` into the model that wrote them, or one made alike."""
     saved = Checkpoint.read(Path(folder))
     base: Any = lm.base
     if (saved.config, saved.has_adapter) != (lm.config, is_adapted(base)):
@@ -290,5 +295,5 @@ def restore(lm: PerturbedLM, folder: str | os.PathLike[str]) -> None:
 
         set_peft_model_state_dict(base, saved.adapter_tensors(), adapter_name=base.active_adapter)
     elif any(value.requires_grad for value in base.parameters()):
-        written = type(base).from_pretrained(folder, dtype=base.dtype)
-        base.load_state_dict(written.state_dict())
+        saved_base = type(base).from_pretrained(folder, dtype=base.dtype)
+        base.load_state_dict(saved_base.state_dict())

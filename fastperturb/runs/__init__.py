@@ -1,4 +1,4 @@
-"""What every command does with its options, its folder, its processes and its provenance."""
+"""Shared by all commands: option files, run folders, worker processes and provenance."""
 
 from fastperturb.runs.provenance import (
     commit,

@@ -1,6 +1,6 @@
-"""A command's options, which are a dataclass, from a YAML file.
+"""Options of a command, which are a dataclass, read from a YAML file.
 
-Every mistake in the file is an error that names the file, the key and what was wanted.
+Every mistake in the file is an error that names the file, the key and the expected type.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from fastperturb.config import suggestion
 
 
 def load(path: Path, options_class: type) -> Any:
-    """An instance of `options_class` with the values of a YAML file."""
+    """Return an instance of `options_class` with the values of a YAML file."""
     import yaml
 
     try:
@@ -29,18 +29,21 @@ def load(path: Path, options_class: type) -> Any:
 
 
 def plain(options: Any) -> dict[str, Any]:
-    """A dataclass of options as JSON holds it; `from_mapping` makes an equal one of it."""
-    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    return found
+    """Return a dataclass of options as JSON holds it; `from_mapping` turns it back."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return values
 
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
-    """The end of an error about an unknown name: the closest choice, and all of them."""
+    """Return the end of an error about an unknown name: the closest choice, and all choices."""
     return f"{suggestion(name, choices)}. Choices: {', '.join(choices)}"
 
 
 def from_mapping(content: Any, options_class: type, where: str) -> Any:
-    """An instance of `options_class` with values as YAML or JSON hold them; `where` they stand."""
+    """Return an instance of `options_class` with values as YAML or JSON hold them.
+
+    where: the file, or the key in it, that errors begin with.
+    """
     import tyro
 
     if not isinstance(content, dict):
@@ -66,7 +69,7 @@ def from_mapping(content: Any, options_class: type, where: str) -> Any:
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
-    """`value`, as YAML read it, in the type that the option wants."""
+    """Return `value`, as YAML read it, in the type `hint` of the option."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -85,8 +88,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         hints = [arguments[0]] * len(value) if repeats else arguments
         if len(hints) == len(value):
             return origin(
-                _value(item, each, f"{where}[{index}]")
-                for index, (item, each) in enumerate(zip(value, hints, strict=True))
+                _value(item, item_hint, f"{where}[{index}]")
+                for index, (item, item_hint) in enumerate(zip(value, hints, strict=True))
             )
     elif origin in (dict, Mapping) and isinstance(value, dict):
         key_hint, item_hint = arguments

@@ -1,4 +1,4 @@
-"""Versions, device and commit: what a number needs beside it to be repeatable."""
+"""The versions, device and commit that make a result repeatable."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ PACKAGES = ("triton", "transformers", "peft", "accelerate", "safetensors", "nump
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, device and commit: what a number needs beside it to be repeatable."""
+    """Return versions, device and commit, to be saved beside every result."""
     return {"versions": versions(), "device": device(), "commit": commit()}
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python, torch, ours and those of PACKAGES that are installed."""
     import torch
 
-    found = {
+    numbers = {
         "fastperturb": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # names its build, which the package's metadata may not
     }
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            numbers[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def torch_device(name: str | None) -> torch.device:
-    """The device of this name; by default a GPU where there is one."""
+    """Return the device of this name; by default a GPU if there is one."""
     import torch
 
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def device() -> str:
-    """The device that work runs on by default, in words."""
+    """Describe the device that work runs on by default."""
     import torch
 
     if torch.cuda.is_available():
@@ -65,7 +66,7 @@ def cpu_flags() -> set[str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, or None outside of one."""
+    """Return the commit of the checkout this package runs from, or None outside of one."""
     root = Path(__file__).resolve().parents[2]
     # A package installed inside somebody else's repository must not report their commit.
     top = _git(root, "rev-parse", "--show-toplevel")
@@ -85,7 +86,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _cpuinfo(field: str) -> str:
-    """The first processor's entry in /proc/cpuinfo, empty where there is none."""
+    """Return a field of the first processor in /proc/cpuinfo, empty if it has none."""
     if sys.platform != "linux":
         return ""
     try:

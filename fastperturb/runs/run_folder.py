@@ -1,4 +1,4 @@
-"""A run's folder: opening it, and JSON files that are whole or absent."""
+"""The output folder of a run, and JSON files in it that are whole or absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def open_output_dir(path: str | Path, *, overwrite: bool) -> Path:
-    """Make the folder. One that already holds files is refused unless `overwrite`.
+    """Make the folder; raise FileExistsError if it holds files, unless `overwrite`.
 
     Overwriting replaces files one by one as they are written; nothing is deleted.
     """

@@ -1,4 +1,4 @@
-"""Independent pieces of work on all cores: a process a core, of one thread each."""
+"""Independent tasks on all cores, in processes of one thread each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -21,16 +21,16 @@ def cores() -> int:
 
 def _prepare() -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches all processes: this one ends at once, instead of taking another task.
+    # Ctrl-C reaches all processes: a worker ends at once, instead of taking another task.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finished(
     function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], *, workers: int
 ) -> Iterator[tuple[int, Future[Any]]]:
-    """`function(*task)` of every task, as they end: the task's index, and its result or error.
+    """Call `function(*task)` on every task; yield index and future of each when it ends.
 
-    They start in the order given: long ones last would leave cores idle.
+    Tasks start in the order of the list, so long ones should come first, to leave no core idle.
     """
     with ProcessPoolExecutor(
         min(workers, len(tasks)),

@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from fastperturb import runs
 from fastperturb.checkpoint.atomic import digest
-from fastperturb.data import domains
-from fastperturb.data.options import Block, evaluation_blocks
+from fastperturb.data import Block, domains, evaluation_blocks
 from fastperturb.eval import likelihood
 from fastperturb.runs import workers
 from fastperturb.study import runner
@@ -61,7 +60,7 @@ def run(options: StudyOptions) -> int:
     judging = [
         (
             each,
-            1 if each.options.has_one_draw else options.draws,
+            1 if each.options.has_one_sample else options.draws,
             (each, folders[each.key], options, each.key in best, texts),
         )
         for each in distinct

@@ -132,7 +132,7 @@ class StudyOptions:
                 raise ValueError(
                     f"a study needs the package {package}: pip install 'fastperturb[eval]'"
                 )
-        if self.options_of(self.methods[self.baseline], "baseline").is_noisy:
+        if self.options_of(self.methods[self.baseline], "baseline").perturbs_evaluation:
             raise ValueError(f"baseline {self.baseline!r} is perturbed after its training too")
         runs_of(self)  # every run's options are checked before the first begins
 
@@ -184,7 +184,7 @@ class Run:
     @property
     def draws(self) -> int:
         """How many copies of the text a step trains on."""
-        return 1 if self.options.has_one_draw else self.options.perturb.num_samples
+        return 1 if self.options.has_one_sample else self.options.perturb.num_samples
 
 
 def essence(options: TrainOptions) -> dict[str, Any]:

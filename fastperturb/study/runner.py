@@ -25,6 +25,7 @@ from torch import Tensor
 import fastperturb
 from fastperturb import PerturbConfig, PerturbedLM, ops, runs, train
 from fastperturb.checkpoint.atomic import digest
+from fastperturb.checkpoint.pretrained import check_positions
 from fastperturb.data import domains
 from fastperturb.data.domains import Domain
 from fastperturb.engine.architectures import understand
@@ -104,7 +105,7 @@ def _judge(
     lm: PerturbedLM, tokenizer: Any, run: Run, study: StudyOptions, *, with_noise: bool
 ) -> dict[str, Any]:
     judge = Judge(study, tokenizer)
-    noisy = not run.options.has_one_draw
+    noisy = not run.options.has_one_sample
     measurements = judge.measure(lm, "as_trained", draws=study.draws if noisy else 1)
     if noisy:
         with lm.exact():
@@ -127,7 +128,7 @@ def judge_base(study: StudyOptions, folder: Path, texts: Texts) -> list[Measurem
         folder.mkdir(parents=True, exist_ok=True)
         with logged(folder / "log.txt"):
             base = methods.load_base(options).to(runs.torch_device(options.device))
-            models.check_positions(options.model, base, study.reading.block_size)
+            check_positions(options.model, base, study.reading.block_size)
             lm = fastperturb.wrap(base, PerturbConfig()).eval()
             judge = Judge(study, tokenizer_of(study))
             with lm.exact(), models.autocast(lm, options.precision):

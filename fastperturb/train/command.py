@@ -1,11 +1,11 @@
 """`fastperturb train`: a base model, text and a method in; a model, its metrics and curves out.
 
-    OUTPUT/model/                what `fastperturb.load` reads, after the last step
-    OUTPUT/best/                 the same, where the held-out text was likeliest
-    OUTPUT/checkpoints/step-N/   the same, with what --resume auto continues from, bit for bit
+    OUTPUT/model/                the model after the last step, for `fastperturb.load`
+    OUTPUT/best/                 the model with the lowest held-out perplexity
+    OUTPUT/checkpoints/step-N/   a model and the state from which --resume auto continues
     OUTPUT/metrics.jsonl         one line a step, and one an evaluation
     OUTPUT/results.json          evaluations, options, versions, device, commit
-    OUTPUT/curves.png            the metrics, drawn
+    OUTPUT/curves.png            plots of the metrics
 
 `torchrun --nproc-per-node N -m fastperturb train ...` runs it on N processes.
 """
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from fastperturb import runs
-from fastperturb.data.options import Block, TrainingData, evaluation_blocks, training_data
+from fastperturb.checkpoint.pretrained import load_tokenizer
+from fastperturb.data import Block, TrainingData, evaluation_blocks, training_data
 from fastperturb.train import distributed, state
 from fastperturb.train.distributed import World
 from fastperturb.train.options import TrainOptions
 
 
 def run(options: TrainOptions) -> int:
+    """Run `fastperturb train` and return the exit status."""
     world = distributed.start(mc=options.mc, device=options.device)
     if world.mesh is None and options.parallel == "fsdp":
         raise ValueError("parallel=fsdp shards over processes: start them by torchrun")
@@ -33,12 +35,13 @@ def run(options: TrainOptions) -> int:
         dry_run(options, world)
     else:
         train(options, world)
-    # Not after an error: others may wait in a collective that this process will not join.
+    # Not after an error: other processes may wait in a collective that this one will not join.
     distributed.stop()
     return 0
 
 
 def train(options: TrainOptions, world: World) -> None:
+    """Train from the start or from the newest checkpoint, and write the output folder."""
     from fastperturb.train.loop import Loop
     from fastperturb.train.report import Report
 
@@ -49,11 +52,12 @@ def train(options: TrainOptions, world: World) -> None:
     data, held_out, tokenizer = _read(options, world)
     loop = Loop(options, world, data, held_out, tokenizer, folder)
     saved = state.latest(folder / "checkpoints") if options.resume == "auto" else None
-    distributed.same(world, -1 if saved is None else saved.step, "the checkpoint to continue from")
+    saved_step = -1 if saved is None else saved.step
+    distributed.check_same(world, saved_step, "the checkpoint to continue from")
     if saved is not None:
         loop.restore(saved)
     elif world.is_main:
-        # What a run left that was killed before its first checkpoint.
+        # A run that was killed before its first checkpoint may have left these.
         for name in ("best", "model"):
             shutil.rmtree(folder / name, ignore_errors=True)
     distributed.wait(world)
@@ -69,10 +73,11 @@ def train(options: TrainOptions, world: World) -> None:
         loop.run(report)
     loop.save_model(folder / "model")
     if world.is_main:
-        _finish(loop, folder)
+        _write_results(loop, folder)
 
 
 def dry_run(options: TrainOptions, world: World) -> None:
+    """Print the options, the number of steps and the estimated memory."""
     import yaml
 
     from fastperturb.train.dry_run import estimate
@@ -88,23 +93,19 @@ def dry_run(options: TrainOptions, world: World) -> None:
 
 
 def _open(options: TrainOptions) -> None:
-    """The output folder: new, or that of a run to continue, wherever that was killed."""
+    """Make the output folder, or open that of a run to continue."""
     folder = options.output_dir
     runs.open_output_dir(folder, overwrite=options.overwrite or options.resume == "auto")
     if options.overwrite:
-        # A later resume must not find another run's.
+        # A later resume must not find the checkpoints of another run.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _read(options: TrainOptions, world: World) -> tuple[TrainingData, Sequence[Block], Any]:
-    """Training data, held-out blocks and the tokenizer; one process fills the caches."""
-    from transformers import AutoTokenizer
-
-    name = options.tokenizer or options.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {name!r} cannot be loaded: {error}") from error
+    """Return training data, held-out blocks and the tokenizer; one process fills the caches."""
+    tokenizer = load_tokenizer(
+        options.tokenizer or options.model, trust_remote_code=options.trust_remote_code
+    )
     if not world.is_main:
         distributed.wait(world)
     data = training_data(options, tokenizer, seed=options.seed)
@@ -115,14 +116,13 @@ def _read(options: TrainOptions, world: World) -> tuple[TrainingData, Sequence[B
 
 
 def held_out_blocks(options: TrainOptions, tokenizer: Any) -> Sequence[Block]:
-    """What a run's evaluations are on."""
-    split = options.eval_split or options.split
-    reading = dataclasses.replace(options, split=split)
-    return evaluation_blocks(options.eval_data, reading, tokenizer)[: options.eval_blocks]
+    """Return the blocks that a run is evaluated on."""
+    eval_options = dataclasses.replace(options, split=options.eval_split or options.split)
+    return evaluation_blocks(options.eval_data, eval_options, tokenizer)[: options.eval_blocks]
 
 
-def _finish(loop: Any, folder: Path) -> None:
-    """What is said at the end."""
+def _write_results(loop: Any, folder: Path) -> None:
+    """Write results.json and curves.png, and print a summary."""
     from fastperturb.train import curves
 
     options: TrainOptions = loop.options

@@ -1,4 +1,4 @@
-"""A run's picture: how well it predicts, step by step, and below that why."""
+"""The picture of a run: its likelihood step by step, and diagnostics below."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastperturb.report.figures import INK, plain
+from fastperturb.report.figures import INK, PALETTE, plain
 from fastperturb.train.report import read_metrics
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-TRAIN = "#0072B2"
-EVAL = "#D55E00"
+TRAIN, EVAL = PALETTE[:2]
 
-Series = tuple[list[int], list[float]]
+Series = tuple[list[int], list[float]]  # steps and values
 
-# What the small panels show, where the run has it: names of metrics by their beginning.
+# The small panels: prefixes of the metrics that each shows, and its title.
 PANELS = {
     "ess": "effective samples",
     "shift": "shift |T(e) - e| / |e|",
@@ -30,17 +28,19 @@ PANELS = {
 
 
 def draw(metrics_path: Path, png_path: Path) -> None:
-    """The curves of a metrics file, as a PNG."""
+    """Draw the curves of a metrics file into a PNG."""
     lines = read_metrics(metrics_path)
-    panels = {title: found for name, title in PANELS.items() if (found := _starting(lines, name))}
+    panels = {
+        title: curves for prefix, title in PANELS.items() if (curves := _curves(lines, prefix))
+    }
     figure = Figure(figsize=(11, 7 if panels else 4.6), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.12, w_pad=0.12, hspace=0.06)
     grid = figure.add_gridspec(
         2 if panels else 1, max(1, len(panels)), height_ratios=(2.1, 1)[: 2 if panels else 1]
     )
     draw_likelihood(figure.add_subplot(grid[0, :]), lines)
-    for column, (title, found) in enumerate(panels.items()):
-        draw_panel(figure.add_subplot(grid[1, column]), title, found)
+    for column, (title, curves) in enumerate(panels.items()):
+        draw_panel(figure.add_subplot(grid[1, column]), title, curves)
     figure.savefig(png_path)
 
 
@@ -66,43 +66,43 @@ def draw_likelihood(axes: Axes, lines: list[dict[str, Any]]) -> None:
     _plain(axes)
 
 
-def draw_panel(axes: Axes, title: str, found: dict[str, Series]) -> None:
-    for (name, each), colour in zip(found.items(), (TRAIN, EVAL, INK)):
-        _line(axes, each, colour, name)
+def draw_panel(axes: Axes, title: str, curves: dict[str, Series]) -> None:
+    for (name, points), colour in zip(curves.items(), (TRAIN, EVAL, INK)):
+        _line(axes, points, colour, name)
     _title(axes, title, size=10)
     axes.set_ylim(bottom=0)
-    if len(found) > 1:
+    if len(curves) > 1:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     _plain(axes)
 
 
-def series(lines: list[dict[str, Any]], name: str, what: str) -> Series:
-    """The steps and values of a metric, without those that were not finite."""
+def series(lines: list[dict[str, Any]], name: str, phase: str) -> Series:
+    """Return the steps and values of a metric, without those that were not finite."""
     points = [
         (line["step"], line[name])
         for line in lines
-        if line["what"] == what and line.get(name) is not None
+        if line["what"] == phase and line.get(name) is not None
     ]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean of a sixtieth of the run to either side, or of what there is of it."""
-    reach = len(values) // 60
+    """Return running means over a sixtieth of the run to either side, less at the ends."""
+    width = len(values) // 60
     sums = [0.0, *accumulate(values)]
-    ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    ends = [(max(0, i - width), min(len(values), i + width + 1)) for i in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in ends]
 
 
-def _starting(lines: list[dict[str, Any]], beginning: str) -> dict[str, Series]:
-    """Training metrics by what their names say beyond the beginning."""
-    names = sorted({name for line in lines for name in line if name.startswith(beginning)})
-    found = {name: series(lines, name, "train") for name in names}
-    return {n.removeprefix(beginning).strip("_"): each for n, each in found.items() if each[0]}
+def _curves(lines: list[dict[str, Any]], prefix: str) -> dict[str, Series]:
+    """Return the training metrics with this prefix, by the rest of their names."""
+    names = sorted({name for line in lines for name in line if name.startswith(prefix)})
+    curves = {name.removeprefix(prefix).strip("_"): series(lines, name, "train") for name in names}
+    return {name: points for name, points in curves.items() if points[0]}
 
 
 def _line(axes: Axes, points: Series, colour: str, label: str) -> None:
-    """Every value, faintly, and their course."""
+    """Draw every value faintly, and a smoothed line."""
     steps, values = points
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
     axes.plot(steps, smooth(values), color=colour, linewidth=2, label=label)

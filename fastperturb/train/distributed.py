@@ -1,14 +1,14 @@
-"""What a training loop needs of several processes: who is who, DDP or FSDP2, whole tensors.
+"""Training on several processes: their mesh, DDP or FSDP2, and tensors gathered whole.
 
 torchrun or accelerate launch starts the processes, as a mesh ("dp", "mc"): batches are split over
-dp, and the Monte-Carlo samples of each over mc. Both average gradients over all processes, so with
-every loss divided by the labels of the global batch, what is sent backward is `loss * dp_size`.
-All processes of an mc group must be given the same batch and seed; with sumo and mlmc, whose
-number of samples is random, all processes of a run the same seed.
+dp, and the Monte-Carlo samples of each batch over mc. DDP and FSDP2 average gradients over all
+processes. Every loss is divided by the labelled tokens of the global batch, so the backward pass
+begins with `loss * dp_size`. All processes of an mc group must get the same batch and seed. With
+sumo and mlmc, whose number of samples is random, all processes of a run must get the same seed.
 
-DDP and FSDP2 are torch's own. What is here knows which modules FSDP2 shards (the trunk's layers,
-then the wrapper, never the head alone, whose weight the wrapper reads) and turns the state of
-training into whole tensors and back, so that a run goes on with another number of processes.
+DDP and FSDP2 are torch's own. This module chooses the modules that FSDP2 shards: the layers of the
+trunk, then the wrapper, never the head alone, whose weight the wrapper reads. It turns the state of
+training into whole tensors and back, so that a run can go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from fastperturb.model import PerturbedLM
 
 KINDS = ("ddp", "fsdp")
 
-# For the others, while the first process tokenises the data or writes a checkpoint.
-_LONGEST_WAIT = datetime.timedelta(hours=2)
+# The other processes wait while the first one tokenises the data or writes a checkpoint.
+_TIMEOUT = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run and this one's place among them."""
+    """The processes of a run, and the ranks of this one among them."""
 
     rank: int
     size: int
@@ -51,7 +51,7 @@ class World:
     mc_rank: int
     mc_size: int
     device: torch.device
-    mesh: DeviceMesh | None  # ("dp", "mc"); None for a process that nothing launched
+    mesh: DeviceMesh | None  # ("dp", "mc"); None for a process that no launcher started
 
     @property
     def is_main(self) -> bool:
@@ -61,8 +61,8 @@ class World:
 def start(*, mc: int = 1, device: str | None = None) -> World:
     """Join the processes that torchrun or accelerate launch started, if one did.
 
-    mc: over how many processes the samples of each batch are split.
-    device: "cuda" or "cpu", default cuda where there is any; a process of several takes its own.
+    mc: the number of processes over which the samples of each batch are split.
+    device: "cuda" or "cpu"; default, cuda where there is a GPU. Each process takes its own GPU.
     """
     if mc < 1:
         raise ValueError(f"mc must be a positive number of processes, got {mc}")
@@ -70,8 +70,8 @@ def start(*, mc: int = 1, device: str | None = None) -> World:
     if "WORLD_SIZE" not in os.environ:
         if mc > 1:
             raise ValueError(
-                f"mc={mc} splits the samples over {mc} processes, and this is one alone: start it "
-                f"by torchrun --nproc-per-node {mc}"
+                f"mc={mc} splits the samples over {mc} processes, and this is a single one: start "
+                f"it by torchrun --nproc-per-node {mc}"
             )
         return World(0, 1, 0, 1, 0, 1, kind, None)
     size = int(os.environ["WORLD_SIZE"])
@@ -82,7 +82,7 @@ def start(*, mc: int = 1, device: str | None = None) -> World:
     local = _local_device(kind.type)
     dist.init_process_group(
         "nccl" if local.type == "cuda" else "gloo",
-        timeout=_LONGEST_WAIT,
+        timeout=_TIMEOUT,
         device_id=local if local.type == "cuda" else None,
     )
     mesh = init_device_mesh(local.type, (size // mc, mc), mesh_dim_names=("dp", "mc"))
@@ -113,10 +113,10 @@ def stop() -> None:
 
 
 def distribute(lm: PerturbedLM, world: World, kind: str) -> nn.Module:
-    """The module to call in place of lm: "ddp" copies the parameters, "fsdp" shards them.
+    """Return the module to call in place of lm: "ddp" copies the parameters, "fsdp" shards them.
 
-    It is on world.device then; to be sharded, lm need not have fitted there whole. What trains is
-    made equal to the first process's; frozen weights are taken to be equal already.
+    The module is on world.device; a model that is sharded need not fit there whole. Trainable
+    parameters are copied from the first process; frozen weights are assumed equal already.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -126,25 +126,25 @@ def distribute(lm: PerturbedLM, world: World, kind: str) -> nn.Module:
         lm.split_samples(world.mesh["mc"])
     with torch.no_grad():
         for value in _trainable(lm).values():
-            value.copy_(of_main(world, value.detach().to(world.device)))
+            value.copy_(from_main(world, value.detach().to(world.device)))
     if kind == "ddp":
         return DistributedDataParallel(lm.to(world.device), init_sync=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
     base: Any = unadapted(lm.base)
-    layers = [each for each in base.modules() if type(each).__name__ in base._no_split_modules]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
+    for module in list(base.modules()):
+        if type(module).__name__ in base._no_split_modules:
+            fully_shard(module, mesh=mesh)
     fully_shard(lm, mesh=mesh)
     register_fsdp_forward_method(lm, "generate")
     return lm
 
 
 @contextlib.contextmanager
-def synchronising(module: nn.Module, synced: bool) -> Iterator[None]:
-    """Whether the backward of a forward within it averages the gradients; the last one must."""
+def synchronising(module: nn.Module, is_last: bool) -> Iterator[None]:
+    """Let only the last forward and backward of a step average gradients over processes."""
     if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(synced)
-    if isinstance(module, DistributedDataParallel) and not synced:
+        module.set_requires_gradient_sync(is_last)
+    if isinstance(module, DistributedDataParallel) and not is_last:
         with module.no_sync():
             yield
     else:
@@ -152,54 +152,54 @@ def synchronising(module: nn.Module, synced: bool) -> Iterator[None]:
 
 
 def wait(world: World) -> None:
-    """Until all processes are here."""
+    """Wait until all processes have called it."""
     if world.mesh is not None:
         dist.barrier()
 
 
-def same(world: World, number: int, what: str) -> None:
-    """Refuse to go on with processes that differ in a number."""
+def check_same(world: World, number: int, name: str) -> None:
+    """Raise ValueError if the processes differ in a number."""
     if world.mesh is None:
         return
-    mine = torch.tensor(number, device=world.device)
-    ours = torch.stack([mine, -mine])
-    dist.all_reduce(ours, op=dist.ReduceOp.MAX)
-    most, least = int(ours[0]), -int(ours[1])
-    if most != least:
+    local = torch.tensor(number, device=world.device)
+    extremes = torch.stack([local, -local])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    highest, lowest = int(extremes[0]), -int(extremes[1])
+    if highest != lowest:
         raise ValueError(
-            f"processes differ in {what}: {least} and {most}; all must see the same output_dir"
+            f"processes differ in {name}: {lowest} and {highest}; all must see the same output_dir"
         )
 
 
-def total(world: World, value: Tensor) -> Tensor:
-    """The sum of a tensor over dp; processes of one mc group hold the same."""
+def sum_over_dp(world: World, value: Tensor) -> Tensor:
+    """Sum a tensor over dp; the processes of an mc group hold the same value."""
     value = value.clone()
     if world.mesh is not None:
         dist.all_reduce(value, group=world.mesh.get_group("dp"))
     return value
 
 
-def of_main(world: World, value: Tensor) -> Tensor:
-    """The first process's tensor, in all."""
+def from_main(world: World, value: Tensor) -> Tensor:
+    """Copy the first process's tensor into `value` of all processes."""
     if world.mesh is not None:
         dist.broadcast(value, src=0)
     return value
 
 
 def training_tensors(lm: PerturbedLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies of all that training changes, whole and on the CPU, in the first process.
+    """Copy all that training changes, whole and to the CPU, in the first process.
 
-    "parameter.NAME" of each trainable parameter and "optimizer.NAME.KEY" of each of its tensors in
-    the optimizer. All processes call it; the others get nothing.
+    Keys are "parameter.NAME" for each trainable parameter and "optimizer.NAME.KEY" for each of its
+    tensors in the optimizer. All processes must call it; all but the first get an empty dict.
     """
     sharding.reshard(lm)
-    here = not dist.is_initialized() or dist.get_rank() == 0
-    found: dict[str, Tensor] = {}
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    copies: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
-        entries = sharding.whole(value.detach())
-        if here:
-            found[name] = entries.to("cpu", copy=True)
+        whole = sharding.whole(value.detach())
+        if is_main:
+            copies[name] = whole.to("cpu", copy=True)
 
     for name, parameter in _trainable(lm).items():
         keep(f"parameter.{name}", parameter)
@@ -207,53 +207,58 @@ def training_tensors(lm: PerturbedLM, optimizer: torch.optim.Optimizer) -> dict[
             if not isinstance(value, Tensor):
                 raise TypeError(
                     f"optimizer keeps {key}={value!r} for {name}, and only tensors can be saved; "
-                    "use another one, AdamW say"
+                    "use another one, such as AdamW"
                 )
             keep(f"optimizer.{name}.{key}", value)
-    return found
+    return copies
 
 
 @torch.no_grad()
 def load_training_tensors(
     lm: PerturbedLM, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `training_tensors` gave, bit for bit, under any number of processes.
+    """Restore the tensors of `training_tensors`, bit for bit, under any number of processes.
 
-    All processes call it, with all tensors. The optimizer's options (param_groups) stay.
+    All processes must call it, with all tensors. The optimizer's options (param_groups) stay.
     Raises ValueError, with nothing changed, on tensors that are missing, extra or misshaped.
     """
     sharding.reshard(lm)
     trainable = _trainable(lm)
-    states = _checked(trainable, tensors)
+    _check_shapes(trainable, tensors)
+    states = _optimizer_states(tensors)
     for name, parameter in trainable.items():
         parameter.copy_(_as_sharded(tensors[f"parameter.{name}"], parameter))
     names = {parameter: name for name, parameter in trainable.items()}
     # The optimizer's own loading knows the device and dtype of each tensor that it keeps.
     options = optimizer.state_dict()["param_groups"]
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {
             key: _as_sharded(value, parameter).clone()
             for key, value in states[names[parameter]].items()
         }
-        for index, parameter in enumerate(held)
+        for index, parameter in enumerate(parameters)
         if states.get(names.get(parameter, ""))
     }
     optimizer.load_state_dict({"state": state, "param_groups": options})
 
 
-def _checked(
-    trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors by parameter and key, all found to fit."""
+def _optimizer_states(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the optimizer's tensors by parameter and key."""
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
-            owner, _, key = name.removeprefix("optimizer.").rpartition(".")
-            states.setdefault(owner, {})[key] = value
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            states.setdefault(parameter, {})[key] = value
+    return states
+
+
+def _check_shapes(trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the first problems, if tensors do not fit what trains."""
+    states = _optimizer_states(tensors)
     keys = {key for state in states.values() for key in state}
     shapes = {f"parameter.{name}": [value.shape] for name, value in trainable.items()}
-    for name in trainable.keys() & states.keys():  # a parameter that met no gradient has none
+    for name in trainable.keys() & states.keys():  # a parameter that had no gradient has none
         scalar_or_like = [torch.Size(()), trainable[name].shape]
         shapes |= {f"optimizer.{name}.{key}": scalar_or_like for key in keys}
     problems = [f"{name} is missing" for name in shapes if name not in tensors]
@@ -269,7 +274,6 @@ def _checked(
             f"tensors do not fit what trains here: {'; '.join(problems[:5])}{more}; make the model "
             "and its optimizer as they were when the tensors were saved"
         )
-    return states
 
 
 def _trainable(lm: PerturbedLM) -> dict[str, nn.Parameter]:
@@ -277,7 +281,7 @@ def _trainable(lm: PerturbedLM) -> dict[str, nn.Parameter]:
 
 
 def _as_sharded(value: Tensor, parameter: Any) -> Tensor:
-    """The part of a whole tensor that this process holds; a scalar is held by all."""
+    """Return this process's part of a whole tensor; a scalar is held by all."""
     if value.ndim == 0 or not hasattr(parameter, "full_tensor"):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements

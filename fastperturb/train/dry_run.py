@@ -1,11 +1,10 @@
-"""What a run's largest step will take, from small ones.
+"""An estimate of a run's peak memory, from a few small steps.
 
-Samples that go through the trunk at once need memory in proportion. So a step (forward and
-backward) is run with two of them and with four, and their peaks, extended to all, say what the
-whole step would need. A plan that holds few samples at a time is simply run. AdamW's two moments,
-which come with the first update, are added, and on a CPU the copies that a checkpoint is written
-from. On a GPU the peak is the allocator's, on a CPU the process's resident memory, libraries and
-all.
+The memory of a step (forward and backward) grows in proportion to the samples that go through the
+trunk at once. So a step is run with two samples and with four, and the peaks are extrapolated to
+all. A plan that holds few samples at a time is run as it is. AdamW's two moments, which come with
+the first update, are added, and on a CPU the copies that a checkpoint is written from. The peak of
+a GPU is that of torch's allocator; the peak of a CPU is the resident memory of the whole process.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ import torch
 
 from fastperturb.engine import memory, planner, sharding
 from fastperturb.engine.planner import PlanReport
+from fastperturb.train.batches import autocast, micro_batches
+from fastperturb.train.evaluation import evaluate
 
 if TYPE_CHECKING:
     from fastperturb.train.loop import Loop
@@ -31,23 +32,23 @@ _FEW, _MORE = 2, 4
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Bytes of one process at its peak."""
+class MemoryEstimate:
+    """The bytes of one process at its peak."""
 
     device: str
     plan: str
     samples_at_once: int
-    held: int  # before the first step: the model, and on a CPU the whole process
-    step: int  # activations, workspace and gradients on top of it
+    before: int  # the first step: the model, and on a CPU the whole process
+    step: int  # activations, workspace and gradients
     optimizer: int
     checkpoint: int
 
     @property
     def peak(self) -> int:
-        return self.held + self.step + self.optimizer + self.checkpoint
+        return self.before + self.step + self.optimizer + self.checkpoint
 
     def __str__(self) -> str:
-        parts = {"held before": self.held, "a step": self.step, "optimizer": self.optimizer}
+        parts = {"before a step": self.before, "a step": self.step, "optimizer": self.optimizer}
         if self.checkpoint:
             parts["a checkpoint"] = self.checkpoint
         listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
@@ -58,28 +59,27 @@ class Estimate:
         )
 
 
-def estimate(loop: Loop) -> Estimate:
-    """The peak of a run that has not begun."""
+def estimate(loop: Loop) -> MemoryEstimate:
+    """Estimate the peak memory of a run that has not begun."""
     device = loop.world.device
-    held = _held(device)
-    report, step = _largest_step(loop)
+    before = _memory(device)
+    report, peak = _largest_step(loop)
     if loop.held_out:
-        step = max(step, _peak(loop, _judge))
+        peak = max(peak, _peak(loop, _evaluate))
     trained = sum(p.numel() * 4 for g in loop.optimizer.param_groups for p in g["params"])
-    copies = 3 * trained if device.type == "cpu" else 0
-    return Estimate(
+    return MemoryEstimate(
         device=str(device),
         plan=report.plan,
         samples_at_once=report.chunk_size,
-        held=held,
-        step=max(0, step - held),
+        before=before,
+        step=max(0, peak - before),
         optimizer=2 * trained,
-        checkpoint=copies,
+        checkpoint=3 * trained if device.type == "cpu" else 0,
     )
 
 
 def _largest_step(loop: Loop) -> tuple[PlanReport, int]:
-    """The plan that the run will take, and the peak of a forward and backward under it."""
+    """Return the plan that the run will take, and the peak of a forward and backward under it."""
     lm, processes = loop.lm, loop.world.mc_size
     count = -(-lm.config.num_samples // processes)
     if count <= _MORE or not _may_hold_all(lm.config):
@@ -88,13 +88,13 @@ def _largest_step(loop: Loop) -> tuple[PlanReport, int]:
         _peak(loop, functools.partial(_step, num_samples=n * processes, **_at_once(lm.config)))
         for n in (_FEW, _MORE)
     )
-    each = max(1, (more - few) // (_MORE - _FEW))
+    sample_bytes = max(1, (more - few) // (_MORE - _FEW))
     report = PlanReport("batched", count, "as configured")
-    if lm.config.plan == "auto" and not sharding.is_sharded(lm):  # which are always batched
-        report = planner.fitting(count, each, memory.spare_bytes(lm, loop.world.device))
+    if lm.config.plan == "auto" and not sharding.is_sharded(lm):  # sharded ones are always batched
+        report = planner.fitting(count, sample_bytes, memory.spare_bytes(lm, loop.world.device))
     if report.plan == "chunked":
         return _run_whole(loop, plan="chunked", chunk_size=report.chunk_size)
-    return report, few + (count - _FEW) * each
+    return report, few + (count - _FEW) * sample_bytes
 
 
 def _run_whole(loop: Loop, **changes: Any) -> tuple[PlanReport, int]:
@@ -103,19 +103,20 @@ def _run_whole(loop: Loop, **changes: Any) -> tuple[PlanReport, int]:
 
 
 def _at_once(config: Any) -> dict[str, Any]:
-    """Changes to a config by which all samples asked for run together."""
-    telescopes = {"sumo", "mlmc"} & config.equations.keys()  # which run a random number of them
+    """Return the changes to a config that make all samples run together."""
+    # sumo and mlmc run a random number of samples.
+    telescopes = {"sumo", "mlmc"} & config.equations.keys()
     return {"plan": "batched"} | ({"estimator": "iwae"} if telescopes else {})
 
 
 def _may_hold_all(config: Any) -> bool:
-    """Whether the plan may hold all samples at a time, which a trial might not survive."""
-    resampled = "resample" in config.equations or config.plan == "resample"
-    return not resampled and config.plan != "chunked" and config.chunk_size is None
+    """Return True for a plan that may hold all samples at once, which is not safe to try."""
+    resamples = "resample" in config.equations or config.plan == "resample"
+    return not resamples and config.plan != "chunked" and config.chunk_size is None
 
 
 def _peak(loop: Loop, run: Callable[[Loop], None]) -> int:
-    """The most memory that this process held while something ran."""
+    """Call `run` and return the most memory that this process held meanwhile."""
     gc.collect()
     _reset_peak(loop.world.device)
     run(loop)
@@ -123,18 +124,19 @@ def _peak(loop: Loop, run: Callable[[Loop], None]) -> int:
 
 
 def _step(loop: Loop, *, num_samples: int | None = None, **changes: Any) -> None:
-    """The first forward and backward of a step, under a changed config."""
-    part = loop.share(loop.data.next_blocks(loop.options.batch_size))[0]
-    with loop.lm.overriding(**changes), loop.autocast():
+    """Run the first forward and backward of a step, under a changed config."""
+    blocks = loop.data.next_blocks(loop.options.batch_size)
+    part = micro_batches(blocks, loop.options, loop.world)[0]
+    with loop.lm.overriding(**changes), autocast(loop.options, loop.world):
         loop.module(**part, num_samples=num_samples).loss.backward()
     loop.optimizer.zero_grad()
 
 
-def _judge(loop: Loop) -> None:
-    loop.evaluate(loop.held_out[: loop.options.batch_size])
+def _evaluate(loop: Loop) -> None:
+    evaluate(loop.lm, loop.held_out[: loop.options.batch_size], loop.options, loop.world)
 
 
-def _held(device: torch.device) -> int:
+def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS")
@@ -156,7 +158,7 @@ def _peak_since_reset(device: torch.device) -> int:
 
 
 def _status(field: str) -> int:
-    """Of this process, in bytes."""
+    """Return a size in /proc/self/status, in bytes."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):

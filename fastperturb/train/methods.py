@@ -1,14 +1,13 @@
-"""The methods that one switch chooses among, all as a PerturbedLM, so that comparisons are fair.
+"""The training methods, all as a PerturbedLM, so that comparisons are fair.
 
-    learned    T(e, z) with learned parameters, under the configured equation
-    fixed      isotropic noise of the configured scale that is not learned, same equation
-    discrete   random edits of the prefix instead of noise, same equation
+    learned    T(e, z) with learned parameters, under the configured estimator
+    fixed      isotropic noise of the configured scale that is not learned, same estimator
+    discrete   random edits of the prefix instead of noise, same estimator
     neftune    NEFTune (Jain et al., 2023): uniform noise of length alpha / sqrt(3) on the whole
-               sequence, one draw, no marginal; none at evaluation
-    exact      nothing moves: fine-tuning
+               sequence, one sample, no marginal; none at evaluation
+    exact      no perturbation: fine-tuning
 
-The last two are what they are after training too: they are saved with a transform of scale zero,
-so that whoever loads them computes the plain model.
+The last two are saved with a transform of scale zero, so that loading them gives the plain model.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastperturb.checkpoint.pretrained import load_causal_lm
 from fastperturb.config import PerturbConfig
 from fastperturb.engine import sharding
 from fastperturb.engine.adapters import without_peft_deprecations
@@ -30,14 +30,14 @@ from fastperturb.train.options import TrainOptions
 
 
 def build(options: TrainOptions) -> PerturbedLM:
-    """The base, its adapter and what moves its embeddings, in fp32 where it trains."""
+    """Return the base model with its adapter and perturbation; what trains is in fp32."""
     torch.manual_seed(options.seed)
     base = load_base(options)
     if options.lora.rank:
         base = _with_adapter(base, options)
     if options.gradient_checkpointing:
         inner: Any = base
-        enable = "activation_checkpointing_enable"  # of which older transformers have the second
+        enable = "activation_checkpointing_enable"  # older transformers have the other name
         name = enable if hasattr(inner, enable) else "gradient_checkpointing_enable"
         getattr(inner, name)({"use_reentrant": False})
     if options.method == "learned":
@@ -49,11 +49,11 @@ def build(options: TrainOptions) -> PerturbedLM:
 
 @contextlib.contextmanager
 def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
-    """Within it the model is what its method makes of it after training."""
+    """Give the model the scale that its method has after training: 0 for neftune."""
     if options.method != "neftune":
         yield
         return
-    sharding.reshard(lm)  # what is written must be the parameter, and not a gathered copy of it
+    sharding.reshard(lm)  # so that the parameter itself is written, not a gathered copy of it
     scale: Any = lm.transform.s
     before = scale.detach().clone()
     with torch.no_grad():
@@ -67,23 +67,14 @@ def at_evaluation(lm: PerturbedLM, options: TrainOptions) -> Iterator[None]:
 
 
 def load_base(options: TrainOptions) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    frozen = options.lora.rank > 0
-    dtype = torch.bfloat16 if options.precision == "bf16" and frozen else torch.float32
-    more = {}
-    if options.attn_implementation is not None:
-        more["attn_implementation"] = options.attn_implementation
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            options.model,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            **more,
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {options.model!r} cannot be loaded: {error}") from error
+    """Load the base model, in bf16 only where it is frozen."""
+    is_frozen = options.lora.rank > 0
+    return load_causal_lm(
+        options.model,
+        dtype=torch.bfloat16 if options.precision == "bf16" and is_frozen else torch.float32,
+        trust_remote_code=options.trust_remote_code,
+        attn_implementation=options.attn_implementation,
+    )
 
 
 def _with_adapter(base: nn.Module, options: TrainOptions) -> nn.Module:
@@ -107,6 +98,7 @@ def _with_adapter(base: nn.Module, options: TrainOptions) -> nn.Module:
 
 
 def _isotropic(base: nn.Module, options: TrainOptions) -> PerturbedLM:
+    """Wrap the base for fixed, neftune or exact: a diagonal transform that is not learned."""
     config = dataclasses.replace(options.perturb, transform="diagonal")
     if options.method != "fixed":
         config = PerturbConfig(
@@ -126,12 +118,12 @@ def _isotropic(base: nn.Module, options: TrainOptions) -> PerturbedLM:
 def _edited(base: nn.Module, options: TrainOptions) -> PerturbedLM:
     from fastperturb.model import EditConfig, edit
 
-    shared = {field.name for field in dataclasses.fields(EditConfig)}
-    given = {k: v for k, v in options.perturb.to_dict().items() if k in shared}
-    own = EditConfig(
+    names = {field.name for field in dataclasses.fields(EditConfig)}
+    estimation = {k: v for k, v in options.perturb.to_dict().items() if k in names}
+    config = EditConfig(
         rate=options.edit_rate,
         kinds=options.edit_kinds,
         neighbors=options.edit_neighbors,
-        **given,
+        **estimation,
     )
-    return edit(base, own)
+    return edit(base, config)

@@ -1,4 +1,4 @@
-"""What a training run is told: the options of `fastperturb train`, validated."""
+"""The options of `fastperturb train`, validated."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ EditKind = Literal["replace", "insert", "delete", "swap"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """The adapter that trains while the base is frozen."""
+    """The LoRA adapter that trains while the base model is frozen."""
 
     rank: int = 8
-    """Its rank; 0 trains all weights of the base instead."""
+    """Rank of the LoRA matrices; 0 trains all weights of the base model instead of an adapter."""
 
     alpha: float = 16.0
-    """Its scale, over the rank."""
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
 
     dropout: float = 0.0
-    """Of its input."""
+    """Dropout probability applied to the input of each LoRA layer."""
 
     targets: tuple[str, ...] = ("all-linear",)
-    """Modules it adapts, by the ends of their names; all-linear is every layer but the head."""
+    """Names, or ends of names, of the modules that get an adapter; all-linear means every linear
+    layer except the head."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -45,132 +46,144 @@ class LoraOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(DataOptions):
-    """Adapt a causal language model to text, by learned perturbation or a baseline."""
+    """Train a causal language model on text, with a learned perturbation or a baseline method."""
 
     model: str
-    """A folder or a Hugging Face id; safetensors only."""
+    """Base model to train: a folder or a Hugging Face hub id, with weights in safetensors."""
 
     output_dir: Path = Path("runs/train")
-    """Where checkpoints, metrics, the model, results.json and curves.png go."""
+    """Folder for checkpoints, metrics.jsonl, the trained model, results.json and curves.png."""
 
     overwrite: bool = False
-    """Start anew in a folder that already holds files; its checkpoints are deleted."""
+    """Start a new run in an output_dir that already holds files, and delete its checkpoints."""
 
     resume: Literal["never", "auto"] = "never"
-    """auto continues from the newest whole checkpoint of output_dir, or starts without one."""
+    """auto: continue from the newest undamaged checkpoint of output_dir, or start a new run if
+    there is none. never: always start a new run."""
 
     dry_run: bool = False
-    """Say what would run, and the memory it would take; write nothing."""
+    """Print the options, the number of steps and an estimate of the memory, and write nothing."""
 
     tokenizer: str | None = None
-    """A folder or id; default: the model's."""
+    """Folder or Hugging Face hub id of the tokenizer; default: the one of the model."""
 
     trust_remote_code: bool = False
-    """Run code that the model's repository brings."""
+    """Allow Python code from the model's repository to run."""
 
     attn_implementation: str | None = None
-    """As transformers takes it: sdpa, flash_attention_2, ..."""
+    """Attention implementation of transformers, such as sdpa or flash_attention_2; default: the
+    model's own."""
 
     method: Method = "learned"
-    """learned: the transform trains too. fixed: isotropic noise of perturb.init_scale under the
-    same equation. discrete: random edits of the prefix. neftune: noise in training only, one
-    draw. exact: no perturbation."""
+    """Training method. learned: perturb embeddings by a transform that is trained too. fixed:
+    isotropic noise of scale perturb.init_scale, with the same estimator. discrete: random edits of
+    tokens, with the same estimator. neftune: one noise sample, in training only. exact: ordinary
+    fine-tuning."""
 
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
-    """The transform, its noise and the estimating equation (fixed and discrete: what applies)."""
+    """The perturbation, and how its marginal likelihood is estimated."""
 
     edit_rate: float = 0.1
-    """discrete: the share of tokens that a draw edits."""
+    """Probability that a token is edited; used only with method discrete."""
 
     edit_kinds: tuple[EditKind, ...] = ("replace", "insert", "delete", "swap")
-    """discrete: how, each kind as likely as the others."""
+    """Kinds of edit to choose among, all equally likely; used only with method discrete."""
 
     edit_neighbors: int = 10
-    """discrete: a token is replaced by one of so many whose embeddings are nearest."""
+    """Number of tokens with the nearest embeddings from which a replacement is drawn; used only
+    with method discrete."""
 
     neftune_alpha: float = 5.0
-    """neftune: noise of length alpha / sqrt(3) for each sequence."""
+    """NEFTune's alpha: the noise of a block has a length of alpha / sqrt(3); used only with method
+    neftune."""
 
     lora: LoraOptions = field(default_factory=LoraOptions)
-    """The adapter."""
+    """The LoRA adapter that trains while the base model is frozen."""
 
     cross_fit: bool = False
-    """Fit the transform on one half of each batch, everything else on the other."""
+    """Train the transform on one half of each batch and everything else on the other half."""
 
     epochs: int = 1
-    """Passes over the data."""
+    """Number of passes over the data."""
 
     max_steps: int | None = None
-    """Optimizer steps, instead of epochs; needed when streaming."""
+    """Number of optimizer steps, which overrides epochs; required with streaming."""
 
     batch_size: int = 8
-    """Blocks a step, over all processes."""
+    """Number of blocks in one optimizer step, summed over all processes."""
 
     micro_batch_size: int | None = None
-    """Blocks a forward in one process, the gradients accumulated; default: all of its share."""
+    """Number of blocks in one forward pass of a process, which accumulates gradients over several;
+    default: its whole share of the batch."""
 
     learning_rate: float = 2e-4
-    """At its peak, of the base or its adapter."""
+    """Highest learning rate of the base model or its adapter."""
 
     transform_learning_rate: float | None = None
-    """Default: five times learning_rate."""
+    """Highest learning rate of the transform; default: five times learning_rate."""
 
     weight_decay: float = 0.0
-    """AdamW's, of the base or its adapter."""
+    """AdamW weight decay of the base model or its adapter, without biases and norms."""
 
     transform_weight_decay: float = 0.0
-    """AdamW's, of the transform."""
+    """AdamW weight decay of the transform."""
 
     warmup: float = 0.05
-    """The share of the steps in which the rate rises, before it falls along a cosine to 0."""
+    """Fraction of the steps in which the learning rate rises from 0, before it falls along a cosine
+    to 0."""
 
     max_grad_norm: float | None = 1.0
-    """Longer gradients are clipped to it; None clips none."""
+    """Largest gradient norm: a longer gradient is scaled down to it; None turns clipping off."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes under autocast and holds a frozen base in bf16; what trains stays fp32."""
+    """Precision of the computation. fp32: everything in 32 bits. bf16: autocast to bfloat16, with
+    trained weights in 32 bits and a frozen base model in bfloat16."""
 
     gradient_checkpointing: bool = False
-    """The base computes its activations again in the backward."""
+    """Save memory by computing the base model's activations again in the backward pass."""
 
     eval_data: tuple[str, ...] = ()
-    """Read as data is; marginal perplexity on it is reported, and the best model kept in best/."""
+    """Held-out texts, given like data: their perplexity is reported, and the best model on them is
+    kept in best/."""
 
     eval_split: str | None = None
-    """Of a dataset that has several; default: split."""
+    """Split of eval_data to read of a dataset that has several; default: the value of split."""
 
     eval_every: int = 100
-    """Steps between evaluations, which also come before the first step and after the last."""
+    """Number of steps between evaluations; one also runs before the first step and after the
+    last."""
 
     eval_samples: int = 32
-    """Draws of an evaluation."""
+    """Number of Monte-Carlo samples in an evaluation."""
 
     eval_blocks: int | None = None
-    """Evaluate on the first so many blocks only."""
+    """Number of blocks to evaluate on, from the start of eval_data; default: all."""
 
     early_stop: int | None = None
-    """Stop when so many evaluations in a row brought nothing better."""
+    """Stop after this many evaluations in a row without a new best; default: never."""
 
     save_every: int = 100
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
 
     keep: int = 2
-    """How many checkpoints to keep."""
+    """Number of checkpoints to keep; older ones are deleted."""
 
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where metrics go besides metrics.jsonl."""
+    """Experiment trackers to send metrics to, besides metrics.jsonl."""
 
     seed: int = 0
-    """Of the adapter, the transform, the order of the data and all noise."""
+    """Random seed of the adapter, the transform, the order of the data, dropout and all noise."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Default: cuda where there is one."""
+    """Device to train on; default: cuda where a GPU is available, else cpu."""
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How processes of torchrun or accelerate launch divide the work; fsdp shards the model."""
+    """Use of several processes, started by torchrun or accelerate launch. ddp: each holds the whole
+    model. fsdp: the model is sharded over them."""
 
     mc: int = 1
-    """Processes that share the samples of one batch, instead of each taking blocks."""
+    """Number of processes that split the Monte-Carlo samples of each batch among them; the number
+    of all processes must be a multiple of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,13 +203,15 @@ class TrainOptions(DataOptions):
         self._check_method()
         self._check_evaluation()
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be a share of the steps in [0, 1), got {self.warmup}")
+            raise ValueError(f"warmup must be a fraction of the steps in [0, 1), got {self.warmup}")
         if self.streaming and self.max_steps is None:
             raise ValueError("streaming has no end of its own: give max_steps")
         if self.cross_fit and self.method != "learned":
-            raise ValueError(f"cross_fit is for method='learned', got method={self.method!r}")
+            raise ValueError(f"cross_fit needs method='learned', got method={self.method!r}")
         if self.cross_fit and self.batch_size < 2:
-            raise ValueError(f"cross_fit halves each batch: batch_size is {self.batch_size}")
+            raise ValueError(
+                f"cross_fit needs a batch_size of at least 2, to halve, got {self.batch_size}"
+            )
         if self.resume == "auto" and self.overwrite:
             raise ValueError("overwrite starts anew and resume=auto continues: give one of them")
         for name in self.report_to:
@@ -205,63 +220,72 @@ class TrainOptions(DataOptions):
 
     def _check_method(self) -> None:
         perturb = self.perturb
-        if self.has_one_draw and self.mc > 1:
-            what = "perturb.deterministic" if self.is_noisy else f"method={self.method!r}"
-            raise ValueError(f"mc={self.mc} splits draws, and {what} has one")
-        if not self.is_noisy:
+        if self.has_one_sample and self.mc > 1:
+            option = "perturb.deterministic" if self.perturbs_evaluation else "method"
+            value = True if self.perturbs_evaluation else self.method
+            raise ValueError(
+                f"mc={self.mc} splits samples, and {option}={value!r} has one: set mc to 1"
+            )
+        if not self.perturbs_evaluation:
             return
         if self.edit_rate > 1:
-            raise ValueError(f"edit_rate is a share of the tokens, got {self.edit_rate}")
+            raise ValueError(f"edit_rate must be a probability, at most 1, got {self.edit_rate}")
         if self.method == "discrete" and perturb.antithetic:
-            raise ValueError("perturb.antithetic=True: an edit has no mirror image")
+            raise ValueError(
+                "perturb.antithetic=True pairs z with -z, and an edit has no mirror image: leave "
+                "it unset"
+            )
         if "jvi" in perturb.equations:
             raise ValueError("perturb.estimator='jvi' is for evaluation: train with 'jvi_clip'")
-        resampled = "resample" in perturb.equations or perturb.plan == "resample"
-        if resampled and self.lora.rank and self.lora.dropout:
+        resamples = "resample" in perturb.equations or perturb.plan == "resample"
+        if resamples and self.lora.rank and self.lora.dropout:
             raise ValueError(
                 "perturb.estimator='resample' runs the model twice, and lora.dropout would differ "
-                "between: set it to 0"
+                f"between the two, got lora.dropout={self.lora.dropout}: set it to 0"
             )
         if perturb.marginal == "sequence" and self.packing == "documents":
             raise ValueError(
-                "perturb.marginal='sequence' is of a row's sequence, and packing='documents' lays "
-                "several into one: set packing='stream', by which a block is one sequence"
+                "perturb.marginal='sequence' takes each batch row for one sequence, and "
+                "packing='documents' puts several documents into one: set packing='stream'"
             )
 
     @property
-    def is_noisy(self) -> bool:
-        """Whether the model is still perturbed after training."""
+    def perturbs_evaluation(self) -> bool:
+        """True where the trained model is perturbed, and not only its training."""
         return self.method not in ("exact", "neftune")
 
     @property
-    def has_one_draw(self) -> bool:
-        """Whether all draws of an evaluation would be the same."""
-        held = self.perturb.deterministic and self.method != "discrete"
-        return held or not self.is_noisy
+    def has_one_sample(self) -> bool:
+        """True where all samples of an evaluation would be the same."""
+        is_deterministic = self.perturb.deterministic and self.method != "discrete"
+        return is_deterministic or not self.perturbs_evaluation
 
     def _check_evaluation(self) -> None:
         if self.early_stop is not None and not self.eval_data:
-            raise ValueError("early_stop needs eval_data to judge by")
-        again = sorted(set(self.eval_data) & set(self.data))
-        if again and self.eval_split in (None, self.split):
-            raise ValueError(f"eval_data {again[0]!r} is trained on: give another, or eval_split")
+            raise ValueError("early_stop needs eval_data to compare models on")
+        shared = sorted(set(self.eval_data) & set(self.data))
+        if shared and self.eval_split in (None, self.split):
+            raise ValueError(f"eval_data {shared[0]!r} is trained on: give another, or eval_split")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the options as JSON holds them."""
         return option_files.plain(self)
 
-    def refuse_changes(self, before: dict[str, Any], checkpoint: Path) -> None:
-        """Refuse to continue a run that was another one, and warn of a new course."""
+    def check_resumable(self, before: dict[str, Any], checkpoint: Path) -> None:
+        """Raise ValueError if a run had other options; warn of those that change its course.
+
+        before: the `to_dict` of the run that wrote the checkpoint.
+        """
         before, now = _flat(before), _flat(self.to_dict())
         changed = {
             name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())
-            if name not in _SAME_NUMBERS and before.get(name) != now.get(name)
+            if name not in _RESULT_NEUTRAL and before.get(name) != now.get(name)
         }
-        refused = [said for name, said in changed.items() if name not in _ANOTHER_COURSE]
-        if refused:
+        rejected = [text for name, text in changed.items() if name not in _CHANGEABLE]
+        if rejected:
             raise ValueError(
-                f"{checkpoint} is of a run with other options: {'; '.join(refused)}. Give the "
+                f"{checkpoint} is of a run with other options: {'; '.join(rejected)}. Give the "
                 "same ones, or start anew: another output_dir, or overwrite"
             )
         if changed:
@@ -272,23 +296,25 @@ class TrainOptions(DataOptions):
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """With the keys of groups as perturb.plan."""
+    """Return options with the keys of groups joined, such as perturb.plan."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
-        inner = value if isinstance(value, dict) else {None: value}
-        flat |= {name if key is None else f"{name}.{key}": each for key, each in inner.items()}
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
-# These may change when a run continues: but for rounding and dropout they do not enter its
-# numbers, or what they name is known again by its content.
-_SAME_NUMBERS = (
+# Options that do not affect results, but for rounding and dropout, may change when a run
+# continues. (data is checked by its content.)
+_RESULT_NEUTRAL = (
     *("output_dir", "overwrite", "resume", "dry_run", "trust_remote_code", "save_every", "keep"),
     *("report_to", "device", "parallel", "mc", "micro_batch_size", "early_stop", "eval_every"),
     *("data", "attn_implementation", "gradient_checkpointing", "perturb.chunk_size"),
 )
-# These may too, for a run that went wrong or is to go further, with a word about it.
-_ANOTHER_COURSE = (
+# These affect results and may change with a warning, in a run that went wrong or is to be longer.
+_CHANGEABLE = (
     *("max_steps", "epochs", "learning_rate", "transform_learning_rate", "warmup"),
     *("max_grad_norm", "weight_decay", "transform_weight_decay", "perturb.plan"),
 )

@@ -1,8 +1,8 @@
-"""What a run tells while it goes: a JSON line a step, a progress bar, and trackers.
+"""Metrics of a run while it goes: a JSON line a step, a progress bar, and trackers.
 
-Every place that metrics go to is a sink, opened before the first step, so that a missing package
-is told then. A resumed run continues in the same places, and what was logged there of steps that
-are taken again gives way, or stays and is the same.
+Every place that metrics go to is a sink. All are opened before the first step, so that a missing
+package is an error then. A resumed run continues in the same places: metrics of steps that it takes
+again are replaced, or stay and are the same.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ PROJECT = "fastperturb"
 
 _LINES_OF_LOG = 50
 _BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed} < {remaining}{postfix}"
-# What a line of progress shows of the metrics, where they are there.
-_SHOWN = {
+# The metrics in a line of progress, where the run has them.
+_FORMATS = {
     "loss": "loss {:.3f}",
     "perplexity": "perplexity {:.4g}",
     "ess": "ess {:.2f}",
@@ -41,24 +41,24 @@ _SHOWN = {
 
 
 class Sink(ABC):
-    """A place for metrics."""
+    """A place that metrics go to."""
 
     @abstractmethod
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
-        """What is "train" or "eval"."""
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        """Record the metrics of a step; phase is "train" or "eval"."""
 
     def close(self) -> None:  # noqa: B027
-        """Not all have something to close."""
+        """Release what the sink holds, if anything."""
 
 
 class Report:
-    """Metrics of one run, to everywhere they go; on all but the main process, to nowhere.
+    """Sends the metrics of one run to all its sinks; only the main process has any.
 
-    folder: the run's; metrics.jsonl and the trackers' files go there.
+    folder: the folder of the run, for metrics.jsonl and the trackers' files.
     report_to: names of TRACKERS.
     config: the run's options as JSON, for the trackers.
-    start_step: the steps already taken, of which a resumed run's sinks have metrics.
-    run_id: the run's name at wandb and trackio; a resumed run gives the one it had.
+    start_step: the number of steps already taken; the sinks of a resumed run have their metrics.
+    run_id: the run's name at wandb and trackio; a resumed run passes the one that it had.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class Report:
     ) -> None:
         for name in report_to:
             if name not in TRACKERS:
-                raise ValueError(f"report_to must be of {', '.join(TRACKERS)}, got {name!r}")
+                raise ValueError(
+                    f"report_to must be one or more of {', '.join(TRACKERS)}, got {name!r}"
+                )
         self.run_id = run_id or _new_id(folder)
         self._sinks: list[Sink] = []
         with ExitStack() as opened:
@@ -96,9 +98,9 @@ class Report:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         self._log(step, "eval", values)
 
-    def _log(self, step: int, what: str, values: Mapping[str, float]) -> None:
+    def _log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
-            sink.log(step, what, values)
+            sink.log(step, phase, values)
 
     def close(self) -> None:
         self._opened.close()
@@ -116,7 +118,7 @@ class Report:
 
 
 def _new_id(folder: Path) -> str:
-    """The folder's name, in letters that trackers take, and what makes it unique."""
+    """Return the folder's name, in letters that trackers allow, with a random ending."""
     name = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII)
     return f"{name[:80]}-{secrets.token_hex(4)}"
 
@@ -129,14 +131,14 @@ class MetricsFile(Sink):
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self._path = path
-        # Without a step to continue from the run is a new one, its evaluation at step 0 too.
-        kept = [] if start_step == 0 else read_metrics(path)
-        _replace(path, [line for line in kept if line["step"] <= start_step])
+        # A run that starts at step 0 evaluates there again, so no line is kept.
+        lines = [] if start_step == 0 else read_metrics(path)
+        _replace(path, [line for line in lines if line["step"] <= start_step])
 
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = _line({"step": step, "what": what, **finite})
-        # Opened for each, so that a write that failed leaves nothing to fail again later.
+        line = _line({"step": step, "what": phase, **finite})
+        # Opened for each line, so that a failed write leaves nothing to fail again later.
         with (
             explaining(f"could not write to {self._path}"),
             open(self._path, "a", encoding="utf-8") as file,
@@ -145,22 +147,22 @@ class MetricsFile(Sink):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file. A line that was cut off while it was written is left out."""
+    """Read the lines of a metrics file, without one that was cut off while it was written."""
     if not path.exists():
         return []
-    found = []
+    lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if text.endswith("\n") and isinstance(line, dict) and isinstance(line.get("step"), int):
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def _replace(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Whole or not at all: lines that a killed run needs again must not be lost."""
+    """Write a metrics file whole or not at all, so that a killed run loses no line."""
     temporary = path.with_name(f".{path.name}.kept")
     with explaining(f"could not write to {path}"):
         temporary.write_text("".join(map(_line, lines)), encoding="utf-8")
@@ -175,18 +177,18 @@ def _line(values: dict[str, Any]) -> str:
 
 
 class ProgressBar(Sink):
-    """For a terminal."""
+    """A progress bar, for a terminal."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self._bar = tqdm(
             total=total_steps, initial=start_step, desc="step", bar_format=_BAR, dynamic_ncols=True
         )
 
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
-        if what == "eval":
-            self._bar.write(_evaluated(step, values), file=sys.stderr)
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        if phase == "eval":
+            self._bar.write(_format_evaluation(step, values), file=sys.stderr)
             return
-        self._bar.set_postfix_str(_shown(values), refresh=False)
+        self._bar.set_postfix_str(_format(values), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
@@ -194,33 +196,33 @@ class ProgressBar(Sink):
 
 
 class ProgressLines(Sink):
-    """For a log file: about fifty lines a run, and every evaluation."""
+    """About fifty lines of progress in a run, and one for every evaluation, for a log file."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self._total, self._start, self._last = total_steps, start_step, start_step
         self._every = max(1, total_steps // _LINES_OF_LOG)
         self._started = time.monotonic()
 
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
-        if what == "eval":
-            print(_evaluated(step, values), file=sys.stderr, flush=True)
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        if phase == "eval":
+            print(_format_evaluation(step, values), file=sys.stderr, flush=True)
             return
-        due = step // self._every > self._last // self._every or step >= self._total
-        if not due:
+        is_due = step // self._every > self._last // self._every or step >= self._total
+        if not is_due:
             return
         seconds = (time.monotonic() - self._started) / (step - self._start)
         left = tqdm.format_interval(seconds * (self._total - step))
-        text = f"step {step}/{self._total}  {_shown(values)}  {left} left"
+        text = f"step {step}/{self._total}  {_format(values)}  {left} left"
         print(text, file=sys.stderr, flush=True)
         self._last = step
 
 
-def _shown(values: Mapping[str, float]) -> str:
-    return "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+def _format(values: Mapping[str, float]) -> str:
+    return "  ".join(text.format(values[name]) for name, text in _FORMATS.items() if name in values)
 
 
-def _evaluated(step: int, values: Mapping[str, float]) -> str:
-    return f"step {step}, held out:  {_shown(values)}"
+def _format_evaluation(step: int, values: Mapping[str, float]) -> str:
+    return f"step {step}, held out:  {_format(values)}"
 
 
 # Trackers
@@ -232,13 +234,13 @@ class TensorBoard(Sink):
     def __init__(self, folder: Path, config: dict[str, Any], start_step: int, run_id: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an interrupted run wrote of later steps is hidden.
+        # Hides the later steps that an interrupted run wrote.
         self._writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
         self._writer.add_text("config", f"```\n{json.dumps(config, indent=2)}\n```", start_step)
 
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"{what}/{name}", value, step)
+            self._writer.add_scalar(f"{phase}/{name}", value, step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -260,9 +262,9 @@ class Wandb(Sink):
             config=config,
         )
 
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
-        # wandb passes over steps that it has: a resumed run would only say the same again.
-        self._run.log({f"{what}/{name}": value for name, value in values.items()}, step=step)
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        # wandb ignores steps that it has, which are the same in a resumed run.
+        self._run.log({f"{phase}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -276,8 +278,8 @@ class Trackio(Sink):
 
         self._run = trackio.init(project=PROJECT, name=run_id, resume="allow", config=config)
 
-    def log(self, step: int, what: str, values: Mapping[str, float]) -> None:
-        self._run.log({f"{what}/{name}": value for name, value in values.items()}, step=step)
+    def log(self, step: int, phase: str, values: Mapping[str, float]) -> None:
+        self._run.log({f"{phase}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -1,14 +1,14 @@
 """Checkpoints of a training run, from which it goes on bit for bit.
 
     step-00000120/
-        whatever the model writes      to be loaded elsewhere
+        the files of the model         for fastperturb.load
         training_state.safetensors     trainable parameters, optimizer, data state
         training_state.json            the step, JSON values, versions, every file's SHA-256
 
 A checkpoint is written in a hidden folder beside the others, flushed to the disk and renamed into
-place, and one that is to go is hidden before it is deleted: whatever interrupts a save, a folder
-that has a checkpoint's name is whole. What is read is checked by hash before anything is used.
-Nothing is unpickled, links are not followed, and no path is made from what a file says.
+place. An old one is hidden before it is deleted. So whatever interrupts a save, a folder that has
+a checkpoint's name is whole. All files are checked by hash before any is used. Nothing is
+unpickled, links are not followed, and no path is made from the contents of a file.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ FORMAT_VERSION = 1
 STATE_NAME = "training_state.json"
 TENSORS_NAME = "training_state.safetensors"
 
-# Far above what is ever written, far below what hurts.
-_MOST_STATE_BYTES = 1 << 26
+# Far above the size of any manifest, and small enough to read into memory.
+_MAX_STATE_BYTES = 1 << 26
 
 _NAME = "step-"
 _UNFINISHED = f".saving-{_NAME}"
 _OUTDATED = f".old-{_NAME}"
 
 
-class OtherFormat(ValueError):
-    """A checkpoint of another version of fastperturb: whole, perhaps, but not for this one."""
+class UnsupportedFormat(ValueError):
+    """The checkpoint has a format that another version of fastperturb reads."""
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint whose files were all found to be those that were saved."""
+    """A checkpoint whose files all have the hashes that were saved."""
 
     path: Path
     step: int
     values: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The saved tensors, on the CPU."""
+        """Return the saved tensors, on the CPU."""
         return read_tensors(self.path / TENSORS_NAME)
 
 
@@ -78,13 +78,13 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step into a folder of checkpoints, and return its path.
 
-    values: what JSON gives back as it was: string keys, lists, no tuples, no nan or inf.
+    values: JSON that reads back equal: string keys, lists, no tuples, no nan or inf.
     write_model: called with an empty folder, into which it writes plain files.
-    keep: how many checkpoints stay, this one included. Those of later steps, from which the run
-        went back, go too.
+    keep: the number of checkpoints that stay, this one included. Those of later steps, before
+        which the run was resumed, are deleted too.
     protect: steps whose checkpoints stay whatever their age, such as the best one's.
 
-    Raises OSError where the disk refuses, with the older checkpoints as they were.
+    Raises OSError if the disk fails or is full, with the older checkpoints as they were.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -102,7 +102,7 @@ def save(
         flush(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise explained(error, _what_is_left(folder, target)) from error
+        raise explained(error, _failed_save(folder, target)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     with explaining(f"{target} is saved and whole, but an older one could not be deleted"):
@@ -111,26 +111,26 @@ def save(
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """Return the path that the checkpoint of a step has, or would have."""
     return folder / f"{_NAME}{step:08d}"
 
 
 def latest(folder: Path) -> SavedState | None:
-    """The newest whole checkpoint of a folder; damaged ones are skipped with a warning.
+    """Read the newest undamaged checkpoint of a folder; None if the folder has no checkpoint.
 
-    None where there is none. One of another format is an error, and so is a folder with nothing but
-    damaged ones: to go on without them would lose their steps.
+    Damaged ones are skipped with a warning. Raises ValueError if all are damaged, since to go on
+    without them would lose their steps, and on one of an unsupported format.
     """
-    # A save killed between its last two renames leaves the one that it was to replace hidden.
-    found = [*_checkpoints(folder)[::-1], *_checkpoints(folder, _OUTDATED)[::-1]]
-    for _, path in found:
+    # A save killed between its last two renames leaves the checkpoint that it replaces hidden.
+    candidates = [*_checkpoints(folder)[::-1], *_checkpoints(folder, _OUTDATED)[::-1]]
+    for _, path in candidates:
         try:
             return read(path)
-        except OtherFormat:
+        except UnsupportedFormat:
             raise
         except ValueError as error:
             warnings.warn(f"skipped a damaged checkpoint: {error}", stacklevel=2)
-    if found:
+    if candidates:
         raise ValueError(
             f"no checkpoint in {folder} is whole: copy one there from elsewhere, or move that "
             "folder away to start anew"
@@ -139,7 +139,7 @@ def latest(folder: Path) -> SavedState | None:
 
 
 def read(path: Path) -> SavedState:
-    """One checkpoint, all of whose files are as they were saved; ValueError where they are not."""
+    """Read one checkpoint; raise ValueError if any of its files is not as it was saved."""
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}: name a folder {_NAME}...")
     values = _read_state(path)
@@ -149,8 +149,8 @@ def read(path: Path) -> SavedState:
             raise ValueError(f"step is {step!r}, files are {list(files)}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / STATE_NAME} is not understood: {error!r}") from error
-    if lost := sorted(files.keys() - _plain_files(path)):
-        raise ValueError(f"{path} lacks the file {lost[0]!r} that it was saved with{_ADVICE}")
+    if missing := sorted(files.keys() - _plain_files(path)):
+        raise ValueError(f"{path} lacks the file {missing[0]!r} that it was saved with{_ADVICE}")
     for name in sorted(files):
         if sha256(path / name) != files[name]:
             raise ValueError(f"{path / name} was changed after it was saved, or is cut{_ADVICE}")
@@ -170,8 +170,8 @@ def _check_values(values: Mapping[str, Any]) -> None:
         raise ValueError(f"values must be JSON: {error}") from error
     if json.loads(text) != values:
         raise ValueError(
-            "values must be what JSON gives back, string keys and lists instead of tuples, and "
-            f"{dict(values)} is not"
+            "values must read back equal from JSON (string keys, lists instead of tuples), got "
+            f"{dict(values)}"
         )
 
 
@@ -187,7 +187,7 @@ def _write(
     safetensors.torch.save_file(on_cpu, staging / TENSORS_NAME, {"format": "pt"})
     names = sorted(os.listdir(staging))
     if others := sorted(set(names) - _plain_files(staging)):
-        raise ValueError(f"write_model must write plain files, and {others[0]!r} is none")
+        raise ValueError(f"write_model must write plain files, and {others[0]!r} is not one")
     state = {
         "format_version": FORMAT_VERSION,
         "versions": versions(),
@@ -205,29 +205,30 @@ def _write(
     flush(staging)
 
 
-def _what_is_left(folder: Path, target: Path) -> str:
+def _failed_save(folder: Path, target: Path) -> str:
+    """Return the message about a save that failed, which names the last good checkpoint."""
     try:
         saved = latest(folder)
-        left = "there is no older one" if saved is None else f"{saved.path} is whole"
+        older = "there is no older one" if saved is None else f"{saved.path} is whole"
     except (OSError, ValueError) as error:
-        left = f"an older one cannot be read: {error}"
+        older = f"an older one cannot be read: {error}"
     return (
-        f"could not save the checkpoint {target} ({left}; nothing in memory changed): free space "
+        f"could not save the checkpoint {target} ({older}; nothing in memory changed): free space "
         "or quota, or name a folder that can be written to, and save again"
     )
 
 
 def _prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
-    found = _checkpoints(folder)
-    kept = {*[number for number, _ in found if number <= step][-keep:], *protect}
-    for number, path in found:
-        if number not in kept:
+    checkpoints = _checkpoints(folder)
+    keepers = {*[number for number, _ in checkpoints if number <= step][-keep:], *protect}
+    for number, path in checkpoints:
+        if number not in keepers:
             _retire(path)
     _delete_all(folder, _OUTDATED)
 
 
 def _retire(path: Path) -> None:
-    """Hide a checkpoint, so that half of one is never seen."""
+    """Hide a checkpoint, so that it is never seen half deleted."""
     hidden = path.with_name(_OUTDATED + path.name.removeprefix(_NAME))
     if hidden.exists():
         shutil.rmtree(hidden)
@@ -243,15 +244,15 @@ def _delete_all(folder: Path, prefix: str) -> None:
 
 
 def _checkpoints(folder: Path, prefix: str = _NAME) -> list[tuple[int, Path]]:
-    """Steps and folders, by step."""
-    found = [
+    """Return the steps and folders of checkpoints, sorted by step."""
+    checkpoints = [
         (int(number), path)
         for path in folder.glob(f"{prefix}*")
         if (number := path.name.removeprefix(prefix)).isdecimal()
         and path.is_dir()
         and not path.is_symlink()
     ]
-    return sorted(found)
+    return sorted(checkpoints)
 
 
 def _plain_files(folder: Path) -> set[str]:
@@ -262,11 +263,11 @@ def _plain_files(folder: Path) -> set[str]:
 def _read_state(path: Path) -> dict[str, Any]:
     if STATE_NAME not in _plain_files(path):
         raise ValueError(f"{path} holds no {STATE_NAME}, so is no checkpoint of a training run")
-    values = read_json(path / STATE_NAME, most_bytes=_MOST_STATE_BYTES)
+    values = read_json(path / STATE_NAME, most_bytes=_MAX_STATE_BYTES)
     version = values.get("format_version")
     if type(version) is int and version != FORMAT_VERSION:
         writer = values.get("versions", {}).get("fastperturb")
-        raise OtherFormat(
+        raise UnsupportedFormat(
             f"{path} has format {version}, and this fastperturb reads format {FORMAT_VERSION}: "
             f"finish the run with the version that wrote it, {writer}, or start another from the "
             "model in that folder"

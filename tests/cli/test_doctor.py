@@ -1,4 +1,4 @@
-"""The doctor tells what runs here, and notices when it is wrong."""
+"""`fastperturb doctor` reports what runs here, and fails when an op is wrong."""
 
 import io
 import json
@@ -45,7 +45,11 @@ def test_the_first_usable_candidate_is_what_runs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(dispatch, "explain", lambda op, device: candidates)
     chosen = doctor.choice("linear_logprob", CPU)
     assert chosen["runs"] == "cpp"
-    assert [each["reason"] for each in chosen["candidates"]] == ["no GPU", "compiled", "always"]
+    assert [candidate["reason"] for candidate in chosen["candidates"]] == [
+        "no GPU",
+        "compiled",
+        "always",
+    ]
 
 
 def wrong_value(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -80,7 +84,7 @@ def test_a_wrong_op_fails_the_check_and_the_status(
     }
 
 
-def test_people_see_what_broke_and_why_the_others_do_not_run(
+def test_the_tables_show_the_error_and_why_other_implementations_do_not_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ops, "linear_logprob", broken)
@@ -95,7 +99,7 @@ def test_people_see_what_broke_and_why_the_others_do_not_run(
                 assert f"{candidate['name']}: {candidate['reason']}" in text
 
 
-def test_the_report_is_written_to_a_folder_that_is_not_overwritten_unasked(
+def test_the_report_is_written_to_a_folder_and_overwrites_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["doctor", "--json", "--output-dir", str(tmp_path / "run")]
@@ -106,6 +110,6 @@ def test_the_report_is_written_to_a_folder_that_is_not_overwritten_unasked(
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_a_tool_that_is_not_there_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_none_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert doctor.compiler()["c++"] is None

@@ -44,7 +44,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_version_is_told_without_waiting_for_torch() -> None:
+def test_version_is_printed_without_importing_torch() -> None:
     code = "from fastperturb.cli.main import main; main(['--version'])"
     code += "; import sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -58,12 +58,14 @@ def test_usage_lists_every_command(
     assert cli.main(argv) == status
     printed = capsys.readouterr()
     text = printed.out if status == 0 else printed.err
-    for name, (_, does) in cli.COMMANDS.items():
+    for name, (_, summary) in cli.COMMANDS.items():
         assert f"  {name} " in text
-        assert does in text
+        assert summary in text
 
 
-def test_an_unknown_command_gets_the_closest_and_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_lists_the_closest_and_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["docter"]) == 2
     assert capsys.readouterr().err == (
         "fastperturb: error: unknown command 'docter' (did you mean 'doctor'?). "
@@ -72,7 +74,7 @@ def test_an_unknown_command_gets_the_closest_and_all(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_can_write_a_folder_and_asks_before_overwriting(name: str) -> None:
+def test_every_command_has_output_dir_and_overwrite(name: str) -> None:
     module, _, options_class = cli.COMMANDS[name][0].partition(":")
     options = {field.name for field in fields(getattr(import_module(module), options_class))}
     assert {"output_dir", "overwrite"} <= options
@@ -105,13 +107,13 @@ def test_an_error_of_ours_is_one_line_and_status_2(
     assert cli.main(["copy", "--output-dir", str(tmp_path), "--overwrite"]) == 7
 
 
-def test_an_error_that_is_nobodys_message_keeps_its_traceback(command: ModuleType) -> None:
+def test_an_error_from_outside_the_package_keeps_its_traceback(command: ModuleType) -> None:
     command.run = count  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["copy"])
 
 
-def test_a_typo_in_the_config_file_is_one_line_too(
+def test_a_typo_in_the_config_file_is_one_line_and_status_2(
     command: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "run.yaml"

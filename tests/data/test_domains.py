@@ -1,16 +1,16 @@
-"""Domains: the same tokens that training would see, and whose document each of them is."""
+"""Domains: the tokens that training would see, and the number of each token's document."""
 
 import json
 
 import datasets
+import letters
 import numpy as np
 import pytest
 import tiny_run
 import transformers
 
-from fastperturb.data import domains
+from fastperturb.data import DataOptions, domains, evaluation_blocks
 from fastperturb.data.domains import DomainOptions
-from fastperturb.data.options import DataOptions, evaluation_blocks
 
 TEXTS = [
     " ".join(tiny_run.WORDS[i : i + n]) for i, n in ((0, 3), (5, 12), (20, 7), (30, 16), (9, 1))
@@ -21,11 +21,6 @@ TEXTS = [
 def tokenizer(tmp_path_factory):
     folder = tiny_run.model_folder(tmp_path_factory.mktemp("base"))
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -40,17 +35,17 @@ def ids(tokenizer, text):
 
 
 @pytest.mark.parametrize("block_size", [4, 8, 64])
-def test_documents_come_out_of_the_blocks_as_they_were_tokenised(block_size, jsonl, tokenizer):
+def test_domain_tokens_are_those_of_each_document(block_size, jsonl, tokenizer):
     domain = domains.read("d", str(jsonl), DomainOptions(block_size=block_size), tokenizer)
     assert domain.document_count == len(TEXTS)
-    assert [found.tolist() for found in domain.tokens()] == [ids(tokenizer, t) for t in TEXTS]
+    assert [document.tolist() for document in domain.tokens()] == [ids(tokenizer, t) for t in TEXTS]
 
 
-def test_each_token_knows_its_document_and_padding_has_none(jsonl, tokenizer):
+def test_documents_numbers_each_token_and_padding_is_minus_one(jsonl, tokenizer):
     domain = domains.read("d", str(jsonl), DomainOptions(block_size=8), tokenizer)
-    owners = [n for n, text in enumerate(TEXTS) for _ in ids(tokenizer, text)]
-    owners += [-1] * (-len(owners) % 8)
-    assert np.concatenate(domain.documents).tolist() == owners
+    numbers = [n for n, text in enumerate(TEXTS) for _ in ids(tokenizer, text)]
+    numbers += [-1] * (-len(numbers) % 8)
+    assert np.concatenate(domain.documents).tolist() == numbers
 
 
 def test_a_domain_has_the_blocks_that_training_would_evaluate_on(jsonl, tokenizer, tmp_path):
@@ -62,42 +57,41 @@ def test_a_domain_has_the_blocks_that_training_would_evaluate_on(jsonl, tokenize
     saved = tmp_path / "saved"
     datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": TEXTS})).save_to_disk(saved)
     for place in map(str, (jsonl, text, folder, saved)):
-        given = {"block_size": 16, "split": "test", "document_separator": "\n\n"}
-        domain = domains.read("d", place, DomainOptions(**given), tokenizer)
-        expected = evaluation_blocks([place], DataOptions(data=(place,), **given), tokenizer)
-        assert len(domain.blocks) == len(expected)
-        for found, wanted in zip(domain.blocks, expected):
-            for name, each in found._asdict().items():
-                np.testing.assert_array_equal(each, getattr(wanted, name), err_msg=name)
+        options = {"block_size": 16, "split": "test", "document_separator": "\n\n"}
+        domain = domains.read("d", place, DomainOptions(**options), tokenizer)
+        expected = evaluation_blocks([place], DataOptions(data=(place,), **options), tokenizer)
+        letters.assert_equal(list(domain.blocks), list(expected))
 
 
 def test_several_places_are_laid_end_to_end(jsonl, tokenizer):
     domain = domains.read("d", [str(jsonl), str(jsonl)], DomainOptions(block_size=8), tokenizer)
-    assert [found.tolist() for found in domain.tokens()] == [ids(tokenizer, t) for t in TEXTS * 2]
+    assert [document.tolist() for document in domain.tokens()] == [
+        ids(tokenizer, t) for t in TEXTS * 2
+    ]
 
 
 def test_the_first_documents_and_the_first_tokens_of_each_are_kept(jsonl, tokenizer):
     options = DomainOptions(block_size=8, max_documents=3, document_tokens=6)
     domain = domains.read("d", str(jsonl), options, tokenizer)
-    assert [found.tolist() for found in domain.tokens()] == [
+    assert [document.tolist() for document in domain.tokens()] == [
         ids(tokenizer, t)[:6] for t in TEXTS[:3]
     ]
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that gives every dataset the same rows, and what was asked of it."""
-    asked = []
+    """A hub that gives every dataset the same rows; the calls that asked it."""
+    calls = []
 
     def load(repository, config, *, split, streaming):
-        asked.append((repository, config, split, streaming))
+        calls.append((repository, config, split, streaming))
         lines = [" = A title = \n", "", " w1 w2 \n", " = = A section = = \n", " w3 \n"]
         lines += [" = Another title = \n", " w4 w5 \n"]
         rows = datasets.Dataset.from_dict({"text": lines, "story": lines, "content": lines})
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return asked
+    return calls
 
 
 def test_a_known_name_is_a_place_on_the_hub_with_its_own_field_and_split(hub, tokenizer):
@@ -114,25 +108,27 @@ def test_the_lines_of_wikitext_are_joined_into_articles(hub, tokenizer):
         " = A title = \n w1 w2 \n = = A section = = \n w3 \n",
         " = Another title = \n w4 w5 \n",
     ]
-    assert [found.tolist() for found in domain.tokens()] == [ids(tokenizer, t) for t in texts]
+    assert [document.tolist() for document in domain.tokens()] == [ids(tokenizer, t) for t in texts]
 
 
-def test_of_a_hub_text_only_the_documents_that_are_wanted_are_fetched(hub, tokenizer):
+def test_max_documents_of_a_hub_text_are_streamed(hub, tokenizer):
     domain = domains.read("d", "openwebtext", DomainOptions(max_documents=2), tokenizer)
     assert hub[-1] == ("Elriggs/openwebtext-100k", None, "train", True)
     assert domain.document_count == 2
 
 
-def test_a_file_here_comes_before_the_hub(hub, tokenizer, tmp_path, monkeypatch):
+def test_a_local_folder_with_a_known_name_is_read_instead_of_the_hub(
+    hub, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "a.txt").write_text("w1 w2 w3")
     domain = domains.read("d", "wikitext2", DomainOptions(), tokenizer)
-    assert [found.tolist() for found in domain.tokens()] == [ids(tokenizer, "w1 w2 w3")]
+    assert [document.tolist() for document in domain.tokens()] == [ids(tokenizer, "w1 w2 w3")]
     assert not hub
 
 
-def test_without_a_network_a_known_name_says_what_helps(tokenizer, monkeypatch):
+def test_a_known_name_without_a_network_raises_with_advice(tokenizer, monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route")
 
@@ -151,12 +147,12 @@ def test_without_a_network_a_known_name_says_what_helps(tokenizer, monkeypatch):
         ({"block_size": 1}, "block_size must be at least 2"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(changes, message):
+def test_an_invalid_option_raises(changes, message):
     with pytest.raises(ValueError, match=message):
         DomainOptions(**changes)
 
 
-def test_a_text_without_documents_is_refused(tokenizer, tmp_path):
+def test_a_text_without_documents_raises(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="has no text"):
         domains.read("d", str(tmp_path / "empty.txt"), DomainOptions(), tokenizer)

@@ -13,7 +13,7 @@ import transformers
 from fastperturb import EditConfig, PerturbConfig, edit, wrap
 from fastperturb.data import domains
 from fastperturb.data.domains import Domain, DomainOptions
-from fastperturb.data.packing import Cut, Layout, collate
+from fastperturb.data.packing import Layout, Span, collate
 from fastperturb.engine.batch import IGNORED
 from fastperturb.eval import likelihood
 from fastperturb.eval.likelihood import Likelihood, measure
@@ -53,7 +53,7 @@ def whole_documents(documents, eos=2):
     size = max(map(len, documents))
     layout = Layout(size, "documents", eos)
     blocks = [
-        layout.block(Cut(number, np.asarray(tokens, np.int32), np.arange(len(tokens)) == 0))
+        layout.block(Span(number, np.asarray(tokens, np.int32), np.arange(len(tokens)) == 0))
         for number, tokens in enumerate(documents)
     ]
     owners = [np.where(np.arange(size) < len(each), n, -1) for n, each in enumerate(documents)]

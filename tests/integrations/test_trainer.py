@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import pytest
+import tiny
 import torch
 import transformers
 import two_processes
@@ -14,25 +15,13 @@ from fastperturb import PerturbConfig, PerturbTrainer, noise, wrap
 
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 64,
-}
 FIELDS = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
 
 
 def tiny_lm(*, lora=False, dropout=0.0, **config):
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    base = tiny.llama()
     if lora:
-        peft = pytest.importorskip("peft", reason="LoRA tests need peft")
-        adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
-        base = peft.get_peft_model(base, adapter)
+        base = tiny.with_lora(base, r=8, init_lora_weights=True, lora_dropout=dropout)
     return wrap(base, PerturbConfig(**{"num_samples": 3} | config))
 
 
@@ -83,9 +72,9 @@ def parameters(lm):
     return {name: value.detach().clone() for name, value in lm.named_parameters()}
 
 
-def assert_equal(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+def assert_equal(tensors, expected, **tolerance):
+    assert tensors.keys() == expected.keys()
+    for name, value in tensors.items():
         torch.testing.assert_close(value, expected[name], **tolerance or {"rtol": 0, "atol": 0})
 
 
@@ -127,21 +116,21 @@ def test_micro_batches_change_neither_the_loss_nor_the_parameters(tmp_path, size
     assert_equal(parameters(parts.lm), parameters(whole.lm), rtol=1e-4, atol=1e-5)
 
 
-def test_another_seed_is_another_noise(tmp_path):
+def test_another_seed_gives_another_noise(tmp_path):
     same_order = {"data_seed": 0, "train_sampling_strategy": "sequential", "max_steps": 1}
     one, two = (trained(tmp_path, seed=seed, **same_order) for seed in (1, 2))
     assert training_logs(one)[0]["loss"] != training_logs(two)[0]["loss"]
 
 
-def test_packed_documents_are_numbered_each_and_rows_of_the_data_are_kept(tmp_path):
+def test_every_packed_document_has_a_row_id_and_rows_of_the_data_are_kept(tmp_path):
     trainer = trainer_of(tiny_lm(), tmp_path, per_device_train_batch_size=2)
     labels = torch.zeros(2, 5, dtype=torch.int64)
     # The second document may be cut off from its beginning.
     packed = {"labels": labels, "position_ids": torch.tensor([[0, 1, 4, 5, 6], [0, 1, 2, 3, 4]])}
     numbered = {"labels": labels, "rows": torch.tensor([7, 9])}
     alone = {"labels": labels, "position_ids": torch.arange(5).expand(2, -1)}
-    given = [{"labels": labels}, packed, numbered, alone]
-    batches, _ = trainer.get_batch_samples(iter(given), 4, "cpu")
+    micro_batches = [{"labels": labels}, packed, numbered, alone]
+    batches, _ = trainer.get_batch_samples(iter(micro_batches), 4, "cpu")
     assert batches[0]["rows"].tolist() == [0, 1]
     first, second = batches[1]["rows"]
     assert first[0] == first[1] != first[2] == first[3] == first[4]
@@ -158,25 +147,24 @@ def test_the_transform_has_a_learning_rate_and_weight_decay_of_its_own(tmp_path)
     *others, group = trainer.create_optimizer().param_groups
     assert group["params"] == list(trainer.lm.transform.parameters())
     assert (group["lr"], group["weight_decay"]) == (0.05, 0.0)
-    trained_twice = {id(p) for each in others for p in each["params"]} & set(
-        map(id, group["params"])
-    )
-    assert not trained_twice and all(each["lr"] == 0.01 for each in others)
-    counted = sum(len(each["params"]) for each in (*others, group))
-    assert counted == len(list(trainer.lm.parameters()))
+    assert all(other["lr"] == 0.01 for other in others)
+    ids = [id(value) for g in (*others, group) for value in g["params"]]
+    assert len(ids) == len(set(ids)) == len(list(trainer.lm.parameters()))
 
     rates = {"transform_learning_rate": 0.3, "transform_weight_decay": 0.2}
     group = trainer_of(tiny_lm(), tmp_path, options=rates).create_optimizer().param_groups[-1]
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
 
 
-def test_a_frozen_transform_stays_as_it_is(tmp_path):
+def test_a_frozen_transform_does_not_train(tmp_path):
     lm = tiny_lm()
     lm.transform.requires_grad_(False)
     before = parameters(lm)
     trained(tmp_path, lm=lm, max_steps=1)
-    moved = {name for name, value in lm.named_parameters() if not torch.equal(value, before[name])}
-    assert moved and not any(name.startswith("transform") for name in moved)
+    changed = {
+        name for name, value in lm.named_parameters() if not torch.equal(value, before[name])
+    }
+    assert changed and not any(name.startswith("transform") for name in changed)
 
 
 # Checkpoints
@@ -198,22 +186,20 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, lora):
     assert training_logs(resumed) == training_logs(whole)
 
 
-def test_a_checkpoint_is_what_load_reads(tmp_path):
+def test_load_reads_a_checkpoint(tmp_path):
     lm = tiny_lm(lora=True)
     trained(tmp_path, lm=lm, save_strategy="steps", save_steps=3)
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
-    loaded = fastperturb.load(base, tmp_path / "checkpoint-3")
+    loaded = fastperturb.load(tiny.llama(), tmp_path / "checkpoint-3")
     assert_equal(parameters(loaded), parameters(lm))
 
 
-def test_the_best_model_is_loaded_at_the_end_and_old_checkpoints_go(tmp_path):
+def test_the_best_model_is_loaded_at_the_end_and_old_checkpoints_are_deleted(tmp_path):
     # So large a rate only makes it worse: the first evaluation is the best one.
     trainer = trained(
         tmp_path,
         lm=tiny_lm(lora=True),
         max_steps=4,
-        learning_rate=1.0,
+        learning_rate=10.0,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=1,
@@ -227,11 +213,11 @@ def test_the_best_model_is_loaded_at_the_end_and_old_checkpoints_go(tmp_path):
     best = 1 + history.index(min(history))
     assert best < 4
     assert trainer.evaluate()["eval_perplexity"] == min(history)
-    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert kept == {f"checkpoint-{best}", "checkpoint-4"}
+    checkpoints = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert checkpoints == {f"checkpoint-{best}", "checkpoint-4"}
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+def test_resuming_from_a_checkpoint_of_another_model_raises(tmp_path):
     trained(tmp_path, lm=tiny_lm(), save_strategy="steps", save_steps=3)
     folder = str(tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="holds another model"):
@@ -244,36 +230,36 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
-def test_evaluation_is_the_score_of_the_whole_set_whatever_the_batches(tmp_path, marginal):
+def test_evaluation_is_the_score_of_the_whole_set_for_any_batch_size(tmp_path, marginal):
     rows = examples(6, seed=2)
-    found = []
+    evaluations = []
     for size in (4, 6):
         lm = tiny_lm(marginal=marginal, estimator="jensen")
         trainer = trainer_of(
             lm, tmp_path, per_device_eval_batch_size=size, options={"num_eval_samples": 5}
         )
-        found.append(trainer.evaluate())
+        evaluations.append(trainer.evaluate())
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     score = lm.eval().score(**batch, num_samples=5, seed=noise.fold_in(trainer.args.seed, -1))
-    for metrics in found:
+    for metrics in evaluations:
         assert metrics["eval_loss"] == pytest.approx(score.nll.item(), rel=1e-5)
         assert metrics["eval_perplexity"] == pytest.approx(score.perplexity.item(), rel=1e-5)
         assert 0 < metrics["eval_shift"] < 1
     if marginal == "token":
         labelled = (batch["labels"][:, 1:] != -100).sum()
         expected = (score.ess.sum() / labelled).item()
-        assert found[0]["eval_ess"] == pytest.approx(expected, rel=1e-4)
+        assert evaluations[0]["eval_ess"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_evaluating_changes_nothing_of_the_training_that_follows(tmp_path):
+def test_evaluating_does_not_change_the_training_that_follows(tmp_path):
     plain = trained(tmp_path)
-    watched = trained(tmp_path, eval_strategy="steps", eval_steps=1)
-    assert_equal(parameters(watched.lm), parameters(plain.lm))
-    losses = [e["eval_loss"] for e in watched.state.log_history if "eval_loss" in e]
-    assert watched.evaluate()["eval_loss"] == losses[-1] != losses[0]
+    evaluated = trained(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert_equal(parameters(evaluated.lm), parameters(plain.lm))
+    losses = [e["eval_loss"] for e in evaluated.state.log_history if "eval_loss" in e]
+    assert evaluated.evaluate()["eval_loss"] == losses[-1] != losses[0]
 
 
-def test_an_evaluation_set_without_a_labelled_token_is_refused(tmp_path):
+def test_an_evaluation_set_without_a_labelled_token_raises(tmp_path):
     trainer = trainer_of(tiny_lm(), tmp_path)
     ignored = [row | {"labels": torch.full((9,), -100)} for row in examples(2)]
     with pytest.raises(ValueError, match="no labelled token"):
@@ -282,7 +268,7 @@ def test_an_evaluation_set_without_a_labelled_token_is_refused(tmp_path):
         trainer.evaluate([{"input_ids": row["input_ids"]} for row in examples(2)])
 
 
-# What Trainer can do besides
+# Other features of Trainer
 
 
 def test_activation_checkpointing_changes_no_parameter(tmp_path):
@@ -305,7 +291,7 @@ def test_bf16_computes_in_half_precision_what_fp32_does(tmp_path):
     assert all(value.dtype == torch.float32 for value in half.lm.parameters())
 
 
-def test_the_config_stays_ours_and_trainer_writes_to_the_bases(tmp_path):
+def test_trainer_writes_to_the_config_of_the_base_and_not_of_the_lm(tmp_path):
     lm = tiny_lm()
     config = lm.config
     trainer = trainer_of(lm, tmp_path, use_cache=True)
@@ -314,23 +300,24 @@ def test_the_config_stays_ours_and_trainer_writes_to_the_bases(tmp_path):
 
 
 def test_model_init_makes_a_model_for_every_run(tmp_path):
-    given = {"max_steps": 1, "train_sampling_strategy": "sequential"}
+    changes = {"max_steps": 1, "train_sampling_strategy": "sequential"}
     trainer = PerturbTrainer(
-        args=arguments(tmp_path, **given), model_init=lambda: tiny_lm(), train_dataset=examples(20)
+        args=arguments(tmp_path, **changes),
+        model_init=lambda: tiny_lm(),
+        train_dataset=examples(20),
     )
     first = trainer.lm
     trainer.train()
     assert trainer.lm is not first
-    assert_equal(parameters(trainer.lm), parameters(trained(tmp_path, **given).lm))
+    assert_equal(parameters(trainer.lm), parameters(trained(tmp_path, **changes).lm))
 
 
-# What it refuses
+# Models and features that are rejected
 
 
-def test_a_model_that_is_not_wrapped_is_refused(tmp_path):
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+def test_a_model_that_is_not_wrapped_raises(tmp_path):
     with pytest.raises(TypeError, match="PerturbedLM, got LlamaForCausalLM: wrap it first"):
-        PerturbTrainer(base, arguments(tmp_path))
+        PerturbTrainer(tiny.llama(), arguments(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -338,17 +325,17 @@ def test_a_model_that_is_not_wrapped_is_refused(tmp_path):
     [
         ("label_smoothing_factor", {"label_smoothing_factor": 0.1}, {}),
         ("neftune_noise_alpha", {"neftune_noise_alpha": 5.0}, {}),
-        ("compute_metrics", {}, {"compute_metrics": lambda found: {}}),
-        ("compute_loss_func", {}, {"compute_loss_func": lambda *given: 0.0}),
+        ("compute_metrics", {}, {"compute_metrics": lambda prediction: {}}),
+        ("compute_loss_func", {}, {"compute_loss_func": lambda *arguments: 0.0}),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(tmp_path, name, changes, options):
+def test_an_unsupported_argument_is_named_in_the_error(tmp_path, name, changes, options):
     with pytest.raises(ValueError, match=f"does not work with {name}"):
         trainer_of(tiny_lm(), tmp_path, options=options, **changes)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
-def test_sharded_parameters_are_refused(tmp_path, kind, monkeypatch):
+def test_sharded_parameters_raise(tmp_path, kind, monkeypatch):
     prepare = transformers.Trainer.create_accelerator_and_postprocess
 
     def with_plugin(self):
@@ -392,8 +379,8 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     # Two rounds of two processes' pairs are a batch of eight.
     one = trained(tmp_path, per_device_train_batch_size=8, **OF_THE_BATCH)
     for plan in PLANS:
-        found, history = torch.load(tmp_path / plan)
-        assert_equal(found, parameters(one.lm), rtol=1e-4, atol=1e-5)
+        tensors, history = torch.load(tmp_path / plan)
+        assert_equal(tensors, parameters(one.lm), rtol=1e-4, atol=1e-5)
         for entry, expected in zip(history, one.state.log_history, strict=True):
             assert entry.keys() == expected.keys()
             for name in entry.keys() & {"loss", "eval_loss", "eval_perplexity"}:

@@ -42,10 +42,10 @@ WHOLE = [
 
 def disagreeing():
     world = distributed.start(device="cpu")
-    distributed.same(world, 3, "the step")
+    distributed.check_same(world, 3, "the step")
     with pytest.raises(ValueError, match="processes differ in the step: 0 and 1"):
-        distributed.same(world, world.rank, "the step")
-    assert int(distributed.of_main(world, torch.tensor(world.rank))) == 0
+        distributed.check_same(world, world.rank, "the step")
+    assert int(distributed.from_main(world, torch.tensor(world.rank))) == 0
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert (world.rank, world.size, world.dp_size, world.mc_size, world.mesh) == (0, 1, 1, 1, None)
     lm = model()
     assert all(distributed.distribute(lm, world, kind) is lm for kind in distributed.KINDS)
-    assert distributed.total(world, torch.tensor(3.0)) == 3
+    assert distributed.sum_over_dp(world, torch.tensor(3.0)) == 3
     distributed.stop()
 
 

@@ -1,4 +1,4 @@
-"""Options from a YAML file: every mistake is named, with its file and what was wanted."""
+"""Options from a YAML file: every mistake is named, with its file and the expected type."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,13 +117,15 @@ def test_an_empty_file_changes_nothing(file: Path) -> None:
         ("a: b: c", "is not YAML: mapping values are not allowed here"),
     ],
 )
-def test_a_mistake_is_named_with_its_file(file: Path, text: str, complaint: str) -> None:
+def test_a_mistake_is_named_in_the_error_with_its_file(
+    file: Path, text: str, complaint: str
+) -> None:
     with pytest.raises(ValueError) as error:
         parse(file, text, "--output-dir", "x")
     assert str(file) in str(error.value)
     assert complaint in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_named(file: Path) -> None:
+def test_a_missing_file_is_named_in_the_error(file: Path) -> None:
     with pytest.raises(ValueError, match=f"{file}: No such file"):
         options.load(file, Options)

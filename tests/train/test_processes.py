@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def started(options):
-    """The run in a process of its own, forked from one that has imported everything."""
+    """A process that runs the command, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastperturb.train.loop", "fastperturb.train.curves", "peft"])
     process = context.Process(target=quietly, args=(options,))
@@ -60,8 +60,8 @@ def tensors_of(model):
     }
 
 
-def outcome(folder):
-    """The numbers that a run leaves, which must not depend on how often it was killed."""
+def results_of(folder):
+    """The tensors and metrics of a run, which must not depend on how often it was killed."""
     # Tensors, not files: safetensors writes its metadata in any order.
     tensors = {
         f"{name}/{key}": value.numpy().tobytes()
@@ -75,7 +75,7 @@ def outcome(folder):
     return tensors, lines
 
 
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(folder, tmp_path):
+def test_a_run_killed_at_a_random_moment_and_resumed_ends_with_the_same_bits(folder, tmp_path):
     options = tiny_run.options(
         folder,
         output_dir=tmp_path / "whole",
@@ -90,21 +90,21 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(folder, tmp_p
     whole.join()
     duration = time.monotonic() - begun
     assert whole.exitcode == 0
-    expected = outcome(tmp_path / "whole")
+    expected = results_of(tmp_path / "whole")
     assert len(expected[1]) == 12 + 4
-    draw = random.Random(0)
+    generator = random.Random(0)
     for trial in range(TRIALS):
         resumed = dataclasses.replace(
             options, output_dir=tmp_path / f"trial-{trial}", resume="auto"
         )
         killed = started(resumed)
-        time.sleep(draw.uniform(0, duration))
+        time.sleep(generator.uniform(0, duration))
         killed.kill()
         killed.join()
         again = started(resumed)
         again.join()
         assert again.exitcode == 0
-        assert outcome(resumed.output_dir) == expected, f"trial {trial}"
+        assert results_of(resumed.output_dir) == expected, f"trial {trial}"
 
 
 def by_torchrun(processes, config, **flags):
@@ -124,7 +124,7 @@ def by_torchrun(processes, config, **flags):
     assert done.returncode == 0, done.stderr
 
 
-def test_torchrun_gives_what_one_process_gives(folder, tmp_path):
+def test_two_processes_of_torchrun_train_the_parameters_of_one(folder, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {folder / 'base'}\n"
@@ -150,13 +150,13 @@ def test_torchrun_gives_what_one_process_gives(folder, tmp_path):
         for name, flags in ways.items():
             run = tmp_path / f"{method}-{name}"
             by_torchrun(2, config, **{"output-dir": run, "method": method}, **flags)
-            found = tensors_of(run / "model")
-            assert found.keys() == expected.keys()
-            for key, value in found.items():
+            tensors = tensors_of(run / "model")
+            assert tensors.keys() == expected.keys()
+            for key, value in tensors.items():
                 torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)
             evaluations = json.loads((run / "results.json").read_text())["evaluations"]
-            for mine, theirs in zip(evaluations, results["evaluations"], strict=True):
-                assert mine["nll"] == pytest.approx(theirs["nll"], rel=1e-6)
+            for ours, reference in zip(evaluations, results["evaluations"], strict=True):
+                assert ours["nll"] == pytest.approx(reference["nll"], rel=1e-6)
 
 
 @pytest.mark.parametrize("plan", ["batched", "chunked"])
@@ -164,10 +164,10 @@ def test_the_memory_estimate_is_within_a_fifth_of_what_the_run_takes(plan, folde
     perturb = PerturbConfig(num_samples=32, plan=plan, chunk_size=8 if plan == "chunked" else None)
     changes = {"perturb": perturb, "batch_size": 16, "max_steps": 3, "block_size": 256}
     options = tiny_run.options(folder, output_dir=tmp_path / "run", **changes)
-    estimated = measured(dataclasses.replace(options, dry_run=True))[0]
-    said, peak = int(re.search(r"about ([\d,]+) MiB", estimated)[1].replace(",", "")), 0
+    text = measured(dataclasses.replace(options, dry_run=True))[0]
+    estimate = int(re.search(r"about ([\d,]+) MiB", text)[1].replace(",", ""))
     peak = measured(options)[1] / 1024
-    assert 0.8 * peak < said < 1.2 * peak
+    assert 0.8 * peak < estimate < 1.2 * peak
 
 
 def measured(options):
@@ -184,11 +184,11 @@ def measured(options):
         [sys.executable, "-c", script], input=pickle.dumps(options), capture_output=True
     )
     assert done.returncode == 0, done.stderr.decode()
-    said = done.stdout.decode()
-    return said, int(said.split()[-1])
+    printed = done.stdout.decode()
+    return printed, int(printed.split()[-1])
 
 
-def test_an_interrupted_run_leaves_the_terminal_with_a_checkpoint_to_resume(folder, tmp_path):
+def test_a_run_ended_by_ctrl_c_fails_and_leaves_a_checkpoint(folder, tmp_path):
     options = tiny_run.options(folder, output_dir=tmp_path / "run", max_steps=500, save_every=1)
     process = started(options)
     deadline = time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""What a run tells: metrics as if it was never interrupted, progress, trackers and curves."""
+"""Metrics of a run: as if it was never interrupted, in a file, on screen and in trackers."""
 
 import io
 import json
@@ -6,10 +6,9 @@ import math
 import sys
 import types
 
-import matplotlib.image
 import pytest
 
-from fastperturb.train import curves, report
+from fastperturb.train import report
 from fastperturb.train.report import MetricsFile, Report, read_metrics
 
 
@@ -35,20 +34,20 @@ def values_at(step):
 def run(folder, steps, *, start_step=0, total_steps=20, **options):
     """Steps of a run that evaluates every fifth one, as the training loop reports them."""
     options = {"config": {"seed": 0}, **options}
-    with Report(folder, total_steps=total_steps, start_step=start_step, **options) as told:
+    with Report(folder, total_steps=total_steps, start_step=start_step, **options) as log:
         if start_step == 0:
-            told.evaluation(0, {"nll": 4.0, "perplexity": math.exp(4.0)})
+            log.evaluation(0, {"nll": 4.0, "perplexity": math.exp(4.0)})
         for step in steps:
-            told.train(step, values_at(step))
+            log.train(step, values_at(step))
             if step % 5 == 0:
-                told.evaluation(step, {"nll": 2.0, "perplexity": math.exp(2.0)})
-    return told
+                log.evaluation(step, {"nll": 2.0, "perplexity": math.exp(2.0)})
+    return log
 
 
 # The file
 
 
-def test_a_line_is_a_step_an_occasion_and_its_values(tmp_path):
+def test_a_line_holds_a_step_its_phase_and_its_values(tmp_path):
     run(tmp_path, range(1, 6))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["what"]) for line in lines] == [
@@ -79,13 +78,13 @@ def test_a_resumed_run_leaves_the_file_of_one_that_was_never_interrupted(tmp_pat
     assert [path.name for path in cut.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_run_that_starts_anew_keeps_nothing(tmp_path):
+def test_a_run_from_step_0_replaces_the_file(tmp_path):
     run(tmp_path, range(1, 4))
     run(tmp_path, range(1, 3))
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2]
 
 
-def test_lines_are_not_lost_when_cutting_the_file_is_interrupted(tmp_path, monkeypatch):
+def test_no_line_is_lost_when_replacing_the_file_is_interrupted(tmp_path, monkeypatch):
     run(tmp_path, range(1, 13))
     before = (tmp_path / "metrics.jsonl").read_text()
     monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -94,14 +93,14 @@ def test_lines_are_not_lost_when_cutting_the_file_is_interrupted(tmp_path, monke
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_what_is_not_finite_is_null(tmp_path):
+def test_a_value_that_is_not_finite_is_null(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     metrics.log(1, "train", {"loss": float("nan"), "perplexity": float("inf"), "ess": 2.0})
-    found = read_metrics(tmp_path / "metrics.jsonl")
-    assert found == [{"step": 1, "what": "train", "loss": None, "perplexity": None, "ess": 2.0}]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines == [{"step": 1, "what": "train", "loss": None, "perplexity": None, "ess": 2.0}]
 
 
-def test_a_full_disk_is_explained(tmp_path):
+def test_a_write_to_a_full_disk_names_the_file(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -112,7 +111,7 @@ def test_a_full_disk_is_explained(tmp_path):
 # The screen
 
 
-def test_without_a_terminal_there_are_lines_a_few_times_a_run(tmp_path, capsys):
+def test_without_a_terminal_fifty_lines_of_progress_are_printed(tmp_path, capsys):
     run(tmp_path, range(1, 501), total_steps=500)
     lines = capsys.readouterr().err.splitlines()
     progress = [line for line in lines if "held out" not in line]
@@ -124,7 +123,7 @@ def test_without_a_terminal_there_are_lines_a_few_times_a_run(tmp_path, capsys):
     assert lines[0] == "step 0, held out:  perplexity 54.6"
 
 
-def test_the_time_left_is_that_of_the_steps_to_come(tmp_path, capsys, monkeypatch):
+def test_the_time_left_counts_only_the_steps_to_come(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 100.0 + 10 * 60])
     monkeypatch.setattr(report.time, "monotonic", lambda: next(clock))
     bar = report.ProgressLines(100, 50)
@@ -132,7 +131,7 @@ def test_the_time_left_is_that_of_the_steps_to_come(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err == "step 60/100  loss 1.000  40:00 left\n"
 
 
-def test_a_terminal_shows_a_bar_that_goes_on_where_the_run_does(tmp_path, monkeypatch):
+def test_a_terminal_shows_a_bar_that_starts_at_the_resumed_step(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     run(tmp_path, range(11, 21), start_step=10)
     text = sys.stderr.getvalue()
@@ -141,7 +140,7 @@ def test_a_terminal_shows_a_bar_that_goes_on_where_the_run_does(tmp_path, monkey
     assert "\rstep 15, held out:  perplexity 7.389" in text
 
 
-def test_only_the_main_process_tells_anything(tmp_path, capsys):
+def test_only_the_main_process_reports(tmp_path, capsys):
     run(tmp_path, range(1, 6), is_main=False, report_to=["wandb"])
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
@@ -170,14 +169,14 @@ class FakeTracker(types.ModuleType):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    found = {name: FakeTracker(name) for name in ("wandb", "trackio")}
-    for name, module in found.items():
+    modules = {name: FakeTracker(name) for name in ("wandb", "trackio")}
+    for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    return found
+    return modules
 
 
-def test_trackers_get_every_metric_by_occasion_and_are_finished(tmp_path, fakes):
+def test_trackers_get_every_metric_by_phase_and_are_finished(tmp_path, fakes):
     run(tmp_path, [5], report_to=["wandb", "trackio"], config={"seed": 3})
     for module in fakes.values():
         assert module.logged == [
@@ -190,7 +189,7 @@ def test_trackers_get_every_metric_by_occasion_and_are_finished(tmp_path, fakes)
         assert module.opened[0]["project"] == "fastperturb"
 
 
-def test_a_resumed_run_goes_on_under_its_name_and_another_gets_its_own(tmp_path, fakes):
+def test_a_resumed_run_keeps_its_name_in_trackers_and_a_new_run_gets_another(tmp_path, fakes):
     folder = tmp_path / "my run: #1"
     folder.mkdir()
     first = run(folder, [1], report_to=["wandb", "trackio"])
@@ -199,18 +198,18 @@ def test_a_resumed_run_goes_on_under_its_name_and_another_gets_its_own(tmp_path,
     assert first.run_id == again.run_id != other.run_id
     assert first.run_id.startswith("my-run-1-")
     for module in fakes.values():
-        assert [each["name"] for each in module.opened] == [first.run_id] * 2 + [other.run_id]
-        assert {each["resume"] for each in module.opened} == {"allow"}
+        assert [options["name"] for options in module.opened] == [first.run_id] * 2 + [other.run_id]
+        assert {options["resume"] for options in module.opened} == {"allow"}
     assert fakes["wandb"].opened[1]["id"] == first.run_id
 
 
-def test_the_project_of_wandb_is_that_of_its_environment(tmp_path, fakes, monkeypatch):
+def test_the_project_of_wandb_comes_from_its_environment_variable(tmp_path, fakes, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     run(tmp_path, [1], report_to=["wandb"])
     assert fakes["wandb"].opened[0]["project"] == "mine"
 
 
-def test_everything_is_closed_when_a_tracker_fails(tmp_path, fakes, monkeypatch):
+def test_all_trackers_are_finished_when_one_fails(tmp_path, fakes, monkeypatch):
     def fail(values, step):
         raise RuntimeError("no network")
 
@@ -221,17 +220,17 @@ def test_everything_is_closed_when_a_tracker_fails(tmp_path, fakes, monkeypatch)
 
 
 @pytest.mark.parametrize("name", report.TRACKERS)
-def test_a_missing_package_is_told_before_the_first_step(tmp_path, name, monkeypatch, fakes):
+def test_a_missing_package_raises_before_the_first_step(tmp_path, name, monkeypatch, fakes):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    others = [each for each in fakes if each != name]
+    others = [other for other in fakes if other != name]
     with pytest.raises(ImportError, match=f"report_to {name} needs a package: pip install {name}"):
         Report(tmp_path, total_steps=1, report_to=[*others, name], config={})
-    assert all(fakes[each].finished == 1 for each in others)
+    assert all(fakes[other].finished == 1 for other in others)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_tracker_is_refused_with_the_known_ones(tmp_path):
+def test_an_unknown_tracker_raises_and_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="of tensorboard, wandb, trackio, got 'mlflow'"):
         Report(tmp_path, total_steps=1, report_to=["mlflow"], config={})
 
@@ -254,76 +253,26 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_wandb_takes_a_run_and_its_continuation_offline(tmp_path, monkeypatch):
+def test_wandb_records_a_run_and_its_continuation_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told = run(tmp_path, range(1, 13), report_to=["wandb"])
+    first = run(tmp_path, range(1, 13), report_to=["wandb"])
     wandb.teardown()  # as the end of the process does, which sees the file written
-    run(tmp_path, range(11, 21), start_step=10, report_to=["wandb"], run_id=told.run_id)
+    run(tmp_path, range(11, 21), start_step=10, report_to=["wandb"], run_id=first.run_id)
     wandb.teardown()
-    files = [*(tmp_path / "wandb").glob(f"offline-run-*-{told.run_id}/*.wandb")]
+    files = [*(tmp_path / "wandb").glob(f"offline-run-*-{first.run_id}/*.wandb")]
     assert len(files) == 2 and all(b"train/loss" in file.read_bytes() for file in files)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_trackio_goes_on_with_its_run(tmp_path, monkeypatch):
+def test_trackio_continues_a_run_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio", reason="needs trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
-    told = run(tmp_path, range(1, 11), report_to=["trackio"])
-    run(tmp_path, range(11, 21), start_step=10, report_to=["trackio"], run_id=told.run_id)
-    logs = SQLiteStorage.get_logs("fastperturb", told.run_id)
+    first = run(tmp_path, range(1, 11), report_to=["trackio"])
+    run(tmp_path, range(11, 21), start_step=10, report_to=["trackio"], run_id=first.run_id)
+    logs = SQLiteStorage.get_logs("fastperturb", first.run_id)
     steps = {log["step"]: log["train/loss"] for log in logs if "train/loss" in log}
     assert steps == {step: values_at(step)["loss"] for step in range(1, 21)}
-
-
-# The picture
-
-
-def test_the_picture_shows_both_curves_and_a_panel_for_each_diagnostic(tmp_path, monkeypatch):
-    run(tmp_path, range(1, 21))
-    figures = []
-    save = curves.Figure.savefig
-    monkeypatch.setattr(
-        curves.Figure, "savefig", lambda self, path: (figures.append(self), save(self, path))
-    )
-    curves.draw(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    main, *panels = figures[0].axes
-    lines = {line.get_label(): line for line in main.lines}
-    assert list(lines["held-out text"].get_xdata()) == [0, 5, 10, 15, 20]
-    assert list(lines["training batches"].get_ydata()) == pytest.approx(
-        [values_at(step)["nll"] for step in range(1, 21)]
-    )
-    titles = ["effective samples", "shift |T(e) - e| / |e|", "gradient norm", "learning rate"]
-    assert [panel.get_title(loc="left") for panel in panels] == titles
-    rates = {line.get_label(): line.get_ydata()[0] for line in panels[-1].lines}
-    assert (rates["base"], rates["transform"]) == pytest.approx((1e-3, 5e-3))
-    height, width = matplotlib.image.imread(tmp_path / "curves.png").shape[:2]
-    assert (width, height) == (1650, 1050)
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        [],
-        [{"step": 1, "what": "train", "nll": None}],
-        [{"step": 0, "what": "eval", "nll": 2.0}],
-        [{"step": 1, "what": "train", "nll": 2.0, "ess": 1.0, "shift": 0.0}],
-    ],
-    ids=["nothing", "not_finite", "no_step", "one_step"],
-)
-def test_a_run_that_hardly_began_can_be_drawn(tmp_path, lines):
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text)
-    curves.draw(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert matplotlib.image.imread(tmp_path / "curves.png").std() > 0
-
-
-def test_smoothing_is_a_mean_over_neighbours_and_keeps_a_line(tmp_path):
-    line = [0.5 * step for step in range(300)]
-    assert curves.smooth(line)[5:-5] == pytest.approx(line[5:-5])
-    bump = curves.smooth([0.0] * 150 + [11.0] + [0.0] * 149)
-    assert bump[145:156] == pytest.approx([1.0] * 11) and sum(bump) == pytest.approx(11.0)
-    assert curves.smooth([3.0, 1.0]) == [3.0, 1.0]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, whatever kills or fills; and believed only if whole."""
+"""Checkpoints of a run: whole or absent after kills and full disks; read only if undamaged."""
 
 import ctypes
 import errno
@@ -51,12 +51,12 @@ def assert_whole(saved, step=None):
     assert saved.values == {"step": saved.step, "order": [3, 1, saved.step]}
     tensors = saved.tensors()
     assert tensors.keys() == SIZES.keys()
-    assert all(torch.equal(tensors[name], each) for name, each in tensors_of(saved.step).items())
+    assert all(torch.equal(tensors[name], t) for name, t in tensors_of(saved.step).items())
     assert (saved.path / MODEL).read_bytes() == b"%d" % saved.step * 10_000
 
 
-def newest_of_whole(folder):
-    """The step of the latest, where all that has a checkpoint's name is whole."""
+def latest_step(folder):
+    """The step of the latest checkpoint, after a check that all visible ones are whole."""
     for path in folder.glob("step-*"):
         assert_whole(state.read(path))
     saved = state.latest(folder)
@@ -72,10 +72,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# What is saved comes back
+# Saving and reading back
 
 
-def test_every_bit_and_value_comes_back(tmp_path):
+def test_saved_tensors_and_values_read_back_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     every_bf16 = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     tensors = {
@@ -106,21 +106,21 @@ def test_every_bit_and_value_comes_back(tmp_path):
         assert torch.equal(bytes_of(loaded[name]), bytes_of(value))
 
 
-def test_a_checkpoint_can_be_read_by_whom_any_new_file_can_be_read(tmp_path):
+def test_the_files_of_a_checkpoint_have_the_permissions_of_any_new_file(tmp_path):
     path = save(tmp_path, 1)
     (tmp_path / "plain").touch()
     modes = {file.stat().st_mode for file in [*path.iterdir(), tmp_path / "plain"]}
     assert len(modes) == 1
 
 
-def test_the_last_ones_stay_and_the_protected_ones(tmp_path):
+def test_a_save_keeps_the_newest_and_the_protected_checkpoints(tmp_path):
     for step in (10, 20, 30, 40, 100_000_000):
         save(tmp_path, step, keep=2, protect={20})
     assert names(tmp_path) == ["step-00000020", "step-00000040", "step-100000000"]
     assert_whole(state.latest(tmp_path), 100_000_000)
 
 
-def test_a_run_that_went_back_loses_the_steps_that_it_left(tmp_path):
+def test_a_save_deletes_checkpoints_of_later_steps(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, keep=3)
     save(tmp_path, 15, keep=3)
@@ -136,16 +136,16 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert names(tmp_path) == ["step-00000010"]
 
 
-def test_without_checkpoints_there_is_no_latest(tmp_path):
+def test_latest_of_a_folder_without_checkpoints_is_none(tmp_path):
     (tmp_path / "step-later").mkdir()
     (tmp_path / "step-00000007").write_text("a file")
     assert state.latest(tmp_path) is None
     assert state.latest(tmp_path / "missing") is None
 
 
-def test_what_cannot_come_back_the_same_is_refused_before_anything_is_written(tmp_path):
+def test_values_that_json_would_change_raise_before_anything_is_written(tmp_path):
     for values in ({"a": float("inf")}, {"a": (1, 2)}, {1: 2}, {"a": Path("x")}):
-        with pytest.raises(ValueError, match="values must be"):
+        with pytest.raises(ValueError, match="values must"):
             state.save(
                 tmp_path, 1, tensors={}, values=values, write_model=lambda folder: None, keep=1
             )
@@ -154,9 +154,9 @@ def test_what_cannot_come_back_the_same_is_refused_before_anything_is_written(tm
     assert names(tmp_path) == []
 
 
-def test_a_model_in_folders_is_refused_and_leaves_nothing(tmp_path):
+def test_a_model_written_into_subfolders_raises_and_leaves_nothing(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(ValueError, match="must write plain files, and 'sub' is none"):
+    with pytest.raises(ValueError, match="must write plain files, and 'sub' is not one"):
         save(tmp_path, 2, write_model=lambda folder: (folder / "sub").mkdir())
     assert names(tmp_path) == ["step-00000001"]
 
@@ -179,7 +179,7 @@ def start(function, *arguments):
 
 
 def die_at(count, folder, step):
-    """Save, and be killed at the count-th thing that Python does in the folder."""
+    """Save, and be killed at the count-th file operation in the folder."""
     left = count
 
     def hook(event, arguments):
@@ -194,21 +194,21 @@ def die_at(count, folder, step):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next_step", "same_step"])
-def test_killed_at_any_file_operation_the_old_or_the_new_checkpoint_is_whole(tmp_path, again):
+def test_a_save_killed_at_any_file_operation_leaves_the_old_or_the_new_checkpoint(tmp_path, again):
     save(tmp_path / "before", 1)
-    found, codes = [], []
+    steps, codes = [], []
     while 0 not in codes:
         folder = tmp_path / f"{len(codes)}"
         shutil.copytree(tmp_path / "before", folder)
         process = start(die_at, len(codes) + 1, folder, 1 if again else 2)
         process.join()
         codes.append(process.exitcode)
-        found.append(newest_of_whole(folder))
+        steps.append(latest_step(folder))
     assert len(codes) > 15 and set(codes) == {-signal.SIGKILL, 0}
-    assert found == sorted(found) and found[-1] == (1 if again else 2)
+    assert steps == sorted(steps) and steps[-1] == (1 if again else 2)
 
 
-def test_what_killed_saves_left_is_deleted_by_the_next(tmp_path):
+def test_a_save_deletes_the_remains_of_killed_ones(tmp_path):
     save(tmp_path, 1)
     for name in (".saving-step-00000002", ".old-step-00000000"):
         shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
@@ -223,19 +223,19 @@ def save_for_ever(folder):
         save(folder, step)
 
 
-def test_killed_at_random_moments_the_latest_checkpoint_is_always_whole(tmp_path):
-    draw, in_the_middle = random.Random(0), 0
+def test_a_save_killed_at_a_random_moment_leaves_a_whole_latest_checkpoint(tmp_path):
+    generator, in_the_middle = random.Random(0), 0
     for trial in range(25):
         folder = tmp_path / f"{trial}"
         process = start(save_for_ever, folder)
         while not (folder / "step-00000001").exists():
             assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.06))
+        time.sleep(generator.uniform(0, 0.06))
         process.kill()
         process.join()
         in_the_middle += any(name.startswith(".") for name in names(folder))
-        assert newest_of_whole(folder) >= 1
+        assert latest_step(folder) >= 1
     assert in_the_middle > 0
 
 
@@ -243,14 +243,14 @@ def test_killed_at_random_moments_the_latest_checkpoint_is_always_whole(tmp_path
 
 
 def in_process(function, *arguments):
-    """Run a function elsewhere; its exception, or the reason why it could not be tried, here."""
+    """Run a function in another process; fail or skip here as it does there."""
     receiver, sender = forking().Pipe(duplex=False)
     process = start(call, sender, function, *arguments)
     sender.close()
-    outcome = receiver.recv()
+    verdict = receiver.recv()
     process.join()
-    if outcome is not None:
-        kind, text = outcome
+    if verdict is not None:
+        kind, text = verdict
         pytest.skip(text) if kind == "skip" else pytest.fail(text)
 
 
@@ -266,7 +266,7 @@ def call(sender, function, *arguments):
 
 
 def mount_small(folder):
-    """A tiny disk that only this process sees."""
+    """Mount a tiny disk that only this process sees."""
     clone_newns = 0x00020000
     if sys.platform != "linux" or ctypes.CDLL(None).unshare(clone_newns) != 0:
         pytest.skip("no right to make a mount namespace")
@@ -280,7 +280,7 @@ def mount(folder, *arguments):
         pytest.skip(f"mount is not possible: {done.stderr}")
 
 
-def fails_and_leaves_the_last_one(folder, step, *codes, **options):
+def assert_save_fails(folder, step, *codes, **options):
     before = tensors_of(step)
     listing = names(folder)
     with pytest.raises(OSError) as info:
@@ -291,7 +291,7 @@ def fails_and_leaves_the_last_one(folder, step, *codes, **options):
     assert any(code in text for code in codes), text
     assert names(folder) == listing
     assert_whole(state.latest(folder), 1)
-    assert all(torch.equal(each, before[name]) for name, each in tensors_of(step).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(step).items())
 
 
 def fill_disk(folder):
@@ -300,12 +300,12 @@ def fill_disk(folder):
     save(folder, 2, keep=1)
     save(folder, 1, keep=1)
     (folder / "other").write_bytes(b"x" * 500_000)
-    fails_and_leaves_the_last_one(folder, 2, "No space left on device")
+    assert_save_fails(folder, 2, "No space left on device")
 
     def large(staging):
         (staging / MODEL).write_bytes(b"x" * 2_000_000)
 
-    fails_and_leaves_the_last_one(folder, 3, "No space left on device", write_model=large)
+    assert_save_fails(folder, 3, "No space left on device", write_model=large)
     (folder / "other").unlink()
     save(folder, 2, keep=1)  # the run went on, and there is room again
     assert_whole(state.latest(folder), 2)
@@ -319,7 +319,7 @@ def write_to_read_only_disk(folder):
     mount_small(folder)
     save(folder, 1)
     mount(folder, "-o", "remount,ro", str(folder))
-    fails_and_leaves_the_last_one(folder, 2, "Read-only file system")
+    assert_save_fails(folder, 2, "Read-only file system")
 
 
 def test_a_read_only_disk_leaves_the_last_checkpoint(tmp_path):
@@ -331,14 +331,14 @@ def outgrow_the_limit(folder):
     limit = (folder / "step-00000001" / TENSORS).stat().st_size - 1
     # Python ignores SIGXFSZ, so that a write beyond the limit is an error.
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    fails_and_leaves_the_last_one(folder, 2, "File too large")
+    assert_save_fails(folder, 2, "File too large")
 
 
 def test_a_file_that_outgrows_its_limit_leaves_the_last_checkpoint(tmp_path):
     in_process(outgrow_the_limit, tmp_path)
 
 
-def test_a_place_that_is_no_folder_is_named(tmp_path):
+def test_a_file_in_place_of_the_folder_is_named_in_the_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(OSError, match="checkpoints.*there is no older one.*name a folder") as info:
         save(tmp_path / "checkpoints", 1)
@@ -352,10 +352,10 @@ def test_a_failing_flush_is_a_failed_save(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    fails_and_leaves_the_last_one(tmp_path, 2, "Input/output error")
+    assert_save_fails(tmp_path, 2, "Input/output error")
 
 
-# Believed only if whole
+# Damaged checkpoints
 
 
 @pytest.fixture
@@ -365,8 +365,8 @@ def two(tmp_path):
     return save(tmp_path, 2)
 
 
-def refused(path, match):
-    """`read` says so, and `latest` goes back a step with a warning that names it."""
+def assert_rejected(path, match):
+    """`read` raises, and `latest` goes back a step with a warning that names the path."""
     with pytest.raises(ValueError, match=match) as info:
         state.read(path)
     assert str(path) in str(info.value)
@@ -390,9 +390,11 @@ def sign(path, **changes):
     [lambda b: b[:-1], lambda b: b + b"\0", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""],
     ids=["cut", "longer", "one_bit", "empty"],
 )
-def test_a_changed_file_is_refused(two, name, damage):
+def test_a_changed_file_is_rejected(two, name, damage):
     (two / name).write_bytes(damage((two / name).read_bytes()))
-    refused(two, f"{name} was changed after it was saved, or is cut; copy the whole folder again")
+    assert_rejected(
+        two, f"{name} was changed after it was saved, or is cut; copy the whole folder again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -407,18 +409,18 @@ def test_a_changed_file_is_refused(two, name, damage):
     ],
     ids=["cut", "empty", "deep", "list", "nothing", "step"],
 )
-def test_a_changed_manifest_is_refused(two, damage, match):
+def test_a_changed_manifest_is_rejected(two, damage, match):
     (two / STATE).write_bytes(damage((two / STATE).read_bytes()))
-    refused(two, match)
+    assert_rejected(two, match)
 
 
 @pytest.mark.parametrize("name", [TENSORS, MODEL, STATE])
-def test_a_missing_file_is_refused(two, name):
+def test_a_missing_file_is_rejected(two, name):
     (two / name).unlink()
-    refused(two, name)
+    assert_rejected(two, name)
 
 
-def test_a_file_that_was_not_saved_is_overlooked(two):
+def test_a_file_that_was_not_saved_is_ignored(two):
     (two / "notes.txt").write_text("nobody reads it")
     (two / "pytorch_model.bin").write_text("pickle")
     assert_whole(state.read(two), 2)
@@ -428,7 +430,7 @@ def test_a_file_that_was_not_saved_is_overlooked(two):
 def test_a_link_is_not_followed(two, name, tmp_path):
     (two / name).rename(tmp_path / "elsewhere")
     (two / name).symlink_to(tmp_path / "elsewhere")
-    refused(two, name)
+    assert_rejected(two, name)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", "a/b", ""])
@@ -450,12 +452,12 @@ def test_a_manifest_cannot_name_files_of_other_folders(two, name, tmp_path, monk
     [{"step": "2"}, {"step": True}, {"values": [1]}, {"files": {}}, {"files": 3}],
     ids=str,
 )
-def test_a_signed_manifest_of_the_wrong_kind_is_refused(two, changes):
+def test_a_signed_manifest_with_wrong_types_is_rejected(two, changes):
     sign(two, **changes)
-    refused(two, "is not understood")
+    assert_rejected(two, "is not understood")
 
 
-def test_pickles_are_not_tensors(two):
+def test_pickled_tensors_are_rejected(two):
     torch.save({"weight": torch.ones(3)}, two / TENSORS)
     files = json.loads((two / STATE).read_text())["files"]
     files[TENSORS] = hashlib.sha256((two / TENSORS).read_bytes()).hexdigest()
@@ -465,19 +467,21 @@ def test_pickles_are_not_tensors(two):
 
 
 @pytest.mark.parametrize("version", [0, 2])
-def test_another_format_is_refused_with_advice_and_not_skipped(two, version):
+def test_another_format_raises_with_advice_and_is_not_skipped(two, version):
     sign(two, format_version=version, versions={"fastperturb": "9.9"})
     for find in (lambda: state.read(two), lambda: state.latest(two.parent)):
-        with pytest.raises(state.OtherFormat, match=f"has format {version}, .* wrote it, 9.9, or"):
+        with pytest.raises(
+            state.UnsupportedFormat, match=f"has format {version}, .* wrote it, 9.9, or"
+        ):
             find()
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
+def test_a_missing_checkpoint_is_named_in_the_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no checkpoint .*step-00000009"):
         state.read(tmp_path / "step-00000009")
 
 
-def test_all_damaged_is_an_error_and_a_warning_for_each(two):
+def test_a_folder_of_damaged_checkpoints_raises_after_a_warning_for_each(two):
     for path in (two, two.with_name("step-00000001")):
         (path / TENSORS).write_bytes(b"")
     with (
