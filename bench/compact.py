@@ -1,0 +1,58 @@
+"""`python -m bench.compact FILES`: rewrite results as small as the repository keeps them.
+
+Commands write JSON that is indented, with every digit. What is committed under bench/results has
+a record a line and eight significant digits, which is more than any table, picture or verdict
+shows: a sum of 5000 nats is kept to a ten-thousandth of a nat.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+DIGITS = 8
+
+
+def rounded(value: Any) -> Any:
+    """Round every float inside `value` to DIGITS significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def compact(results: dict[str, Any]) -> str:
+    """Return JSON with a line for every key, and for every record that a key holds."""
+    lines = [f"{_line(key)}: {_records(value)}" for key, value in rounded(results).items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _records(value: Any) -> str:
+    if isinstance(value, list) and _holds_containers(value):
+        return "[\n" + ",\n".join(map(_line, value)) + "\n]"
+    if isinstance(value, dict) and _holds_containers(value.values()):
+        entries = [f"{_line(key)}: {_line(item)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(entries) + "\n}"
+    return _line(value)
+
+
+def _holds_containers(values: Any) -> bool:
+    return any(isinstance(value, dict | list) for value in values)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def main(files: list[Path]) -> None:
+    for file in files:
+        before = file.stat().st_size
+        file.write_text(compact(json.loads(file.read_text(encoding="utf-8"))), encoding="utf-8")
+        print(f"{file}: {before:,} to {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    main(parser.parse_args().files)
