@@ -3,6 +3,9 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 2
 OUT     ?= runs/gpu
+ARGS    ?=
+# constraints-oldest.txt has the oldest versions that are supported.
+CONSTRAINTS ?= constraints.txt
 MARKS   ?= $(if $(CI),not gpu,not slow and not gpu)
 
 RUN := $(VENV)/bin/python
@@ -12,14 +15,14 @@ INSTALLED := $(VENV)/.fastperturb-installed
 .PHONY: help demo test lint docs docs-serve docs-check bench gpu clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(INSTALLED)  ## watch a learned perturbation beat exact-prefix training out of support
 	$(VENV)/bin/fastperturb demo --output-dir runs/demo --overwrite
 
 # One OpenMP thread a worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED)  ## run the tests (CI=true adds the slow ones)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --benchmark-disable -m "$(MARKS)"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --benchmark-disable -m "$(MARKS)" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff, mypy and the import contracts
 	$(RUN) -m ruff check .
@@ -33,6 +36,9 @@ docs: $(INSTALLED)  ## build the documentation into site/; a broken link is an e
 docs-serve: $(INSTALLED)  ## show the documentation in a browser, rebuilt as files change
 	$(RUN) -m mkdocs serve
 
+docs-check: $(INSTALLED)  ## compare the tables of numbers in the documentation with bench/results
+	$(RUN) -m docs.tables
+
 bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
 	$(RUN) -m bench.run --output-dir runs/bench --overwrite
 
@@ -44,8 +50,8 @@ clean:  ## remove build products and caches; keeps the virtual environment and r
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("FastPerturb needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
+	$(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[all]'
 	@touch $@

@@ -7,6 +7,7 @@ shows: a sum of 5000 nats is kept to a ten-thousandth of a nat.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,23 @@ def _line(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def main(files: list[Path]) -> None:
+def main(files: list[Path], *, check: bool) -> int:
+    """Rewrite the files, or with `check` name those that are not compact; 1 if there are any."""
+    large = 0
     for file in files:
-        before = file.stat().st_size
-        file.write_text(compact(json.loads(file.read_text(encoding="utf-8"))), encoding="utf-8")
-        print(f"{file}: {before:,} to {file.stat().st_size:,} bytes")
+        text = file.read_text(encoding="utf-8")
+        smaller = compact(json.loads(text))
+        if smaller != text:
+            large += 1
+            print(f"{file}: {len(text):,} characters, {len(smaller):,} when compact")
+            if not check:
+                file.write_text(smaller, encoding="utf-8")
+    return 1 if check and large else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.compact", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
-    main(parser.parse_args().files)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if any is large")
+    options = parser.parse_args()
+    sys.exit(main(options.files, check=options.check))

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from bench import compact as compacting
 from bench.compact import compact
 from bench.ranks import learning
 from bench.ranks import summary as rank_summary
 from bench.synthetic import table as synthetic_table
+from fastperturb import runs
 from fastperturb.rank import table as rank_table
 from fastperturb.study import summary as study_summary
 from fastperturb.study import table as study_table
@@ -48,6 +50,19 @@ def test_compact_keeps_keys_order_and_eight_digits_and_puts_a_record_on_a_line()
     exact = {"b": {"x": [0.1, -2.5e-14], "y": [True]}, "a": {}, "c": [], "d": "text"}
     assert json.loads(compact(exact)) == exact
     assert list(json.loads(compact(exact))) == list(exact)
+
+
+def test_a_check_names_files_that_are_not_compact_and_leaves_them(tmp_path, capsys):
+    indented, small = tmp_path / "indented.json", tmp_path / "small.json"
+    runs.write_json(indented, {"rows": [1.0]})
+    small.write_text(compact({"rows": [1.0]}))
+    before = indented.read_text()
+    assert compacting.main([indented, small], check=True) == 1
+    printed = capsys.readouterr().out
+    assert "indented.json" in printed and "small.json" not in printed
+    assert indented.read_text() == before
+    assert compacting.main([indented, small], check=False) == 0
+    assert compacting.main([indented, small], check=True) == 0
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
