@@ -36,8 +36,9 @@ docs: $(INSTALLED)  ## build the documentation into site/; a broken link is an e
 docs-serve: $(INSTALLED)  ## show the documentation in a browser, rebuilt as files change
 	$(RUN) -m mkdocs serve
 
-docs-check: $(INSTALLED)  ## compare the tables of numbers in the documentation with bench/results
+docs-check: $(INSTALLED)  ## fail when a table of a page and its JSON disagree, or a diagram and its code
 	$(RUN) -m docs.tables
+	$(RUN) -m docs.diagrams
 
 bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
 	$(RUN) -m bench.run --output-dir runs/bench --overwrite
@@ -47,7 +48,7 @@ gpu:  ## tests and benchmarks that need CUDA, with the python that is there, int
 	PYTHONPATH=. $(PYTHON) -m bench.gpu --output-dir $(OUT) $(if $(STAGES),--stages $(STAGES))
 
 clean:  ## remove build products and caches; keeps the virtual environment and runs/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
