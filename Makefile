@@ -3,6 +3,9 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 2
 OUT     ?= runs/gpu
+ARGS    ?=
+# constraints-oldest.txt has the oldest versions that are supported.
+CONSTRAINTS ?= constraints.txt
 MARKS   ?= $(if $(CI),not gpu,not slow and not gpu)
 
 RUN := $(VENV)/bin/python
@@ -19,7 +22,7 @@ demo: $(INSTALLED)  ## watch a learned perturbation beat exact-prefix training o
 
 # One OpenMP thread a worker: two workers with two threads each would fight over two cores.
 test: $(INSTALLED)  ## run the tests (CI=true adds the slow ones)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --benchmark-disable -m "$(MARKS)"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --benchmark-disable -m "$(MARKS)" $(ARGS)
 
 lint: $(INSTALLED)  ## ruff, mypy and the import contracts
 	$(RUN) -m ruff check .
@@ -45,11 +48,11 @@ gpu:  ## tests and benchmarks that need CUDA, with the python that is there, int
 	PYTHONPATH=. $(PYTHON) -m bench.gpu --output-dir $(OUT) $(if $(STAGES),--stages $(STAGES))
 
 clean:  ## remove build products and caches; keeps the virtual environment and runs/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("FastPerturb needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[all]'
+	$(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[all]'
 	@touch $@

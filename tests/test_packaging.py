@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "fastperturb", "kernels", "csrc")
 LEFT_OUT = shutil.ignore_patterns("__pycache__")
+CACHES = shutil.ignore_patterns(
+    ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.egg-info"
+)
+PRODUCTS = {".git", ".venv", "build", "dist", "site", "runs"}  # at the root only
+
 
 # Run in another process: what of FastPerturb it finds there, and where.
 PROBE = """
@@ -99,6 +106,42 @@ def test_an_installed_wheel_has_every_kernel_and_every_cpp_source(
     assert_complete(found, target)
 
 
+@pytest.fixture(scope="module")
+def source_distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made of a copy of the whole repository."""
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        products = PRODUCTS if Path(folder) == ROOT else set()
+        return CACHES(folder, names) | products.intersection(names)
+
+    copy = tmp_path_factory.mktemp("repository") / "copy"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    code = "from setuptools.build_meta import build_sdist; print(build_sdist('dist'))"
+    name = run(sys.executable, "-c", code, cwd=copy).splitlines()[-1]
+    return copy / "dist" / name
+
+
+def test_a_source_distribution_holds_the_repository(source_distribution: Path) -> None:
+    with tarfile.open(source_distribution) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    copy = source_distribution.parents[1]
+    files = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()}
+    missing = {name for name in files - inside if not name.startswith(("dist/", "fastperturb.egg"))}
+    assert missing <= {".gitignore"}
+
+
+def test_a_source_distribution_builds_the_wheel_of_the_checkout(
+    source_distribution: Path, wheel: Path, tmp_path: Path
+) -> None:
+    pip(
+        *("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source_distribution),
+        cwd=tmp_path,
+    )
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name == wheel.name
+    assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
 def test_an_editable_install_has_every_kernel_and_every_cpp_source(
     checkout: Path, tmp_path: Path
 ) -> None:
@@ -148,7 +191,8 @@ def test_a_bare_make_says_what_each_target_does() -> None:
         line.removeprefix("make ").split(None, 1)
         for line in run("make", "--no-print-directory", cwd=ROOT, MAKEFLAGS="").splitlines()
     )
-    assert list(described) == phony[1].split() == ["demo", "test", "lint", "bench", "gpu", "clean"]
+    assert list(described) == phony[1].split()
+    assert set(described) >= {"demo", "test", "lint", "docs", "docs-check", "bench", "gpu", "clean"}
 
 
 def test_make_names_the_python_that_is_too_old(tmp_path: Path) -> None:

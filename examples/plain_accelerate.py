@@ -1,4 +1,4 @@
-"""A training loop of one's own, on one device or many: `python -m bench.recipes.plain_accelerate`.
+"""A training loop of one's own, on one device or many: `python -m examples.plain_accelerate`.
 
 What a loop must get right: the loss is over the tokens of the global batch, the noise is keyed by
 step and example, the transform has a learning rate of its own, and a run that is started again
@@ -17,7 +17,7 @@ import tyro
 from torch.utils.data import DataLoader
 
 import fastperturb
-from bench.recipes import tiny
+from examples import tiny
 from fastperturb import PerturbConfig, noise
 
 
@@ -32,7 +32,7 @@ def main(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> list[float]:
-    """Train up to so many steps in all; the losses of those that were taken."""
+    """Train up to step `steps` and return the losses of the steps taken by this call."""
     accelerator = accelerate.Accelerator()
     base, tokenizer = tiny.base_and_tokenizer(model)
     torch.manual_seed(seed)
@@ -64,8 +64,8 @@ def main(
         tokens = accelerator.reduce(tokens)  # of the global batch
         total = torch.zeros((), device=accelerator.device)
         for part in parts:
-            waits = part is not parts[-1]
-            with accelerator.no_sync(trained) if waits else contextlib.nullcontext():
+            more_to_come = part is not parts[-1]
+            with accelerator.no_sync(trained) if more_to_come else contextlib.nullcontext():
                 seed_of_step = noise.fold_in(seed, step)
                 out = trained(**part, seed=seed_of_step, num_items_in_batch=tokens)
                 # DDP takes the mean over processes of what is to be a sum.
@@ -83,7 +83,7 @@ def main(
 
 
 def endless(loader: Any, *, skip: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches, epoch after epoch, but for the first ones."""
+    """Yield micro-batches, epoch after epoch, after the first `skip` of them."""
     yield from accelerate.skip_first_batches(loader, skip % len(loader))
     while True:
         yield from loader

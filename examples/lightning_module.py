@@ -1,7 +1,8 @@
-"""Lightning: `python -m bench.recipes.lightning_module`.
+"""Lightning: `python -m examples.lightning_module`.
 
-The loss is over the tokens of all processes. Its accumulate_grad_batches takes the mean of
-micro-batches' means, which is that over all tokens only where each has as many, as these blocks do.
+The loss is over the tokens of all processes. Lightning's accumulate_grad_batches takes the mean of
+micro-batches' means. That is the mean over all tokens only where each micro-batch has as many, as
+these blocks do.
 """
 
 from pathlib import Path
@@ -13,12 +14,12 @@ import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bench.recipes import tiny
+from examples import tiny
 from fastperturb import PerturbConfig, PerturbedLM, noise, wrap
 
 
 class PerturbModule(lightning.LightningModule):
-    """Trains lm. Lightning's checkpoints hold all of it, lm.save_pretrained what trained."""
+    """Train lm. Lightning's checkpoints hold all of it, lm.save_pretrained what trained."""
 
     def __init__(self, lm: PerturbedLM, *, learning_rate: float = 1e-3, seed: int = 0) -> None:
         super().__init__()
@@ -34,9 +35,9 @@ class PerturbModule(lightning.LightningModule):
         return out.loss
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
-        found = self.lm.score(**batch, num_samples=32, seed=noise.fold_in(self.seed, -1))
+        score = self.lm.score(**batch, num_samples=32, seed=noise.fold_in(self.seed, -1))
         # Lightning weighs by batch_size: the mean is one over tokens.
-        self.log("val_nll", found.nll.float(), batch_size=int(found.count), sync_dist=True)
+        self.log("val_nll", score.nll.float(), batch_size=int(score.count), sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         adapter = [value for value in self.lm.base.parameters() if value.requires_grad]
@@ -58,7 +59,7 @@ def main(
     batch_size: int = 4,
     checkpoint: Path | None = None,
 ) -> lightning.Trainer:
-    """Train for so many steps in all, from one of Lightning's checkpoints if there is one."""
+    """Train up to step `steps`, from one of Lightning's checkpoints where it is given."""
     lightning.seed_everything(0)
     base, tokenizer = tiny.base_and_tokenizer(model)
     adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on a perturbed model: `python -m bench.recipes.trl_sft`.
+"""TRL's SFTTrainer on a perturbed model: `python -m examples.trl_sft`.
 
 SFTTrainer prepares the data (chat templates, completion-only labels, truncation, packing);
 PerturbTrainer, named before it, brings the loss, the noise, the optimizer, evaluation and
@@ -14,10 +14,10 @@ import torch
 import trl
 import tyro
 
-from bench.recipes import tiny
+from examples import tiny
 from fastperturb import PerturbConfig, PerturbTrainer, wrap
 
-# What TRL's collator adds to packed batches for kernels that cannot read position_ids.
+# TRL's collator adds these to packed batches for kernels that cannot read position_ids.
 FOR_KERNELS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -38,10 +38,10 @@ def main(
     packing: bool = False,
     learning_rate: float = 1e-3,
 ) -> PerturbSFTTrainer:
-    """Train on a text's paragraphs."""
+    """Train on the paragraphs of a text and return the trainer."""
     base, tokenizer = tiny.base_and_tokenizer(model)
     adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
-    paragraphs = [each for each in tiny.text(text).split("\n\n") if each.strip()]
+    paragraphs = [part for part in tiny.text(text).split("\n\n") if part.strip()]
     held_out = max(1, len(paragraphs) // 10)
     trainer = PerturbSFTTrainer(
         wrap(adapted, PerturbConfig(num_samples=4)),
