@@ -45,17 +45,18 @@ class RankOptions(TextOptions):
     """Allow code that comes with a model's repository to run."""
 
     histories: int = 256
-    """Number of histories, which are the rows of the logit matrix: pieces of the text that share no
-    token."""
+    """Number of histories: pieces of the text, without overlap, that give the rows of the logit
+    matrix."""
 
     history_tokens: int = 32
     """Length of each history in tokens."""
 
     futures: int = 32
-    """Number of further pieces of the text, all of whose prefixes are the futures of the matrix."""
+    """Number of further pieces of the text, whose prefixes are the futures: tokens that follow a
+    history and give the columns of the logit matrix."""
 
     future_tokens: int = 8
-    """Length in tokens of each piece that gives futures."""
+    """Length of each of these pieces in tokens, which is that of the longest futures."""
 
     top_k: int | None = 1024
     """Number of next tokens kept for each future, the likeliest by the first model; None keeps the
