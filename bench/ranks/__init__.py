@@ -1,1 +1,1 @@
-"""What training and perturbation do to a model's logit rank, and how well combinations write."""
+"""Benchmarks of logit rank: effects of training and perturbation, writing, learning and speed."""

@@ -1,12 +1,12 @@
-"""`python -m bench.ranks`: trains what is missing, measures, and writes results and tables.
+"""`python -m bench.ranks`: train the models that are missing, measure all, and write tables.
 
     OUTPUT/methods/     `fastperturb rank` of the base and of every method and seed
-    OUTPUT/base/        of the base on many histories, with combinations
-    OUTPUT/later/       of the base trained twice, the first training its earlier checkpoint
+    OUTPUT/base/        the same of the base on many histories, with combinations
+    OUTPUT/later/       the same of the base trained twice, with the first training as `earlier`
     OUTPUT/summary.*    methods over seeds: JSON, a table and a picture
 
-Each of the three is measured once: delete its table.md to do it again. The texts are those of
-`python -m bench.studies.documents`.
+Each of the three folders is measured once: delete its table.md to measure again. The texts are
+those of `python -m bench.studies.documents`.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ def main(options: Options) -> None:
         earlier=str(trained / EARLIER / "model"),
         output_dir=out / "later",
     )
-    for each in (replace(common, models=(*common.models, *adapted)), base, later):
-        if not (each.output_dir / "table.md").exists():
-            rank.run(each)
+    for measurement in (replace(common, models=(*common.models, *adapted)), base, later):
+        if not (measurement.output_dir / "table.md").exists():
+            rank.run(measurement)
     results: dict[str, Any] = json.loads((out / "methods" / "results.json").read_text())
-    found = {**summary.over_seeds(results["models"]), **runs.provenance()}
-    runs.write_json(out / "summary.json", found)
-    (out / "summary.md").write_text(summary.table(found), encoding="utf-8")
-    summary.draw(found, out / "summary.png")
-    print(summary.table(found))
+    over_seeds = {**summary.over_seeds(results["models"]), **runs.provenance()}
+    runs.write_json(out / "summary.json", over_seeds)
+    (out / "summary.md").write_text(summary.table(over_seeds), encoding="utf-8")
+    summary.draw(over_seeds, out / "summary.png")
+    print(summary.table(over_seeds))
 
 
 if __name__ == "__main__":

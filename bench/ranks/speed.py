@@ -2,9 +2,9 @@
 
     matrix    one context at a time; whole contexts in batches of one length; logit_matrix
     decode    15 tokens by a combination of 200 histories: every context encoded again at each
-              step and all logits made, against streams
+              step and all logits computed, against streams
 
-Variants take turns, answers are compared first, and the ratios are of medians.
+Variants take turns, results are compared first, and the ratios are of medians.
 """
 
 from __future__ import annotations
@@ -56,32 +56,30 @@ def main(options: Options) -> None:
         "streams": lambda: np.array(write(oracle, pool, weights, 15)),
     }
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    found = {
+    results = {
         "matrix": timed(matrix, options.repeats),
         "decode": timed(decode, options.repeats),
         "threads": torch.get_num_threads(),
         **runs.provenance(),
     }
-    runs.write_json(options.output_dir / "speed.json", found)
+    runs.write_json(options.output_dir / "speed.json", results)
     for name in ("matrix", "decode"):
-        for row in found[name]:
+        for row in results[name]:
             print(f"{name}: {row['way']}: {row['seconds']:.3f} s, {row['ratio']:.2f} of the last")
 
 
 def timed(ways: dict[str, Callable[[], Any]], repeats: int) -> list[dict[str, Any]]:
-    expected = None
-    for run in ways.values():
-        found = run()
-        if expected is not None:
-            np.testing.assert_allclose(found, expected, atol=1e-3)
-        expected = found
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+    """Time each way `repeats` times in turn, having checked that all give the same result."""
+    expected, *others = [run() for run in ways.values()]
+    for result in others:
+        np.testing.assert_allclose(result, expected, atol=1e-3)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, run in ways.items():
             start = time.perf_counter()
             run()
-            taken[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(each) for name, each in taken.items()}
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     last = list(medians.values())[-1]
     return [{"way": way, "seconds": value, "ratio": value / last} for way, value in medians.items()]
 
@@ -97,17 +95,17 @@ def one_by_one(model: Any, histories: list[Any], futures: list[Any]) -> Any:
 
 @torch.no_grad()
 def in_batches(model: Any, histories: list[Any], futures: list[Any]) -> Any:
-    found = torch.empty(len(histories), len(futures), model.config.vocab_size)
+    log_probs = torch.empty(len(histories), len(futures), model.config.vocab_size)
     for length in sorted(set(map(len, futures))):
         columns = [column for column, future in enumerate(futures) if len(future) == length]
         pairs = [(row, column) for row in range(len(histories)) for column in columns]
         for first in range(0, len(pairs), 64):
-            some = pairs[first : first + 64]
-            ids = torch.tensor([BEGIN + histories[row] + futures[column] for row, column in some])
+            batch = pairs[first : first + 64]
+            ids = torch.tensor([BEGIN + histories[row] + futures[column] for row, column in batch])
             logits = model(ids, logits_to_keep=1).logits[:, -1].log_softmax(-1)
-            rows, places = zip(*some)
-            found[list(rows), list(places)] = logits
-    return centred(found).numpy()
+            rows, batch_columns = zip(*batch)
+            log_probs[list(rows), list(batch_columns)] = logits
+    return centred(log_probs).numpy()
 
 
 @torch.no_grad()

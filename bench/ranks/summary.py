@@ -1,4 +1,4 @@
-"""Methods over seeds: exponents, effective ranks and the KL of a cut, beside plain training's."""
+"""Exponents, effective ranks and KL by rank over seeds, and their change from plain training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.ranks.training import METHODS, SEEDS
 from fastperturb.eval.table import aligned
 from fastperturb.report.figures import INK, PALETTE, plain
 
-# Ranks at which the matrix is cut, on histories whose directions were not learned.
+# Ranks to which the matrix is truncated, on held-out histories.
 CUTS = (8, 32, 128)
 WITHOUT = ", without noise"
 
@@ -22,29 +22,30 @@ Models = Mapping[str, Mapping[str, Any]]
 
 
 def over_seeds(models: Models) -> dict[str, Any]:
-    """A row a method, as trained and without noise; changes are from `exact` of the same seed."""
+    """Return a row for each method, with noise and without; changes are from `exact`, by seed."""
     rows = [{"name": "base", "seeds": 1, **_row([models["base"]], None)}]
     exact = [models[f"exact_{seed}"] for seed in SEEDS]
     for method in METHODS:
         for form in ("", WITHOUT):
             names = [f"{method}_{seed}{form}" for seed in SEEDS]
             if all(name in models for name in names):
-                found = [models[name] for name in names]
-                row = _row(found, None if method == "exact" else exact)
-                rows.append({"name": f"{method}{form}", "seeds": len(found), **row})
+                by_seed = [models[name] for name in names]
+                row = _row(by_seed, None if method == "exact" else exact)
+                rows.append({"name": f"{method}{form}", "seeds": len(by_seed), **row})
     return {"rows": rows, "cuts": list(CUTS)}
 
 
 def _row(
-    found: list[Mapping[str, Any]], baseline: list[Mapping[str, Any]] | None
+    by_seed: list[Mapping[str, Any]], baseline: list[Mapping[str, Any]] | None
 ) -> dict[str, Any]:
-    measured = [_numbers(each) for each in found]
+    exponents = [model["exponent"] for model in by_seed]
+    numbers = [_numbers(model) for model in by_seed]
     row: dict[str, Any] = {
-        "spectrum": np.mean([_shares(each) for each in found], axis=0).tolist(),
-        "intervals": [[each["exponent"]["low"], each["exponent"]["high"]] for each in found],
+        "spectrum": np.mean([_shares(model) for model in by_seed], axis=0).tolist(),
+        "intervals": [[exponent["low"], exponent["high"]] for exponent in exponents],
     }
-    for key in measured[0]:
-        values = [each[key] for each in measured]
+    for key in numbers[0]:
+        values = [of_seed[key] for of_seed in numbers]
         row[key] = {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
         if baseline is not None:
             changes = [a - _numbers(b)[key] for a, b in zip(values, baseline, strict=True)]
@@ -53,27 +54,27 @@ def _row(
     return row
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    held_out = next(each for each in found["kl"] if each["held_out"])
+def _numbers(model: Mapping[str, Any]) -> dict[str, float]:
+    held_out = next(curve for curve in model["kl"] if curve["held_out"])
     kl = dict(zip(held_out["ranks"], held_out["kl"], strict=True))
     return {
-        "exponent": found["exponent"]["estimate"],
-        "effective_rank": found["spectrum"]["effective_rank"],
+        "exponent": model["exponent"]["estimate"],
+        "effective_rank": model["spectrum"]["effective_rank"],
         **{f"kl_{rank}": kl[rank] for rank in CUTS},
     }
 
 
-def _shares(found: Mapping[str, Any]) -> Any:
-    spectrum = found["spectrum"]
+def _shares(model: Mapping[str, Any]) -> Any:
+    spectrum = model["spectrum"]
     return np.array(spectrum["singular_values"]) / spectrum["frobenius"]
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     header = ["model", "exponent", "change", "effective rank", "change"]
     header += [text for rank in CUTS for text in (f"KL at rank {rank}", "change")]
     keys = ("exponent", "effective_rank", *(f"kl_{rank}" for rank in CUTS))
     rows = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         cells = [row["name"]]
         for key in keys:
             form = ".1f" if key == "effective_rank" else ".3f"
@@ -88,7 +89,7 @@ def table(found: Mapping[str, Any]) -> str:
         rows.append(cells)
     return aligned([header, *rows]) + (
         "\n\nMeans ± sd over seeds; changes are from exact of the same seed. The KL is that of "
-        "every second history cut to the leading directions of the others.\n"
+        "every second history, projected on the leading directions of the others.\n"
     )
 
 
@@ -96,12 +97,12 @@ def _with_sd(mean: float, sd: float | None, form: str) -> str:
     return f"{mean:{form}}" + ("" if sd is None else f" ± {sd:{form.lstrip('+')}}")
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Spectra on the left; exponents of every seed, with intervals over histories, on the right."""
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draw spectra on the left, and exponents of every seed with intervals on the right."""
     figure = Figure(figsize=(12, 4.8), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.1)
     left, right = figure.subplots(1, 2)
-    rows = found["rows"]
+    rows = results["rows"]
     for number, row in enumerate(rows):
         name, without = row["name"].removesuffix(WITHOUT), row["name"].endswith(WITHOUT)
         colour = PALETTE[["base", *METHODS].index(name) % len(PALETTE)]

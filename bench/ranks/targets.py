@@ -1,4 +1,4 @@
-"""Targets whose law and rank are known, and how far a model is from one: tests need them too."""
+"""Targets of known distribution and rank, and the distance of a model from one; tests use them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastperturb.rank.ask.oracle import LogitOracle, Tokens, centred
-from fastperturb.rank.learn.isan import ISAN
-from fastperturb.rank.learn.states import StateModel
+from fastperturb.rank import ISAN, LogitOracle, Tokens
+from fastperturb.rank.ask.oracle import centred
+from fastperturb.rank.learn import StateModel
 
 
 def all_sequences(vocab_size: int, length: int) -> NDArray[np.int64]:
-    found = list(itertools.product(range(vocab_size), repeat=length))
-    return np.array(found, dtype=np.int64).reshape(len(found), length)
+    sequences = list(itertools.product(range(vocab_size), repeat=length))
+    return np.array(sequences, dtype=np.int64).reshape(len(sequences), length)
 
 
 def total_variation(target: StateModel, model: StateModel, *, at_most: int = 100_000) -> float:
-    """By enumeration up to so many sequences, else over 2000 samples of the target."""
+    """Return the distance, by enumerating up to `at_most` sequences, else by 2000 samples."""
     if target.vocab_size**target.length <= at_most:
         sequences = all_sequences(target.vocab_size, target.length)
         return 0.5 * float(
             np.abs(np.exp(target.logprob(sequences)) - np.exp(model.logprob(sequences))).sum()
         )
-    sequences = target.sample(2000, seed=99)
+    return sampled_distance(target, model, target.sample(2000, seed=99))
+
+
+def sampled_distance(target: StateModel, model: StateModel, sequences: NDArray[np.int64]) -> float:
+    """Estimate the total variation from sequences sampled from the target."""
     ratio = np.exp(model.logprob(sequences) - target.logprob(sequences))
     return 0.5 * float(np.abs(1 - ratio).mean())
 
 
 def numerical_ranks(oracle: LogitOracle, length: int) -> tuple[int, ...]:
-    """Of L_t of every t, all histories by all futures."""
+    """Return the rank of L_t, all histories by all futures, for every t."""
     ranks = []
     for t in range(length):
         histories = [tuple(row) for row in all_sequences(oracle.vocab_size, t).tolist()]
@@ -49,12 +53,12 @@ def numerical_ranks(oracle: LogitOracle, length: int) -> tuple[int, ...]:
 
 
 def generic_ranks(vocab_size: int, length: int, rank: int) -> tuple[int, ...]:
-    """What ISAN.random promises."""
+    """Return the ranks that ISAN.random documents."""
     return tuple(min(rank, vocab_size**t, vocab_size ** (length - t) - 1) for t in range(length))
 
 
 def uneven(vocab_size: int, length: int, rank: int, *, gain: float, seed: int) -> ISAN:
-    """Its transitions stretch some directions, shrink others, and differ in size by the token."""
+    """Make a network whose transitions stretch and shrink directions, and vary with the token."""
     random = np.random.default_rng(seed)
     transitions = [
         random.standard_normal((vocab_size, rank, rank))
@@ -67,7 +71,7 @@ def uneven(vocab_size: int, length: int, rank: int, *, gain: float, seed: int) -
 
 
 class Noisy:
-    """An oracle whose logits are off by gaussian errors, which are a function of the context."""
+    """An oracle whose logits have Gaussian errors that are a function of the context."""
 
     def __init__(self, oracle: LogitOracle, noise: float) -> None:
         self.vocab_size, self._oracle, self._noise = oracle.vocab_size, oracle, noise
@@ -83,7 +87,7 @@ class Noisy:
 
 
 class Recording:
-    """An oracle that keeps the contexts it was asked, in order."""
+    """An oracle that records the contexts it is asked about, in order."""
 
     def __init__(self, oracle: LogitOracle) -> None:
         self.vocab_size, self._oracle = oracle.vocab_size, oracle

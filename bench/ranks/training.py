@@ -1,11 +1,11 @@
 """The models whose logit rank is compared: stories260K adapted to fiction, at equal steps.
 
     exact          plain LoRA
-    jensen         isotropic noise of fixed scale, the mean of the draws' log-probs as loss
-    lowrank, mlp   a learned transform, the log of the mean of their probabilities (iwae)
+    jensen         isotropic noise of fixed scale; the loss is the mean of the samples' log-probs
+    lowrank, mlp   a learned transform; the loss is the log of their mean probability (iwae)
 
-and all weights of the base trained twice in a row: the first training is an earlier checkpoint of
-the second.
+Besides, all weights of the base are trained twice in a row: the first training is an earlier
+checkpoint of the second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = {
 
 
 def train_missing(base: str, texts: Path, folder: Path, *, workers: int) -> None:
-    """Every model that is not there yet; one that was stopped goes on."""
+    """Train every model without results; a training that was stopped resumes."""
     common = TrainOptions(
         model=base,
         data=(str(texts / "train.jsonl"),),
@@ -46,7 +46,7 @@ def train_missing(base: str, texts: Path, folder: Path, *, workers: int) -> None
         device="cpu",
         resume="auto",
     )
-    tasks = [
+    adapted = [
         [
             replace(
                 common,
@@ -66,7 +66,7 @@ def train_missing(base: str, texts: Path, folder: Path, *, workers: int) -> None
     )
     missing = [
         (row,)
-        for row in ([first, second], *tasks)
+        for row in ([first, second], *adapted)
         if not (row[-1].output_dir / "results.json").exists()
     ]
     for _, done in finished(in_turn, missing, workers=workers) if missing else ():

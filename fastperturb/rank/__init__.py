@@ -1,27 +1,30 @@
-"""Low logit rank: measure it, write by it, learn from it; and `fastperturb rank`.
+"""Low logit rank: measure it, write with it, learn from it; and `fastperturb rank`.
 
-`ask` asks a model, `measure` makes the matrix and looks at it, `combine` writes by combinations of
-histories, `learn` learns a model from queries (arXiv 2510.24966, 2512.09892: *published*; the code
-is our reconstruction).
+`ask` asks a model for logits, `measure` builds the logit matrix and measures it, `combine` writes
+with combinations of histories, and `learn` learns a model from queries (arXiv 2510.24966,
+2512.09892: *published*; the code is our reconstruction).
 """
 
-from fastperturb.rank.ask.models import ModelOracle
-from fastperturb.rank.ask.oracle import (
+from fastperturb.rank.ask import (
     FunctionOracle,
     LogitOracle,
     Metered,
+    ModelOracle,
     QueryBudgetSpent,
-    Tokens,
 )
-from fastperturb.rank.combine.combination import fit
-from fastperturb.rank.combine.comparison import compare
-from fastperturb.rank.combine.streams import follow, open_streams, write
+from fastperturb.rank.combine import compare, fit, follow, open_streams, write
 from fastperturb.rank.command import run
-from fastperturb.rank.learn.isan import ISAN
-from fastperturb.rank.learn.learned import LearnedModel
-from fastperturb.rank.learn.learning import learn
-from fastperturb.rank.measure.matrix import LogitMatrix, logit_matrix
+from fastperturb.rank.learn import ISAN, LearnedModel, learn
+from fastperturb.rank.measure import (
+    LogitMatrix,
+    exponent_difference,
+    kl_by_rank,
+    logit_matrix,
+    power_law,
+    spectrum,
+)
 from fastperturb.rank.options import RankOptions
+from fastperturb.rank.types import Tokens
 
 __all__ = [
     "ISAN",
@@ -35,11 +38,15 @@ __all__ = [
     "RankOptions",
     "Tokens",
     "compare",
+    "exponent_difference",
     "fit",
     "follow",
+    "kl_by_rank",
     "learn",
     "logit_matrix",
     "open_streams",
+    "power_law",
     "run",
+    "spectrum",
     "write",
 ]

@@ -1,4 +1,4 @@
-"""What a rank study is told: the options of `fastperturb rank`, validated."""
+"""Options of `fastperturb rank`, validated."""
 
 from __future__ import annotations
 
@@ -11,98 +11,103 @@ from fastperturb.data.domains import TextOptions
 from fastperturb.eval.options import named
 from fastperturb.runs import option_files
 
+_SMALLEST = {
+    "histories": 80,  # a quarter of them makes the smallest matrix whose exponent is fitted
+    "history_tokens": 1,
+    "futures": 4,
+    "future_tokens": 1,
+    "top_k": 2,
+    "num_samples": 1,
+    "targets": 0,
+    "steps": 1,
+    "continuations": 1,
+    "batch_tokens": 1,
+    "seed": 0,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankOptions(TextOptions):
-    """Measure the logit rank of models, and write by combinations of other prompts."""
+    """Measure the logit rank of language models, and write with linear combinations of prompts."""
 
     models: tuple[str, ...]
-    """NAME=WHERE, or WHERE alone: a folder that train or save_pretrained wrote, or a plain model,
-    by its folder or Hugging Face id, which is asked on exact prefixes."""
+    """Models to measure, each as NAME=WHERE or WHERE, where WHERE is a folder written by train or
+    save_pretrained, or the folder or Hugging Face id of a plain model."""
 
     text: str
-    """Where histories and futures come from: all that train reads, or a text that eval knows."""
+    """Text from which histories and futures are cut: a file, folder or dataset that train reads, or
+    a text that eval knows by name."""
 
     base: str | None = None
-    """What checkpoints were saved over, where that has moved: a folder or an id."""
+    """Folder or Hugging Face id of the model under saved checkpoints, if it has moved since."""
 
     trust_remote_code: bool = False
-    """Run code that a model's repository brings."""
+    """Allow code that comes with a model's repository to run."""
 
     histories: int = 256
-    """Rows of the matrix: pieces of the text that share no token."""
+    """Number of histories: pieces of the text, without overlap, that give the rows of the logit
+    matrix."""
 
     history_tokens: int = 32
-    """How long they are."""
+    """Length of each history in tokens."""
 
     futures: int = 32
-    """Other pieces of the text, whose prefixes, all of them, are the futures of the matrix."""
+    """Number of further pieces of the text, whose prefixes are the futures: tokens that follow a
+    history and give the columns of the logit matrix."""
 
     future_tokens: int = 8
-    """How long these pieces are."""
+    """Length of each of these pieces in tokens, which is that of the longest futures."""
 
     top_k: int | None = 1024
-    """Columns a future: so many of its likeliest tokens by the first model, or all, if there are
-    fewer."""
+    """Number of next tokens kept for each future, the likeliest by the first model; None keeps the
+    whole vocabulary."""
 
     num_samples: int = 32
-    """Draws of the noise, of which a perturbed model's law is the mean."""
+    """Number of noise samples whose mean prediction is measured, for models with a perturbation."""
 
     targets: int = 16
-    """Prompts of documents that give no history, each written on by a linear combination of the
-    histories; 0: none. It takes many histories to be close: a thousand, say."""
+    """Number of prompts, from documents that give no history, to continue by linear combinations of
+    the histories; 0 skips this, and a good match takes a thousand histories or more."""
 
     steps: int = 15
-    """How many tokens are written on."""
+    """Number of tokens to write after each target prompt."""
 
     continuations: int = 4
-    """How often, from each target, for the comparison with the model itself."""
+    """Number of continuations sampled from the model for each target, on which predictions are
+    compared."""
 
     earlier: str | None = None
-    """An earlier checkpoint of the first model, compared with its combinations."""
+    """Earlier checkpoint of the first model, to compare with the linear combinations."""
 
     batch_tokens: int = 8192
-    """About how many tokens a pass holds."""
+    """Approximate number of tokens in one forward pass."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 holds the base in bf16 and computes under autocast."""
+    """Number format: bf16 loads the base model in bf16 and computes under autocast."""
 
     seed: int = 0
-    """Of pieces, noise, continuations and intervals."""
+    """Seed of the choice of pieces, the noise, the continuations and the intervals."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Default: cuda where there is one."""
+    """Device to run on; by default cuda if there is one."""
 
     output_dir: Path = Path("runs/rank")
-    """Where results.json, table.md, spectrum.png and generation.png go."""
+    """Folder for results.json, table.md, spectrum.png and generation.png."""
 
     overwrite: bool = False
-    """Let output_dir be a folder that already holds files."""
+    """Allow output_dir to hold files already; those of the same names are replaced."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         named("models", self.models)
-        least = {
-            "histories": 80,  # a quarter of them makes the smallest matrix whose exponent is fitted
-            "history_tokens": 1,
-            "futures": 4,
-            "future_tokens": 1,
-            "top_k": 2,
-            "num_samples": 1,
-            "targets": 0,
-            "steps": 1,
-            "continuations": 1,
-            "batch_tokens": 1,
-            "seed": 0,
-        }
-        for name, smallest in least.items():
+        for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {value}")
         if self.targets == 1:
-            raise ValueError("targets must be 0, or at least 2 to have an interval, got 1")
+            raise ValueError("targets must be 0, or at least 2 to give an interval, got 1")
         if self.earlier is not None and not self.targets:
-            raise ValueError("earlier is compared on targets: say how many")
+            raise ValueError("earlier is compared on targets: set targets to 2 or more, got 0")
         for package in ("matplotlib", "scipy"):
             if find_spec(package) is None:
                 raise ValueError(
@@ -111,10 +116,10 @@ class RankOptions(TextOptions):
 
     @property
     def lengths(self) -> dict[str, int]:
-        """How long a text gets, by the options that make it so."""
-        after = max(self.future_tokens, self.steps)
-        return {"history_tokens + future_tokens or steps": 1 + self.history_tokens + after}
+        """The longest context in tokens, by the options that determine it."""
+        written = max(self.future_tokens, self.steps)
+        return {"history_tokens + future_tokens or steps": 1 + self.history_tokens + written}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the options as JSON holds them."""
         return option_files.plain(self)

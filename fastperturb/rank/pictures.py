@@ -1,11 +1,11 @@
-"""What logit matrices of several models look like: spectra, KL by rank, angles and sizes.
+"""Pictures of the logit matrices of several models: spectra, KL by rank, angles and sizes.
 
 Everything is drawn from plain results, {name of a model: {
     "spectrum": Spectrum.to_dict(),
     "exponent": Exponent.to_dict(),
     "kl": [KLByRank.to_dict(), ...],
-    "angles": {what was compared: Angles.to_dict(), ...},
-    "sizes": [Size.to_dict(), ...],
+    "angles": {the two subspaces: Angles.to_dict(), ...},
+    "sizes": [SubmatrixFit.to_dict(), ...],
     "generation": Comparison.to_dict(),
 }}, where a model may lack any of them.
 """
@@ -24,29 +24,29 @@ from matplotlib.figure import Figure
 from fastperturb.report.figures import FAINT, INK, MARKERS, PALETTE, plain
 
 LINES = ("-", "--", ":", "-.")
-# Nats; what is smaller is as good as nothing and would squeeze the rest.
+# In nats; smaller values are as good as 0 and would squeeze the rest of the axis.
 LEAST_KL, LEAST_WRITTEN = 1e-6, 1e-3
 
 Models = Mapping[str, Mapping[str, Any]]
 
 
 def draw(models: Models, path: Path) -> bool:
-    """The picture of these models as a PNG; False where there is nothing to see."""
+    """Draw these models into a PNG; return False, without a file, if there is nothing to draw."""
     panels: dict[str, Callable[[Axes, Models], None]] = {
         "spectrum": draw_spectra,
         "kl": draw_kl,
         "angles": draw_angles,
         "sizes": draw_sizes,
     }
-    if len(models) > len(PALETTE):  # these have a line or more a model that could not be told apart
+    if len(models) > len(PALETTE):  # these have a line or more a model, in too few colours
         del panels["angles"], panels["sizes"]
-    shown = [name for name in panels if any(each.get(name) for each in models.values())]
+    shown = [name for name in panels if any(model.get(name) for model in models.values())]
     if not shown:
         return False
-    rows, across = -(-len(shown) // 2), min(2, len(shown))
-    figure = Figure(figsize=(6.5 * across, 4.6 * rows + 0.5), dpi=150, facecolor="white")
+    rows, columns = -(-len(shown) // 2), min(2, len(shown))
+    figure = Figure(figsize=(6.5 * columns, 4.6 * rows + 0.5), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1, hspace=0.05, wspace=0.05)
-    subplots = figure.subplots(rows, across, squeeze=False).flatten()
+    subplots = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, name in zip(subplots, shown):
         panels[name](axes, models)
     for axes in subplots[len(shown) :]:
@@ -58,16 +58,17 @@ def draw(models: Models, path: Path) -> bool:
 
 
 def draw_spectra(axes: Axes, models: Models) -> None:
-    """Singular values as shares of the matrix's norm, and the fitted power laws."""
-    for name, found in models.items():
-        if not (of := found.get("spectrum")):
+    """Draw singular values as shares of the matrix's norm, and the fitted power laws."""
+    for name, model in models.items():
+        if not (spectrum := model.get("spectrum")):
             continue
-        colour, shares = _colour(models, name), np.array(of["singular_values"]) / of["frobenius"]
+        colour, norm = _colour(models, name), spectrum["frobenius"]
+        shares = np.array(spectrum["singular_values"]) / norm
         index = np.arange(1, len(shares) + 1)
         axes.plot(index, shares, color=colour, linewidth=4, alpha=0.3, marker=".", markersize=3)
-        if fit := found.get("exponent"):
+        if fit := model.get("exponent"):
             ends = np.array([fit["first"], fit["last"]])
-            line = fit["scale"] / of["frobenius"] * ends ** -fit["estimate"]
+            line = fit["scale"] / norm * ends ** -fit["estimate"]
             label = f"$i^{{-{fit['estimate']:.2f}}}$  [{fit['low']:.2f}, {fit['high']:.2f}]"
             shown = label if len(models) <= len(PALETTE) else None
             axes.plot(ends, line, "--", color=colour, linewidth=1.6, label=shown)
@@ -77,13 +78,17 @@ def draw_spectra(axes: Axes, models: Models) -> None:
 
 
 def draw_kl(axes: Axes, models: Models) -> None:
-    """The average KL against rank, in sample and held out."""
-    for name, found in models.items():
-        for each in found.get("kl") or ():
-            seen = [(r, kl) for r, kl in zip(each["ranks"], each["kl"]) if kl >= LEAST_KL]
-            line, colour = "--" if each["held_out"] else "-", _colour(models, name)
+    """Draw the average KL against rank, in sample and held out."""
+    for name, model in models.items():
+        for curve in model.get("kl") or ():
+            points = [(r, kl) for r, kl in zip(curve["ranks"], curve["kl"]) if kl >= LEAST_KL]
             axes.plot(
-                *zip(*seen), linestyle=line, color=colour, marker="o", markersize=3.5, linewidth=1.6
+                *zip(*points),
+                linestyle="--" if curve["held_out"] else "-",
+                color=_colour(models, name),
+                marker="o",
+                markersize=3.5,
+                linewidth=1.6,
             )
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     axes.set_yscale("log")
@@ -97,18 +102,18 @@ def draw_kl(axes: Axes, models: Models) -> None:
 
 
 def draw_angles(axes: Axes, models: Models) -> None:
-    """Principal angles, and those of random subspaces in grey."""
-    compared = list(dict.fromkeys(what for found in models.values() for what in _angles(found)))
-    for name, found in models.items():
-        for what, each in _angles(found).items():
-            line = LINES[compared.index(what) % len(LINES)]
-            index = range(1, len(each["angles"]) + 1)
-            colour = _colour(models, name)
-            axes.plot(index, np.degrees(each["random"]), line, color=FAINT, linewidth=1)
-            axes.plot(index, np.degrees(each["angles"]), line, color=colour, linewidth=1.6)
-    for what in compared:
-        line = LINES[compared.index(what) % len(LINES)]
-        axes.plot([], [], line, color=INK, label=what)
+    """Draw principal angles, and those of random subspaces in grey."""
+    pairs = dict.fromkeys(pair for model in models.values() for pair in _angles(model))
+    line_of = {pair: LINES[number % len(LINES)] for number, pair in enumerate(pairs)}
+    for name, model in models.items():
+        for pair, angles in _angles(model).items():
+            index, colour = range(1, len(angles["angles"]) + 1), _colour(models, name)
+            axes.plot(index, np.degrees(angles["random"]), line_of[pair], color=FAINT, linewidth=1)
+            axes.plot(
+                index, np.degrees(angles["angles"]), line_of[pair], color=colour, linewidth=1.6
+            )
+    for pair, line in line_of.items():
+        axes.plot([], [], line, color=INK, label=pair)
     axes.set_ylim(0, 92)
     axes.yaxis.set_major_locator(ticker.MultipleLocator(15))
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -116,24 +121,24 @@ def draw_angles(axes: Axes, models: Models) -> None:
 
 
 def draw_sizes(axes: Axes, models: Models) -> None:
-    """The exponent of nested sub-matrices, against histories and for numbers of futures."""
-    rows = [(name, row) for name, found in models.items() for row in found.get("sizes") or ()]
+    """Draw the exponents of sub-matrices against histories, a curve for each number of futures."""
+    rows = [(name, row) for name, model in models.items() for row in model.get("sizes") or ()]
     futures = sorted({row["futures"] for _, row in rows})
     series: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for name, row in rows:
         series.setdefault((name, row["futures"]), []).append(row)
-    for number, ((name, count), each) in enumerate(series.items()):
-        each.sort(key=lambda row: row["histories"])
+    for number, ((name, count), curve) in enumerate(series.items()):
+        curve.sort(key=lambda row: row["histories"])
         # Side by side, so that intervals do not hide each other.
-        beside = 1.02 ** (number - (len(series) - 1) / 2)
-        found = [row["exponent"] for row in each]
-        estimates = np.array([fit["estimate"] for fit in found])
+        offset = 1.02 ** (number - (len(series) - 1) / 2)
+        fits = [row["exponent"] for row in curve]
+        estimates = np.array([fit["estimate"] for fit in fits])
         errors = [
-            estimates - [fit["low"] for fit in found],
-            [fit["high"] for fit in found] - estimates,
+            estimates - [fit["low"] for fit in fits],
+            [fit["high"] for fit in fits] - estimates,
         ]
         axes.errorbar(
-            [row["histories"] * beside for row in each],
+            [row["histories"] * offset for row in curve],
             estimates,
             yerr=errors,
             color=_colour(models, name),
@@ -151,16 +156,20 @@ def draw_sizes(axes: Axes, models: Models) -> None:
 
 
 def draw_generation(models: Models, path: Path) -> bool:
-    """What combinations and baselines lose as they write on; False where nothing was written."""
-    shown = {name: found["generation"] for name, found in models.items() if "generation" in found}
+    """Draw the KL of combinations and baselines by step; return False if nothing was written."""
+    shown = {name: model["generation"] for name, model in models.items() if "generation" in model}
     if not shown:
         return False
-    across = min(2, len(shown))
-    rows = -(-len(shown) // across)
-    figure = Figure(figsize=(6 * across + 2, 4.4 * rows), dpi=150, facecolor="white")
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(6 * columns + 2, 4.4 * rows), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
-    subplots = figure.subplots(rows, across, squeeze=False, sharey=True).flatten()
-    ways = {way["name"]: way["is_baseline"] for each in shown.values() for way in each["ways"]}
+    subplots = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    ways = {
+        way["name"]: way["is_baseline"]
+        for comparison in shown.values()
+        for way in comparison["ways"]
+    }
     looks = {
         name: {
             "linestyle": "--" if is_baseline else "-",
@@ -171,8 +180,8 @@ def draw_generation(models: Models, path: Path) -> bool:
         }
         for number, (name, is_baseline) in enumerate(ways.items())
     }
-    for axes, (name, found) in zip(subplots, shown.items()):
-        for way in found["ways"]:
+    for axes, (name, comparison) in zip(subplots, shown.items()):
+        for way in comparison["ways"]:
             total = np.cumsum(way["kl_by_step"])
             steps = range(1, len(total) + 1)
             axes.plot(steps, np.maximum(total, LEAST_WRITTEN), **looks[way["name"]])
@@ -199,8 +208,8 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     plain(axes, grid="y")
 
 
-def _angles(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    return found.get("angles") or {}
+def _angles(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    return model.get("angles") or {}
 
 
 def _colour(models: Models, name: str) -> str:

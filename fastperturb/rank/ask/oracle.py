@@ -1,9 +1,9 @@
-"""What every question about logits is asked of: the law of the next token after history + future.
+"""Oracles: they answer with log-probs of the next token after a history and a future.
 
-A history and a future are tuples of token ids, and an oracle answers for all pairs of several of
-both, so that one that encodes histories can do each once. `rank.models.ModelOracle` is a language
-model; `FunctionOracle` any function of a context, an API say; `rank.isan.ISAN` a target of known
-rank.
+A history and a future are tuples of token ids, and the context is one followed by the other. An
+oracle is asked about all pairs of several histories and futures at once, so that it can encode each
+history once. `ModelOracle` is a language model, `FunctionOracle` any function of a context (an API,
+say), and `learn.ISAN` a target of known rank.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Tokens = tuple[int, ...]
+from fastperturb.rank.types import Tokens
 
 
 class LogitOracle(Protocol):
-    """Tells log Pr[z | h f] of every next token z."""
+    """Answers with log Pr[z | h f] of every next token z after history h and future f."""
 
     @property
     def vocab_size(self) -> int:
@@ -26,15 +26,15 @@ class LogitOracle(Protocol):
         ...
 
     def log_probs(self, histories: Sequence[Tokens], futures: Sequence[Tokens]) -> Tensor:
-        """log Pr[z | h f], normalised, of all pairs of histories and futures [H, F, V]."""
+        """Return log Pr[z | h f], normalised, of all pairs of histories and futures [H, F, V]."""
         ...
 
 
 class FunctionOracle:
-    """An oracle that is a plain function of the context h f, called once for each that is new.
+    """An oracle that calls a plain function of the context h f, once for each distinct context.
 
-    function: logits or log-probs of every next token [V], up to a constant. An API that tells the
-        likeliest ones only is no such function: all of V must have some finite log-prob.
+    function: returns logits or log-probs of every next token [V], up to a constant. An API that
+        returns only the likeliest tokens will not do: every token needs a finite log-prob.
     """
 
     def __init__(self, function: Callable[[Tokens], Any], vocab_size: int) -> None:
@@ -43,10 +43,9 @@ class FunctionOracle:
 
     def log_probs(self, histories: Sequence[Tokens], futures: Sequence[Tokens]) -> Tensor:
         contexts = [history + future for history in histories for future in futures]
-        told = {context: self._logits(context) for context in dict.fromkeys(contexts)}
-        found = [told[context] for context in contexts]
+        logits = {context: self._logits(context) for context in dict.fromkeys(contexts)}
         shape = (len(histories), len(futures), self.vocab_size)
-        return torch.stack(found).log_softmax(-1).view(shape)
+        return torch.stack([logits[context] for context in contexts]).log_softmax(-1).view(shape)
 
     def _logits(self, context: Tokens) -> Tensor:
         logits = torch.as_tensor(self._function(context), dtype=torch.float64)
@@ -59,18 +58,18 @@ class FunctionOracle:
 
 
 class QueryBudgetSpent(RuntimeError):
-    """A question that the budget does not cover; nothing of it was asked.
+    """Raised for a question that exceeds the query budget, before any part of it is asked.
 
-    learned: what `rank.learn` had by then, None elsewhere.
+    learned: the model that `rank.learn` had by then; None elsewhere.
     """
 
     learned: Any = None
 
 
 class Metered:
-    """An oracle that counts what it is asked: a query is one context, answered for all of V.
+    """An oracle that counts queries; a query is one distinct context, answered for all of V.
 
-    budget: how many queries it answers; None is no limit.
+    budget: the largest number of queries that it answers; None is no limit.
     """
 
     def __init__(self, oracle: LogitOracle, budget: int | None = None) -> None:
@@ -86,16 +85,29 @@ class Metered:
         self.charge(len({history + future for history in histories for future in futures}))
         return self.oracle.log_probs(histories, futures)
 
-    def charge(self, asked: int) -> None:
-        """Count queries that are about to be asked, or refuse them."""
-        if self.budget is not None and self.queries + asked > self.budget:
+    def charge(self, queries: int) -> None:
+        """Count queries that are about to be asked; raise if they exceed the budget."""
+        if self.budget is not None and self.queries + queries > self.budget:
             raise QueryBudgetSpent(
                 f"the query budget is spent: {self.queries} of {self.budget} were asked, and the "
-                f"next step needs {asked}; raise budget, or take fewer histories and futures"
+                f"next step needs {queries}; raise budget, or take fewer histories and futures"
             )
-        self.queries += asked
+        self.queries += queries
 
 
 def centred(log_probs: Tensor) -> Tensor:
-    """Log-probs less their mean over the vocabulary: logits whatever their constant was."""
+    """Subtract the mean over the vocabulary, which makes logits independent of their constant."""
     return log_probs - log_probs.mean(-1, keepdim=True)
+
+
+def check_tokens(name: str, sequences: Sequence[Tokens], vocab_size: int) -> None:
+    """Raise unless there is a sequence and all hold token ids below `vocab_size`."""
+    if not len(sequences):
+        raise ValueError(f"{name} must hold at least one sequence of tokens, which may be empty")
+    for number, tokens in enumerate(sequences):
+        invalid = [token for token in tokens if not 0 <= token < vocab_size]
+        if invalid:
+            raise ValueError(
+                f"{name} must hold token ids in [0, {vocab_size}), got {invalid[0]} in the "
+                f"sequence numbered {number}"
+            )

@@ -1,7 +1,7 @@
-"""Passes of a language model, plain or perturbed, over tokens: caches in and out, M draws at once.
+"""Passes of a plain or perturbed language model over tokens: caches in and out, M samples at once.
 
-Under a perturbation the M draws share one seed and one row number, and a token's noise is keyed by
-its place in the context, so that together they are one fixed language model.
+Under a perturbation the M samples share one seed and one row id, and a token's noise is keyed by
+its position in the context, so that together they are one fixed language model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastperturb.engine import architectures
 from fastperturb.engine.architectures import CausalLM
 from fastperturb.engine.positions import real_positions
 from fastperturb.model import EditedLM, PerturbedLM
-from fastperturb.rank.ask.oracle import Tokens
+from fastperturb.rank.types import Tokens
 
 
 class Passes:
-    """How a model is run: `run` gives logits, or the last hidden states without the head."""
+    """A model to run: `run` returns logits, or the last hidden states without the head."""
 
     def __init__(self, model: nn.Module, *, num_samples: int, seed: int) -> None:
         self._lm = model if isinstance(model, PerturbedLM) else None
@@ -48,38 +48,40 @@ class Passes:
         return device
 
     @property
-    def draws(self) -> int:
-        """M."""
+    def num_samples(self) -> int:
+        """M; 1 for a plain model, and for a perturbed one whose samples are all the same."""
         return 1 if self._lm is None or self._lm.has_one_draw else self._num_samples
 
     @property
-    def weighs_draws(self) -> bool:
-        """Whether draws count by how likely they make the context: under the sequence marginal."""
-        return self.draws > 1 and self._lm is not None and self._lm.config.marginal == "sequence"
+    def is_weighted(self) -> bool:
+        """True if samples count by the probability of the context: under the sequence marginal."""
+        return (
+            self.num_samples > 1 and self._lm is not None and self._lm.config.marginal == "sequence"
+        )
 
-    def can_share(self, length: int) -> bool:
-        """Whether a context's cache serves all that it goes on with, up to this length in all."""
+    def can_share_cache(self, length: int) -> bool:
+        """Return True if a cache serves all continuations of its context, up to `length` tokens."""
         return length <= self._shareable_length and self._keeps_cache
 
     @cached_property
     def _keeps_cache(self) -> bool:
-        """As a pass over one token shows."""
+        """True if a pass over one token returns a cache that can be shared."""
         if "past_key_values" not in self._arguments:
             return False
-        one = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        _, cache = self.run(one, one[0], one, one[0], mask=torch.ones_like(one))
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        _, cache = self.run(zero, zero[0], zero, zero[0], mask=torch.ones_like(zero))
         return _is_shareable(cache)
 
     @cached_property
     def parts(self) -> CausalLM | None:
-        """The trunk and the head, of a model that the engine knows."""
+        """The trunk and the head; None for a model that the engine does not know."""
         try:
             return architectures.understand(self._model)
         except ValueError:
             return None
 
-    def check_still(self) -> None:
-        """Refuse dropout, under which no answer comes twice."""
+    def check_dropout(self) -> None:
+        """Raise if dropout is active, since answers would then be random."""
         dropout = architectures.dropout_sources(self._model)
         if dropout:
             raise ValueError(
@@ -88,10 +90,11 @@ class Passes:
             )
 
     def check_length(self, longest: int) -> None:
+        """Raise if a context of `longest` tokens exceeds the model's positions."""
         if self.positions is not None and longest > self.positions:
             raise ValueError(
-                f"the longest context, prompt, history and future together, has {longest} tokens, "
-                f"and the model was made for {self.positions} positions; shorten them"
+                f"the longest context (prompt, history and future together) has {longest} tokens, "
+                f"but the model has {self.positions} positions; shorten them"
             )
 
     def run(
@@ -105,12 +108,12 @@ class Passes:
         cache: DynamicCache | None = None,  # of [m N] rows
         headless: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Each draw's logits [m, N, K, V], or last hidden states [m, N, K, D]; and the cache."""
-        lm, draws = self._lm, len(samples)
+        """Return each sample's logits [m, N, K, V] or hidden states [m, N, K, D], and the cache."""
+        lm, num_samples = self._lm, len(samples)
         if lm is None or lm.is_exact:
             inputs = {"input_ids": ids}
         else:
-            moved = lm.perturb(
+            perturbed = lm.perturb(
                 self._model.get_input_embeddings()(ids),
                 self._seed.to(ids.device),
                 samples,
@@ -119,25 +122,25 @@ class Passes:
                 antithetic=lm.config.antithetic,
                 perturb_mask=None if mask is None else mask[:, -ids.shape[1] :].bool(),
             )
-            inputs = {"inputs_embeds": moved.flatten(0, 1)}
+            inputs = {"inputs_embeds": perturbed.flatten(0, 1)}
         options = {
-            "attention_mask": None if mask is None else mask.repeat(draws, 1),
-            "position_ids": positions.repeat(draws, 1),
+            "attention_mask": None if mask is None else mask.repeat(num_samples, 1),
+            "position_ids": positions.repeat(num_samples, 1),
             "past_key_values": cache,
             "use_cache": mask is not None,
             "logits_to_keep": kept,
         }
-        taken = {name: value for name, value in options.items() if name in self._arguments}
+        accepted = {name: value for name, value in options.items() if name in self._arguments}
         if headless:
             assert self.parts is not None
-            taken.pop("logits_to_keep", None)
-            out = self.parts.trunk(**inputs, **taken)
-            found = out.last_hidden_state[:, kept]
+            accepted.pop("logits_to_keep", None)
+            out = self.parts.trunk(**inputs, **accepted)
+            result = out.last_hidden_state[:, kept]
         else:
-            out = self._model(**inputs, **taken)
-            found = out.logits if "logits_to_keep" in taken else out.logits[:, kept]
-        found = found.to(ids.device, torch.float32).unflatten(0, (draws, len(ids)))
-        return found, getattr(out, "past_key_values", None)
+            out = self._model(**inputs, **accepted)
+            result = out.logits if "logits_to_keep" in accepted else out.logits[:, kept]
+        result = result.to(ids.device, torch.float32).unflatten(0, (num_samples, len(ids)))
+        return result, getattr(out, "past_key_values", None)
 
 
 class Padded(NamedTuple):
@@ -150,38 +153,38 @@ class Padded(NamedTuple):
 
     @classmethod
     def of(cls, contexts: Sequence[Tokens], device: torch.device) -> Padded:
-        lengths = torch.tensor([len(each) for each in contexts], device=device)
+        lengths = torch.tensor([len(context) for context in contexts], device=device)
         longest = int(lengths.max())
-        ids = torch.tensor([(0,) * (longest - len(each)) + each for each in contexts])
+        ids = torch.tensor([(0,) * (longest - len(context)) + context for context in contexts])
         mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
         return cls(ids.to(device), mask, real_positions(mask), lengths)
 
 
 def _is_shareable(cache: Any) -> bool:
-    """Whether it is one of keys and values, which a future of many tokens can continue.
+    """Return True for a cache of keys and values, which a future of many tokens can continue.
 
     Recurrent states are continued by one token at a time only, in some versions of transformers.
     """
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     return isinstance(cache, DynamicCache) and all(
-        type(each) in known or getattr(each, "keys", each) is None for each in cache.layers
+        type(layer) in known or getattr(layer, "keys", layer) is None for layer in cache.layers
     )
 
 
-def selected(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A copy of these rows, which a pass may append to."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.reorder_cache(rows)
-    return chosen
+def copy_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """Copy these rows of a cache, so that a pass may append to them."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.reorder_cache(rows)
+    return copied
 
 
 def _causal_lm(model: Any) -> Any:
-    """The model that runs; others than causal ones are refused."""
+    """Return the model to run; raise unless it is a causal LM whose caches futures can share."""
     if isinstance(model, EditedLM):
         raise ValueError(
-            "model is an EditedLM, in which a history has no cache for all its futures: an edit "
-            "moves every token after it; ask a PerturbedLM or the plain model"
+            "model is an EditedLM, whose futures cannot share a history's cache: an edit changes "
+            "the position of every token after it; pass a PerturbedLM or the plain model"
         )
     inner = model.base if isinstance(model, PerturbedLM) else model
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
@@ -193,24 +196,27 @@ def _causal_lm(model: Any) -> Any:
     if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(
             f"PEFT type {adapter.peft_type.value} puts virtual tokens in front of every pass, "
-            "those of futures too; use an adapter that lives inside the layers, such as LoRA"
+            "also in front of futures; use an adapter inside the layers, such as LoRA"
         )
     return inner
 
 
 def _arguments(model: Any) -> set[str]:
-    """What its forward takes, which that of PEFT around it hands on."""
+    """Return the arguments of the model's forward, looking through PEFT, which passes them on."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)
 
 
 def _shareable_length(config: Any) -> float:
-    """Up to which length a token's key is the same in every context: longer, some rotate anew."""
-    given = getattr(config, "rope_parameters", None) or {}
-    each_layers = [given, *(value for value in given.values() if isinstance(value, dict))]
+    """Return up to which context length a token's key does not depend on that length.
+
+    LongRoPE rotates all keys by other angles once the context is longer.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     lengths = [
-        each["original_max_position_embeddings"]
-        for each in each_layers
-        if each.get("rope_type") == "longrope"
+        layer["original_max_position_embeddings"]
+        for layer in of_layers
+        if layer.get("rope_type") == "longrope"
     ]
     return min(lengths, default=float("inf"))

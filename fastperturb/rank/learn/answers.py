@@ -1,4 +1,4 @@
-"""What an oracle has answered: every context is asked once and then remembered."""
+"""Answers of an oracle, which is asked about every context only once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fastperturb.rank.ask.oracle import LogitOracle, Metered, Tokens, centred
-from fastperturb.rank.learn.states import Floats
+from fastperturb.rank.ask.oracle import LogitOracle, Metered, centred
+from fastperturb.rank.types import Floats, Tokens
 
 
 class Answers:
-    """An oracle's centred logits of contexts, asked of it only where they are not known.
+    """An oracle's centred logits by context, asked for only where they are not known.
 
-    budget: how many contexts may be known in the end; None is no limit.
-    known: of contexts already asked, the logits [V].
+    budget: the largest number of contexts to know in the end; None is no limit.
+    known: the logits [V] of contexts that were asked before.
     """
 
     def __init__(
@@ -34,21 +34,20 @@ class Answers:
         self.vocab_size = oracle.vocab_size
 
     def of(self, histories: Sequence[Tokens], futures: Sequence[Tokens]) -> Floats:
-        """Of all pairs of histories of one length and futures [H, F, V]."""
-        for grid, unknown in self._unknown(histories, futures).items():
-            self._ask(unknown, grid)
-        found = [self.logits[history + future] for history in histories for future in futures]
-        shape = (len(histories), len(futures), self.vocab_size)
-        return np.array(found).reshape(shape)
+        """Return the logits of all pairs of histories of one length and futures [H, F, V]."""
+        for unknown_futures, unknown_histories in self._unknown(histories, futures).items():
+            self._ask(unknown_histories, unknown_futures)
+        logits = [self.logits[history + future] for history in histories for future in futures]
+        return np.array(logits).reshape(len(histories), len(futures), self.vocab_size)
 
     def rows(self, histories: Sequence[Tokens], futures: Sequence[Tokens]) -> Floats:
-        """The same as a matrix, whose columns are pairs (future, token) [H, F V]."""
+        """Return the logits as a matrix whose columns are pairs (future, token) [H, F V]."""
         return self.of(histories, futures).reshape(len(histories), len(futures) * self.vocab_size)
 
     def _unknown(
         self, histories: Sequence[Tokens], futures: Sequence[Tokens]
     ) -> dict[tuple[Tokens, ...], list[Tokens]]:
-        """The fewest grids that hold what is not known and nothing else: futures to histories."""
+        """Return the fewest grids, futures to histories, that cover the unknown pairs alone."""
         grids: dict[tuple[Tokens, ...], list[Tokens]] = {}
         for history in dict.fromkeys(histories):
             missing = tuple(future for future in futures if history + future not in self.logits)
@@ -69,6 +68,6 @@ class Answers:
                 if not np.isfinite(row).all():
                     raise ValueError(
                         f"the oracle's log-probs after {history + future} are not all finite: "
-                        "logit rank is of laws that give every token some probability"
+                        "logit rank needs a distribution that gives every token some probability"
                     )
                 self.logits[history + future] = row

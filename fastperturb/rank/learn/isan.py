@@ -1,11 +1,11 @@
-"""Input-switched affine networks, linear and time-varying: targets whose logit rank is known.
+"""Input-switched affine networks, linear and time-varying: targets of known logit rank.
 
     x_{t+1} = x_t A_t[z_t],   logits after t tokens = x_t B_t,   x_0 given.
 
-L_t[h, (f, z)], the centred log-prob of z after h f, of all histories h of length t, is the product
-of their states and of what each future makes of a state: its rank is at most the states' dimension
-d_t. Conversely whatever has ranks of at most d has such a form, so learning low logit rank is
-learning these.
+L_t[h, (f, z)] is the centred log-prob of z after h f, for all histories h of length t. It is the
+product of their states and of a matrix that depends on the future: its rank is at most the states'
+dimension d_t. Conversely, any distribution with ranks of at most d has such a form, so learning a
+model of low logit rank is learning such a network.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastperturb.rank.learn.states import Floats, Integers, StateModel
+from fastperturb.rank.learn.states import StateModel
+from fastperturb.rank.types import Floats, Integers
 
 
 class ISAN(StateModel):
     """A linear network whose matrices depend on the time and on the token read.
 
     start: x_0 [d_0].
-    transitions: A_t [V, d_t, d_{t+1}] of t = 0 .. length - 2.
-    outputs: B_t [d_t, V] of t = 0 .. length - 1.
+    transitions: A_t [V, d_t, d_{t+1}] for t = 0 .. length - 2.
+    outputs: B_t [d_t, V] for t = 0 .. length - 1.
     """
 
     def __init__(
@@ -36,8 +37,8 @@ class ISAN(StateModel):
         self.length = len(self.outputs)
         if self.length == 0 or len(self.transitions) != self.length - 1:
             raise ValueError(
-                "outputs must be of every time and transitions of all but the last, got "
-                f"{self.length} outputs and {len(self.transitions)} transitions"
+                "outputs must hold one matrix for every time, and transitions one for all but the "
+                f"last, got {self.length} outputs and {len(self.transitions)} transitions"
             )
         self.vocab_size = self.outputs[0].shape[-1]
         self._check_shapes()
@@ -46,11 +47,11 @@ class ISAN(StateModel):
     def random(
         cls, vocab_size: int, length: int, rank: int, *, scale: float = 1.5, seed: int = 0
     ) -> ISAN:
-        """States of `rank` numbers turned by random orthogonal matrices: no direction fades.
+        """Make a network whose states are turned by random orthogonal matrices: no direction fades.
 
-        Logits have the standard deviation `scale`. L_t has min(rank, V^t, V^(length - t) - 1) for
-        its rank: it has V^t rows, and all its columns come from so many free numbers, as logits
-        count up to a constant.
+        Logits have the standard deviation `scale`. The rank of L_t is
+        min(rank, V^t, V^(length - t) - 1): it has V^t rows, and V^(length - t) - 1 is the number of
+        free logits after a history, which count up to a constant.
         """
         for name, value in {"vocab_size": vocab_size, "length": length, "rank": rank}.items():
             if value < 1:
@@ -92,20 +93,20 @@ class ISAN(StateModel):
 
 
 def noisy_parity(bits: int, secret: Sequence[int], *, flip: float) -> ISAN:
-    """`bits` uniform bits, then the parity of those in `secret`, wrong with probability `flip`.
+    """Make `bits` uniform bits, then the parity of those in `secret`, flipped with a probability.
 
-    Its logit rank is 1 (the state is the sign that the parity so far gives the last bit's logit),
-    yet to learn it from samples is the problem of learning parity with noise, for which nothing
+    Its logit rank is 1: the state is the sign that the parity so far gives the last bit's logit.
+    Yet to learn it from samples is the problem of learning parity with noise, for which nothing
     much faster than trying all subsets is known.
     """
     if not 0 < flip < 1:
         raise ValueError(f"flip must be a probability between 0 and 1, got {flip}")
     if not set(secret) <= set(range(bits)):
-        raise ValueError(f"secret must be of bits 0 to {bits - 1}, got {list(secret)}")
-    keeps, turns = [[[1.0]], [[1.0]]], [[[1.0]], [[-1.0]]]
+        raise ValueError(f"secret must hold bits from 0 to {bits - 1}, got {list(secret)}")
+    keeps, flips = [[[1.0]], [[1.0]]], [[[1.0]], [[-1.0]]]
     half = 0.5 * math.log((1 - flip) / flip)
     return ISAN(
         start=[1.0],
-        transitions=[turns if bit in secret else keeps for bit in range(bits)],
+        transitions=[flips if bit in secret else keeps for bit in range(bits)],
         outputs=[[[0.0, 0.0]]] * bits + [[[half, -half]]],
     )

@@ -1,11 +1,12 @@
-"""A model learned from logit queries: bases of histories, and every other history by them.
+"""A model learned from logit queries: it expresses every history by bases of histories.
 
 Our reconstruction of the model class of a published algorithm (arXiv 2512.09892). For each length
-t it holds histories H_t and futures F_t, and the state after a history is the coefficients v over
-H_t that give its row of logits: the next token is softmax(v L[H_t, empty]). A token z moves v to
-coefficients over H_{t+1} of the row v L[H_t z, F_{t+1}]. Least squares gives them, a linear map of
-v; but products of such maps can make what is wrong in them grow exponentially. So where a
-coefficient would exceed the bound, a linear program finds the closest row of which none does.
+t it holds histories H_t and futures F_t. The state after a history is the coefficients v over H_t
+that give its row of logits: the next token is distributed as softmax(v L[H_t, empty]). After a
+token z the state is the coefficients over H_{t+1} of the row v L[H_t z, F_{t+1}]. Least squares
+gives them as a linear map of v, but in products of such maps errors can grow exponentially. So
+where a coefficient would exceed the bound, a linear program finds the closest row with none above
+it.
 """
 
 from __future__ import annotations
@@ -15,38 +16,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastperturb.rank.ask.oracle import Tokens
 from fastperturb.rank.learn.answers import Answers
 from fastperturb.rank.learn.isan import ISAN
 from fastperturb.rank.learn.spanner import bounded_fit
-from fastperturb.rank.learn.states import Floats, Integers, StateModel
+from fastperturb.rank.learn.states import StateModel
+from fastperturb.rank.types import Floats, Integers, Tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """What is known of one length; C columns are pairs (future, token), the empty future first."""
+    """A basis of one length; its C columns are pairs (future, token), the empty future first."""
 
     histories: tuple[Tokens, ...]
     futures: tuple[Tokens, ...]
     rows: Floats  # [R, C]: logits after the histories and futures
-    inverse: Floats  # [C, R]: takes a row to its coefficients by least squares
+    inverse: Floats  # [C, R]: maps a row to its coefficients by least squares
     extended: Floats  # [V, R, C']: rows of the histories and one token, on the next futures
     transitions: Floats  # [V, R, R']: their coefficients over the next histories
 
 
 class LearnedModel(StateModel):
-    """What `learn` returns: a law of sequences of `length` tokens, and a `LogitOracle`.
+    """A learned distribution of sequences of `length` tokens, which is a `LogitOracle` too.
 
-    bases: of each length 0 .. length - 1.
-    bound: on every coefficient.
-    answers: all that the oracle was asked, to go on from.
-    checked, failed: how many fresh contexts `learn` compared with the oracle at last, and how many
-        were further off than tolerance explains with nothing in them left to learn from. None
-        were compared where the budget ended learning.
-    linear_programs: how many re-expressions have needed one so far.
-    worst_residual: how far, in logits, the worst of them was from the row it stands for: what the
-        bound has cost. Far above the tolerance, it says that the bound is too tight or that the
-        oracle's rank is higher than what was found.
+    bases: one for each number of tokens read, 0 .. length - 1.
+    bound: the largest coefficient allowed.
+    answers: the oracle's logits by context, with which learning can resume.
+    checked: the number of fresh contexts that `learn` compared with the oracle at last; 0 if the
+        budget ended learning before.
+    failed: the number of these that were further off than the tolerance explains, although nothing
+        was left to learn from them.
+    linear_programs: the number of linear programs that the bound has needed so far.
+    worst_residual: the largest error, in logits, of such a program: the cost of the bound. Far
+        above the tolerance, it says that the bound is too tight or that the oracle's rank is higher
+        than the learned one.
     """
 
     def __init__(
@@ -63,26 +65,27 @@ class LearnedModel(StateModel):
         self.linear_programs, self.worst_residual = 0, 0.0
         self.bases: list[Basis] = []
         following: Basis | None = None
-        for each_histories, each_futures in reversed(list(zip(histories, futures))):
-            following = _basis(answers, each_histories, each_futures, following)
+        for t in reversed(range(self.length)):
+            following = _basis(answers, histories[t], futures[t], following)
             self.bases.insert(0, following)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Of each length's rows of logits."""
+        """The rank of the rows of logits for each number of tokens read."""
         return tuple(len(basis.histories) for basis in self.bases)
 
     @property
     def rank(self) -> int:
+        """The largest of the ranks."""
         return max(self.ranks)
 
     @property
     def queries(self) -> int:
-        """How many contexts were asked."""
+        """The number of contexts that the oracle was asked about."""
         return len(self.answers)
 
     def to_isan(self) -> ISAN:
-        """The same without the bound on coefficients: the same law where none would exceed it."""
+        """Return the model without its bound, which is the same where no coefficient exceeds it."""
         return ISAN(
             self.initial_state(),
             [basis.transitions for basis in self.bases[:-1]],
@@ -94,14 +97,14 @@ class LearnedModel(StateModel):
 
     def advance(self, step: int, states: Floats, tokens: Integers) -> Floats:
         basis, following = self.bases[step], self.bases[step + 1]
-        moved = np.einsum("nr,nrs->ns", states, basis.transitions[tokens])
-        beyond = np.abs(moved).max(1, initial=0.0) > self.bound
-        for place in np.flatnonzero(beyond):
-            row = states[place] @ basis.extended[tokens[place]]
-            moved[place], residual = bounded_fit(row, following.rows, self.bound)
+        coefficients = np.einsum("nr,nrs->ns", states, basis.transitions[tokens])
+        beyond = np.abs(coefficients).max(1, initial=0.0) > self.bound
+        for index in np.flatnonzero(beyond):
+            row = states[index] @ basis.extended[tokens[index]]
+            coefficients[index], residual = bounded_fit(row, following.rows, self.bound)
             self.linear_programs += 1
             self.worst_residual = max(self.worst_residual, residual)
-        return moved
+        return coefficients
 
     def logits(self, step: int, states: Floats) -> Floats:
         return states @ self.bases[step].rows[:, : self.vocab_size]

@@ -1,28 +1,28 @@
-"""Which rows, and which columns, of a matrix of logits stand for the others.
+"""Choose rows and columns of a matrix of logits that represent the others.
 
-Rows: a basis whose combinations give every row, with coefficients that stay small (an approximate
-barycentric spanner: Awerbuch and Kleinberg 2008). Columns: enough of them to see every change of
-such coefficients that the others would see (the elliptical-potential rule). And the coefficients
-themselves, kept small by a linear program where least squares would not.
+Rows: a basis whose combinations give every row, with small coefficients (an approximate barycentric
+spanner: Awerbuch and Kleinberg 2008). Columns: enough of them to show every change of such
+coefficients that the others would show (the elliptical-potential rule). Coefficients: a linear
+program keeps them small where least squares would not.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from fastperturb.rank.learn.states import Floats
+from fastperturb.rank.types import Floats
 
-# A column is admitted when its leverage is above this.
-_LEVERAGE = 1.0
+# A column is admitted if its leverage is above this.
+_MAX_LEVERAGE = 1.0
 
 
 def spanner(rows: Floats, present: int, *, tolerance: float, bound: float) -> list[int]:
-    """Rows [P, C] of which all others are combinations, up to `tolerance` in every entry.
+    """Choose rows of [P, C] whose combinations give all others, up to `tolerance` in every entry.
 
     The first `present` rows are a basis already and are kept, unless exchanged. Rows join by the
-    largest residual. Then a row whose coefficients exceed `bound` takes the place of the one with
-    the largest: the basis's volume is multiplied by that coefficient, which is why this ends, and
-    why no coefficient of these rows exceeds `bound` when it does.
+    largest residual. Then a row with a coefficient above `bound` takes the place of the basis row
+    that has the largest one. This multiplies the basis's volume by that coefficient, so it ends,
+    and then no coefficient exceeds `bound`.
     """
     basis = list(range(present))
     while True:
@@ -37,32 +37,31 @@ def spanner(rows: Floats, present: int, *, tolerance: float, bound: float) -> li
 
 
 def _extend(basis: list[int], rows: Floats, tolerance: float) -> None:
-    """Rows join while the basis does not give all of them."""
+    """Add rows to the basis until it gives all of them."""
     directions = np.linalg.qr(rows[basis].T)[0]
     residual = _without(rows, directions)
     while len(residual) and np.abs(residual).max() > tolerance:
         outside = np.abs(residual).max(1) > tolerance
-        joins = int(np.where(outside, np.linalg.norm(residual, axis=1), 0.0).argmax())
-        basis.append(joins)
-        new = residual[joins] / np.linalg.norm(residual[joins])
+        farthest = int(np.where(outside, np.linalg.norm(residual, axis=1), 0.0).argmax())
+        basis.append(farthest)
+        new = residual[farthest] / np.linalg.norm(residual[farthest])
         residual = _without(residual, new[:, None])
         residual[basis] = 0.0
 
 
 def _without(rows: Floats, directions: Floats) -> Floats:
-    """Rows less their part along orthonormal directions [C, k]."""
+    """Return rows less their part along orthonormal directions [C, k]."""
     return rows - (rows @ directions) @ directions.T
 
 
 def admitted(seen: Floats, candidates: Floats, *, tolerance: float) -> list[int]:
-    """Which candidates [R, K, V], groups of V columns, join those seen [R, C], in that order.
+    """Choose candidates [R, K, V], groups of V columns, to join those seen [R, C], in that order.
 
     With Lambda = R tolerance^2 I + the sum of c c^T over columns seen, a change u of coefficients
-    moves a column c by at most sqrt(u Lambda u * c Lambda^-1 c): one of leverage
-    c Lambda^-1 c <= 1 is no further off than what is seen allows, |u Lambda u|^(1/2), which is
-    tolerance times sqrt(C + R |u|^2) for a u that moves no column seen by more than tolerance.
-    The candidate of the largest leverage above 1 joins, again and again. Each one doubles
-    det Lambda at least, so of columns no longer than c_max at most
+    changes a column c by at most sqrt(u Lambda u * c Lambda^-1 c). For a leverage c Lambda^-1 c <=
+    1 this is at most |u Lambda u|^(1/2), which is tolerance times sqrt(C + R |u|^2) if u changes no
+    column seen by more than tolerance. The candidate of the largest leverage above 1 joins, again
+    and again. Each one at least doubles det Lambda, so of columns no longer than c_max at most
 
         R log2(1 + n c_max^2 / (R^2 tolerance^2))
 
@@ -75,7 +74,7 @@ def admitted(seen: Floats, candidates: Floats, *, tolerance: float) -> list[int]
         leverage = _leverages(potential, candidates)
         leverage[joined] = 0.0
         best = int(leverage.argmax())
-        if leverage[best] <= _LEVERAGE:
+        if leverage[best] <= _MAX_LEVERAGE:
             break
         joined.append(best)
         potential += candidates[:, best] @ candidates[:, best].T
@@ -83,29 +82,29 @@ def admitted(seen: Floats, candidates: Floats, *, tolerance: float) -> list[int]
 
 
 def _leverages(potential: Floats, candidates: Floats) -> Floats:
-    """The largest c Lambda^-1 c of each group of columns [R, K, V]: [K]."""
+    """Return the largest c Lambda^-1 c of each group of columns [R, K, V]: [K]."""
     columns = candidates.reshape(len(potential), -1)
     leverage = np.einsum("rc,rc->c", columns, np.linalg.solve(potential, columns))
     return leverage.reshape(candidates.shape[1:]).max(-1)
 
 
 def bounded_fit(target: Floats, basis: Floats, bound: float) -> tuple[Floats, float]:
-    """The coefficients v, none beyond `bound`, that bring v basis [R, C] closest to target [C].
+    """Return coefficients v, none beyond `bound`, that bring v basis [R, C] closest to target [C].
 
-    Closest in the largest entry of the residual, which comes with them. A linear program: it
-    always has a solution, and the residual says how good that is.
+    Closest means the smallest largest entry of the residual, which is returned too. This linear
+    program always has a solution; the residual says how good it is.
     """
     from scipy.optimize import linprog
 
     size, columns = basis.shape
     ones = np.ones((columns, 1))
-    found = linprog(
+    solution = linprog(
         c=np.append(np.zeros(size), 1.0),
         A_ub=np.block([[basis.T, -ones], [-basis.T, -ones]]),
         b_ub=np.concatenate([target, -target]),
         bounds=[(-bound, bound)] * size + [(0, None)],
         method="highs",
     )
-    if not found.success:
-        raise RuntimeError(f"the linear program of {size} coefficients failed: {found.message}")
-    return found.x[:-1], float(found.x[-1])
+    if not solution.success:
+        raise RuntimeError(f"the linear program of {size} coefficients failed: {solution.message}")
+    return solution.x[:-1], float(solution.x[-1])

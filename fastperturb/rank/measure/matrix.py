@@ -2,7 +2,7 @@
 
     L[h, (f, z)] = log Pr[z | h f] - the mean of log Pr[. | h f] over the whole vocabulary
 
-An oracle is asked for it block by block of histories, and a large one goes to a file, so that
+An oracle is asked for one block of histories at a time, and a large matrix goes to a file, so that
 memory does not grow with the number of histories.
 """
 
@@ -22,14 +22,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastperturb.rank.ask.models import ModelOracle, check_tokens
-from fastperturb.rank.ask.oracle import LogitOracle, Tokens, centred
+from fastperturb.rank.ask.model_oracle import ModelOracle
+from fastperturb.rank.ask.oracle import LogitOracle, centred, check_tokens
+from fastperturb.rank.types import Integers, Tokens
 
 # A larger matrix goes to a file; larger answers to the pilot are asked for again, not kept.
 IN_MEMORY_BYTES = 2 * 1024**3
 # Log-probs that an oracle is asked for at a time: 256 MiB.
 _BLOCK = 2**26
-# After how many histories the most probable tokens are chosen.
+# The number of histories from which the most probable tokens are chosen.
 _PILOT = 64
 
 
@@ -38,12 +39,12 @@ class LogitMatrix:
     """Centred log-probs of the next token after pairs of a history and a future.
 
     values: [H, F, K], of mean 0 over the whole vocabulary; a read-only map of the file, if any.
-    tokens: which tokens the columns of each future are [F, K]; None is all of them, in order.
+    tokens: the tokens of each future's columns [F, K]; None is all of them, in order.
     queries: the number of different contexts h f.
     """
 
     values: NDArray[np.float32]
-    tokens: NDArray[np.int64] | None
+    tokens: Integers | None
     histories: tuple[Tokens, ...]
     futures: tuple[Tokens, ...]
     queries: int
@@ -53,10 +54,10 @@ class LogitMatrix:
         histories: slice | Sequence[int] = slice(None),
         futures: slice | Sequence[int] = slice(None),
     ) -> LogitMatrix:
-        """The part of these histories and futures: a view of it by slices, a copy by numbers."""
+        """Return the part of some histories and futures: a view for slices, a copy for indices."""
         kept_histories, kept_futures = (
-            tuple(given[index] for index in np.arange(len(given))[chosen])
-            for given, chosen in ((self.histories, histories), (self.futures, futures))
+            tuple(sequences[index] for index in np.arange(len(sequences))[kept])
+            for sequences, kept in ((self.histories, histories), (self.futures, futures))
         )
         return LogitMatrix(
             values=self.values[histories][:, futures],
@@ -72,18 +73,18 @@ def logit_matrix(
     histories: Sequence[Sequence[int]],
     futures: Sequence[Sequence[int]],
     *,
-    top_k: int | NDArray[np.int64] | None = None,
+    top_k: int | Integers | None = None,
     path: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> LogitMatrix:
-    """The matrix of all pairs of these histories and futures.
+    """Ask a model about all pairs of these histories and futures.
 
-    model: a `LogitOracle`, or what `ModelOracle` takes.
-    top_k: keep so many tokens of each future, those of highest mean probability after at most 64
-        evenly spaced histories, the most probable first; or which ones [F, K], as another
-        matrix's `tokens` are.
-    path: the .npy file to write, whole or not at all; `overwrite` one that exists. Without it a
-        matrix of more than 2 GiB goes to a file that has no name and leaves with its map.
+    model: a `LogitOracle`, or a model that `ModelOracle` takes.
+    top_k: the number of tokens to keep for each future, those of highest mean probability after at
+        most 64 evenly spaced histories, the most probable first; or the tokens themselves [F, K],
+        such as another matrix's `tokens`.
+    path: the .npy file to write, whole or not at all; `overwrite` one that exists. Without a path,
+        a matrix of more than 2 GiB goes to a file without a name, which is gone once the matrix is.
     """
     oracle = model if hasattr(model, "log_probs") else ModelOracle(model)
     rows, columns = _sequences("histories", histories), _sequences("futures", futures)
@@ -93,45 +94,45 @@ def logit_matrix(
     _check_top_k(top_k, len(columns), vocab)
     if path is not None and Path(path).exists() and not overwrite:
         raise FileExistsError(f"path {path} exists: name another, or set overwrite=True")
-    asked = _Blocks(oracle, rows, columns)
+    questions = _Questions(oracle, rows, columns)
     if top_k is None or isinstance(top_k, np.ndarray):
         tokens = top_k
     else:
-        tokens = asked.likely_tokens(top_k)
+        tokens = questions.likely_tokens(top_k)
     shape = (len(rows), len(columns), vocab if tokens is None else tokens.shape[1])
-    blocks = asked.centred(tokens)
+    blocks = questions.centred_logits(tokens)
     if path is not None:
-        values = _saved(Path(path), shape, blocks)
+        values = _in_file(Path(path), shape, blocks)
     elif 4 * math.prod(shape) > IN_MEMORY_BYTES:
-        values = _mapped(shape, blocks)
+        values = _in_unnamed_file(shape, blocks)
     else:
-        values = _gathered(shape, blocks)
+        values = _in_memory(shape, blocks)
     queries = distinct_contexts(rows, columns)
     return LogitMatrix(values, tokens, rows, columns, queries)
 
 
 def distinct_contexts(histories: Sequence[Tokens], futures: Sequence[Tokens]) -> int:
-    """How many different contexts h f there are."""
+    """Count the different contexts h f."""
     rows, columns = set(histories), set(futures)
-    # The futures that a beginning leaves another future of.
-    begun: dict[Tokens, set[Tokens]] = {}
+    # For each beginning, the futures that it starts and whose rest is a future too.
+    starts: dict[Tokens, set[Tokens]] = {}
     for future in columns:
         for split in range(1, len(future) + 1):
             if future[split:] in columns:
-                begun.setdefault(future[:split], set()).add(future)
+                starts.setdefault(future[:split], set()).add(future)
     # A context is counted at the longest history that it has: at others it is a repetition.
     repeated: dict[Tokens, set[Tokens]] = {}
     longest = max(map(len, columns))
     for history in rows:
         for split in range(max(0, len(history) - longest), len(history)):
-            if history[:split] in rows and history[split:] in begun:
-                repeated.setdefault(history[:split], set()).update(begun[history[split:]])
+            if history[:split] in rows and history[split:] in starts:
+                repeated.setdefault(history[:split], set()).update(starts[history[split:]])
     return len(rows) * len(columns) - sum(map(len, repeated.values()))
 
 
 @dataclass
-class _Blocks:
-    """What an oracle is asked, a block at a time."""
+class _Questions:
+    """Questions about all pairs, asked one block of histories and futures at a time."""
 
     oracle: LogitOracle
     histories: tuple[Tokens, ...]
@@ -139,27 +140,25 @@ class _Blocks:
     # Answers of the pilot, by history and first future.
     _known: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def likely_tokens(self, count: int) -> NDArray[np.int64]:
-        """The most probable tokens of each future [F, count], by their mean over a pilot."""
+    def likely_tokens(self, count: int) -> Integers:
+        """Choose the most probable tokens of each future [F, count], by their mean over a pilot."""
         total = min(_PILOT, len(self.histories))
         pilot = [index * len(self.histories) // total for index in range(total)]
-        keeps = 4 * total * len(self.futures) * self.oracle.vocab_size <= IN_MEMORY_BYTES
-        found = []
+        keep = 4 * total * len(self.futures) * self.oracle.vocab_size <= IN_MEMORY_BYTES
+        tokens = []
         for columns in self._columns():
             sums = torch.zeros(())
             for first in range(0, total, self._height()):
                 rows = pilot[first : first + self._height()]
                 answers = self._answers(rows, columns)
                 sums = answers.exp().sum(0) + sums.to(answers.device)
-                if keeps:
-                    self._known.update(
-                        {(row, columns.start): each for row, each in zip(rows, answers)}
-                    )
-            found.append(sums.topk(count).indices.cpu())
-        return torch.cat(found).numpy()
+                if keep:
+                    self._known |= zip(((row, columns.start) for row in rows), answers)
+            tokens.append(sums.topk(count).indices.cpu())
+        return torch.cat(tokens).numpy()
 
-    def centred(self, tokens: NDArray[np.int64] | None) -> Iterator[NDArray[np.float32]]:
-        """The values in the order of the matrix: all columns of some histories, or some of one."""
+    def centred_logits(self, tokens: Integers | None) -> Iterator[NDArray[np.float32]]:
+        """Yield values in the matrix's order: all columns of some histories, or some of one."""
         for first in range(0, len(self.histories), self._height()):
             rows = range(first, min(first + self._height(), len(self.histories)))
             for columns in self._columns():
@@ -170,42 +169,43 @@ class _Blocks:
                 if not values.isfinite().all():
                     row, column = (~values.isfinite().all(-1)).nonzero()[0].tolist()
                     raise ValueError(
-                        f"after histories[{rows[row]}] and futures[{columns.start + column}] the "
-                        "oracle gives tokens a probability of 0 or none, and log-probs must be "
-                        "finite to have a mean"
+                        f"log-probs must be finite to have a mean, but after "
+                        f"histories[{rows[row]}] and futures[{columns.start + column}] the oracle "
+                        "gives some token a probability of 0, or NaN"
                     )
                 yield values.float().cpu().numpy()
 
     def _answers(self, rows: Sequence[int], columns: slice) -> Tensor:
+        """Return log-probs of these histories and futures, asking for those that are not known."""
         known = [self._known.pop((row, columns.start), None) for row in rows]
         unknown = [self.histories[row] for row, answer in zip(rows, known) if answer is None]
-        each: Iterator[Tensor] = iter(())
+        new: Iterator[Tensor] = iter(())
         if unknown:
-            asked = self.oracle.log_probs(unknown, self.futures[columns])
+            answers = self.oracle.log_probs(unknown, self.futures[columns])
             if len(unknown) == len(rows):
-                return asked
-            each = iter(asked)
-        return torch.stack([next(each) if answer is None else answer for answer in known])
+                return answers
+            new = iter(answers)
+        return torch.stack([next(new) if answer is None else answer for answer in known])
 
     def _height(self) -> int:
-        """How many histories a block has."""
+        """Return the number of histories in a block."""
         return max(1, _BLOCK // (len(self.futures) * self.oracle.vocab_size))
 
     def _columns(self) -> list[slice]:
-        """The futures of each block of one history."""
+        """Return the futures of each block of one history."""
         width = max(1, _BLOCK // self.oracle.vocab_size)
         starts = range(0, len(self.futures), width)
         return [slice(start, min(start + width, len(self.futures))) for start in starts]
 
 
-def _sequences(name: str, given: Sequence[Sequence[int]]) -> tuple[Tokens, ...]:
+def _sequences(name: str, sequences: Sequence[Sequence[int]]) -> tuple[Tokens, ...]:
     try:
-        return tuple(tuple(operator.index(token) for token in tokens) for tokens in given)
+        return tuple(tuple(operator.index(token) for token in tokens) for tokens in sequences)
     except TypeError as error:
         raise TypeError(f"{name} must be a sequence of sequences of token ids: {error}") from error
 
 
-def _check_top_k(top_k: int | NDArray[np.int64] | None, futures: int, vocab: int) -> None:
+def _check_top_k(top_k: int | Integers | None, futures: int, vocab: int) -> None:
     if isinstance(top_k, np.ndarray):
         if top_k.ndim != 2 or len(top_k) != futures or top_k.dtype != np.int64 or not top_k.size:
             raise ValueError(
@@ -220,7 +220,9 @@ def _check_top_k(top_k: int | NDArray[np.int64] | None, futures: int, vocab: int
         )
 
 
-def _gathered(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _in_memory(
+    shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]
+) -> NDArray[np.float32]:
     values = np.empty(math.prod(shape), dtype=np.float32)
     start = 0
     for block in blocks:
@@ -229,7 +231,9 @@ def _gathered(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> 
     return values.reshape(shape)
 
 
-def _mapped(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _in_unnamed_file(
+    shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]
+) -> NDArray[np.float32]:
     # Written, not stored into a map, whose pages would count as this process's memory.
     with tempfile.TemporaryFile() as file:
         for block in blocks:
@@ -237,7 +241,7 @@ def _mapped(shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]) -> ND
         return np.memmap(file, np.float32, "r", shape=shape)
 
 
-def _saved(
+def _in_file(
     path: Path, shape: tuple[int, ...], blocks: Iterable[NDArray[np.float32]]
 ) -> NDArray[np.float32]:
     partial = path.with_name(f".{path.name}.partial")

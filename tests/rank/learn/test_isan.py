@@ -1,4 +1,4 @@
-"""Linear networks: their law, their answers as oracles, their ranks."""
+"""Linear networks: their distribution, their answers as oracles, and their ranks."""
 
 import itertools
 
@@ -10,8 +10,7 @@ from bench.ranks.targets import all_sequences, generic_ranks, numerical_ranks, u
 from fastperturb.rank.learn.isan import ISAN, noisy_parity
 
 
-def by_hand(model, sequence):
-    """log Pr of a sequence, from the definition."""
+def logprob_by_definition(model, sequence):
     state, total = model.start, 0.0
     for t, token in enumerate(sequence):
         logits = torch.from_numpy(state @ model.outputs[t])
@@ -23,7 +22,7 @@ def by_hand(model, sequence):
 
 @pytest.fixture
 def growing():
-    """States of another dimension at every time."""
+    """A network whose states have another dimension at every time."""
     random = np.random.default_rng(3)
     widths = [2, 4, 3, 1]
     return ISAN(
@@ -35,7 +34,7 @@ def growing():
 
 def test_logprob_is_the_product_of_the_steps(growing):
     sequences = all_sequences(3, 4)
-    expected = [by_hand(growing, sequence) for sequence in sequences]
+    expected = [logprob_by_definition(growing, sequence) for sequence in sequences]
     np.testing.assert_allclose(growing.logprob(sequences), expected, rtol=1e-12)
 
 
@@ -43,13 +42,13 @@ def test_probabilities_of_all_sequences_sum_to_one(growing):
     assert np.exp(growing.logprob(all_sequences(3, 4))).sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_a_beginning_is_as_likely_as_all_its_continuations(growing):
+def test_a_prefix_is_as_likely_as_all_its_continuations_together(growing):
     whole = np.exp(growing.logprob(all_sequences(3, 4))).reshape(9, 9).sum(1)
     np.testing.assert_allclose(np.exp(growing.logprob(all_sequences(3, 2))), whole, rtol=1e-12)
     assert growing.logprob(np.empty((2, 0), dtype=np.int64)).tolist() == [0.0, 0.0]
 
 
-def test_answers_as_an_oracle_are_what_a_token_adds_to_logprob(growing):
+def test_answers_as_an_oracle_are_the_logprob_that_a_token_adds(growing):
     histories, futures = [(), (2,), (0, 1), (2,)], [(), (1,)]
     answers = growing.log_probs(histories, futures)
     assert answers.dtype == torch.float64
@@ -57,27 +56,28 @@ def test_answers_as_an_oracle_are_what_a_token_adds_to_logprob(growing):
         for column, future in enumerate(futures):
             context = history + future
             expected = [
-                by_hand(growing, (*context, token)) - by_hand(growing, context)
+                logprob_by_definition(growing, (*context, token))
+                - logprob_by_definition(growing, context)
                 for token in range(3)
             ]
             np.testing.assert_allclose(answers[row, column].numpy(), expected, atol=1e-12)
 
 
-def test_samples_follow_the_law():
+def test_samples_follow_the_distribution():
     model, count = ISAN.random(3, 3, 2, seed=4), 40_000
-    drawn = model.sample(count, seed=1)
-    counts = np.bincount(drawn @ [9, 3, 1], minlength=27)
+    samples = model.sample(count, seed=1)
+    counts = np.bincount(samples @ [9, 3, 1], minlength=27)
     expected = count * np.exp(model.logprob(all_sequences(3, 3)))
     chi_squared = (np.square(counts - expected) / expected).sum()
     assert chi_squared < 54.1  # 0.999 quantile at 26 degrees of freedom
-    assert (drawn == model.sample(count, seed=1)).all()
-    assert (drawn != model.sample(count, seed=2)).any()
+    assert (samples == model.sample(count, seed=1)).all()
+    assert (samples != model.sample(count, seed=2)).any()
 
 
 @pytest.mark.parametrize(
     ("vocab_size", "length", "rank"), [(4, 5, 1), (4, 5, 3), (4, 6, 8), (2, 7, 5), (5, 5, 6)]
 )
-def test_a_random_target_has_the_ranks_it_promises(vocab_size, length, rank):
+def test_a_random_target_has_the_ranks_of_its_documentation(vocab_size, length, rank):
     target = ISAN.random(vocab_size, length, rank, seed=rank)
     assert numerical_ranks(target, length) == generic_ranks(vocab_size, length, rank)
 
@@ -87,7 +87,7 @@ def test_ranks_never_exceed_the_states_dimensions(growing):
     assert max(numerical_ranks(uneven(3, 6, 4, gain=1.0, seed=0), 6)) == 4
 
 
-def test_a_random_targets_logits_have_the_scale_asked_for():
+def test_a_random_targets_logits_have_the_given_scale():
     target = ISAN.random(32, 6, 8, scale=0.7, seed=2)
     state = target.start
     logits = [state @ target.outputs[0]]
@@ -110,8 +110,8 @@ def test_noisy_parity_is_uniform_bits_and_their_parity():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.logprob([[0, 1, 2, 0, 0]]), "4 tokens.*at most 4, got 5"),
-        (lambda m: m.log_probs([(0, 1, 2)], [(), (1,)]), "4 tokens.*at most 3, got 4"),
+        (lambda m: m.logprob([[0, 1, 2, 0, 0]]), "4 tokens, so .* at most 4, got 5"),
+        (lambda m: m.log_probs([(0, 1, 2)], [(), (1,)]), "4 tokens, so .* at most 3, got 4"),
         (lambda m: m.logprob([[0, 3]]), "tokens must be from 0 to 2, got 3"),
         (lambda m: m.log_probs([(-1,)], [()]), "tokens must be from 0 to 2, got -1"),
         (lambda m: m.logprob([[0.5]]), "tokens must be integers, got float64"),
@@ -119,7 +119,7 @@ def test_noisy_parity_is_uniform_bits_and_their_parity():
         (lambda m: m.sample(-1), "count must be a number of sequences, got -1"),
     ],
 )
-def test_wrong_questions_are_told_what_is_wrong(growing, call, message):
+def test_tokens_that_do_not_fit_are_rejected(growing, call, message):
     with pytest.raises(ValueError, match=message):
         call(growing)
 
@@ -127,7 +127,7 @@ def test_wrong_questions_are_told_what_is_wrong(growing, call, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ISAN([1.0], [], []), "outputs must be of every time.*0 outputs"),
+        (lambda: ISAN([1.0], [], []), "outputs must hold one matrix for every time.*0 outputs"),
         (lambda: ISAN([1.0], [[[[1.0]]]], [[[0.0]]]), "1 outputs and 1 transitions"),
         (lambda: ISAN([1.0, 2.0], [], [[[0.0, 1.0]]]), r"start must be \[1\], got \[2\]"),
         (
@@ -139,10 +139,10 @@ def test_wrong_questions_are_told_what_is_wrong(growing, call, message):
             r"outputs\[1\] must be \[d_1, 2\], got \[1, 3\]",
         ),
         (lambda: ISAN.random(4, 5, 0), "rank must be at least 1, got 0"),
-        (lambda: noisy_parity(4, [4], flip=0.1), r"secret must be of bits 0 to 3, got \[4\]"),
+        (lambda: noisy_parity(4, [4], flip=0.1), r"secret must hold bits from 0 to 3, got \[4\]"),
         (lambda: noisy_parity(4, [1], flip=0.0), "flip must be a probability.*got 0"),
     ],
 )
-def test_wrong_matrices_are_told_what_is_wrong(make, message):
+def test_matrices_and_options_that_do_not_fit_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()

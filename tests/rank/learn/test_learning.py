@@ -1,4 +1,4 @@
-"""Models learned from logit queries, against targets whose law and rank are known."""
+"""Models learned from logit queries, against targets of known distribution and rank."""
 
 import math
 
@@ -15,12 +15,10 @@ from bench.ranks.targets import (
     total_variation,
     uneven,
 )
-from fastperturb.rank.ask.oracle import FunctionOracle, Metered, QueryBudgetSpent
-from fastperturb.rank.learn.answers import Answers
-from fastperturb.rank.learn.isan import ISAN, noisy_parity
-from fastperturb.rank.learn.learning import learn
+from fastperturb.rank import ISAN, FunctionOracle, Metered, QueryBudgetSpent, learn
+from fastperturb.rank.learn import noisy_parity
 
-# Every rank with every length; alphabets go round, so that each meets most ranks and lengths.
+# Every rank with every length, and alphabets in turn, so that most combinations occur.
 ALPHABETS = (4, 5, 7, 8, 12, 16, 23, 32)
 CASES = [
     (ALPHABETS[(rank + 3 * length) % 8], length, rank)
@@ -64,15 +62,15 @@ def test_ranks_are_those_of_the_matrices_of_all_histories_and_futures(target):
     assert total_variation(target, model) < 1e-9
 
 
-def test_a_law_that_closure_alone_does_not_find_is_learned_from_contexts_that_fail():
+def test_a_distribution_that_closure_alone_misses_is_learned_from_failed_contexts():
     # With few columns a row can seem a combination of others that it is not: without the tests
     # the model is off by 0.4 here.
     target = ISAN.random(2, 12, 5, seed=0)
     assert total_variation(target, learn(target, 12)) < 1e-9
 
 
-def test_histories_whose_coefficients_exceed_the_bound_are_swapped_in():
-    # Left where closure puts them, 0.36 of the target's sequences need a coefficient above 1.5
+def test_histories_whose_coefficients_exceed_the_bound_join_the_basis():
+    # With the bases of closure alone, 0.36 of the target's sequences need a coefficient above 1.5
     # and the total variation is 0.004.
     target = uneven(2, 16, 6, gain=0.8, seed=1)
     model = learn(target, 16, bound=1.5)
@@ -91,9 +89,9 @@ def test_histories_whose_coefficients_exceed_the_bound_are_swapped_in():
     ids=["likely", "unlikely", "uniform"],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_a_change_of_law_after_few_histories_is_found(vocab_size, usual, secret, seed):
+def test_another_distribution_after_few_histories_is_learned(vocab_size, usual, secret, seed):
     # No extension of a basis shows it. The first is one in a thousand uniform histories and the
-    # second one in 160 thousand of the law's own, so contexts to test are drawn from both.
+    # second one in 160 thousand of sampled ones, so contexts to test are drawn from both.
     before, after = usual * np.eye(vocab_size)[1], 2.0 - np.arange(vocab_size)
     oracle = FunctionOracle(
         lambda context: after if context[: len(secret)] == secret else before, vocab_size
@@ -105,7 +103,7 @@ def test_a_change_of_law_after_few_histories_is_found(vocab_size, usual, secret,
     )
 
 
-def test_a_uniform_law_has_rank_zero():
+def test_a_uniform_distribution_has_rank_zero():
     model = learn(FunctionOracle(lambda context: [0.0] * 3, 3), 4)
     assert model.ranks == (0, 0, 0, 0)
     np.testing.assert_allclose(model.logprob(all_sequences(3, 4)), -4 * math.log(3))
@@ -120,18 +118,18 @@ def test_one_token_is_learned_by_one_query():
 
 @pytest.mark.parametrize("rank", [3, 6])
 def test_error_grows_in_proportion_to_the_oracles_noise(rank):
-    target, far = ISAN.random(4, 8, rank, seed=1), []
+    target, distances = ISAN.random(4, 8, rank, seed=1), []
     for noise in (0.001, 0.01, 0.03, 0.1):
         model = learn(Noisy(target, noise), 8, tolerance=6 * noise)
         assert model.rank == rank
-        far.append(total_variation(target, model))
-        assert 0.5 * noise < far[-1] < 2 * noise
-    assert far == sorted(far)
+        distances.append(total_variation(target, model))
+        assert 0.5 * noise < distances[-1] < 2 * noise
+    assert distances == sorted(distances)
 
 
 def test_errors_grow_with_the_length_unless_coefficients_are_bounded():
-    # Where the tolerance is below the oracle's noise, noise becomes ranks, and what steps make of
-    # it multiplies. The same bases, with and without the bound.
+    # Where the tolerance is below the oracle's noise, noise becomes ranks, and its errors multiply
+    # over steps. The bases are the same with and without the bound.
     target = ISAN.random(4, 20, 2, seed=0)
     with pytest.raises(QueryBudgetSpent) as spent:
         learn(Noisy(target, 0.03), 20, tolerance=0.03, budget=6000)
@@ -148,13 +146,13 @@ def test_errors_grow_with_the_length_unless_coefficients_are_bounded():
 
     assert distance(bounded) < 0.6 * distance(unbounded)
     assert bounded.linear_programs > 100
-    assert 0.03 < bounded.worst_residual < 0.3  # some noise is given up, not the signal
+    assert 0.03 < bounded.worst_residual < 0.3  # the bound costs some noise, not the signal
     for _, states, _ in bounded.prefixes(sequences[:, :-1]):
         assert np.abs(states).max() <= 2 + 1e-9
 
 
 def parity_by_regression(samples, ridge=1.0):
-    """Pr of a last 1 given all bits, by logistic regression on them: [2^n]."""
+    """Pr of a last 1 after each of all bit strings, by logistic regression on the bits [2^n]."""
     from scipy.optimize import minimize
 
     bits = samples[:, :-1]
@@ -166,18 +164,18 @@ def parity_by_regression(samples, ridge=1.0):
         return np.logaddexp(0, -margins).sum() + 0.5 * ridge * weights @ weights
 
     weights = minimize(loss, np.zeros(features.shape[1])).x
-    every = 2.0 * all_sequences(2, bits.shape[1]) - 1
-    return 1 / (1 + np.exp(-(every @ weights[:-1] + weights[-1])))
+    all_bits = 2.0 * all_sequences(2, bits.shape[1]) - 1
+    return 1 / (1 + np.exp(-(all_bits @ weights[:-1] + weights[-1])))
 
 
 def parity_by_counts(samples, order):
-    """Pr of a last 1 given the `order` bits before it, by their smoothed counts: [2^n]."""
+    """Pr of a last 1 after each of all bit strings, by counts of the `order` bits before [2^n]."""
     powers = 2 ** np.arange(order)[::-1]
     cells = samples[:, -1 - order : -1] @ powers
     ones = np.bincount(cells, weights=samples[:, -1], minlength=2**order)
     counts = np.bincount(cells, minlength=2**order)
-    every = all_sequences(2, samples.shape[1] - 1)
-    return ((ones + 1) / (counts + 2))[every[:, -order:] @ powers]
+    all_bits = all_sequences(2, samples.shape[1] - 1)
+    return ((ones + 1) / (counts + 2))[all_bits[:, -order:] @ powers]
 
 
 def test_noisy_parity_is_learned_from_queries_and_not_from_as_many_samples():
@@ -190,7 +188,7 @@ def test_noisy_parity_is_learned_from_queries_and_not_from_as_many_samples():
     sequences = np.column_stack([all_sequences(2, 10), np.ones(1024, dtype=np.int64)])
     truth = np.exp(target.logprob(sequences)) * 1024
     fitted = [parity_by_regression(samples), *(parity_by_counts(samples, n) for n in (1, 3, 10))]
-    for probability in fitted:  # told that the other bits are uniform
+    for probability in fitted:  # which know that the other bits are uniform
         assert np.abs(probability - truth).mean() > 0.25
 
 
@@ -201,7 +199,7 @@ def test_noisy_parity_of_forty_bits_is_learned():
     assert total_variation(target, model) < 1e-9
 
 
-def test_futures_as_long_as_can_be_show_a_parity_before_any_test():
+def test_futures_of_full_length_show_a_parity_before_any_test():
     target = noisy_parity(40, range(0, 40, 3), flip=0.1)
     with pytest.raises(QueryBudgetSpent) as spent:
         learn(target, 41, budget=250)
@@ -237,7 +235,7 @@ def test_a_spent_budget_keeps_what_was_learned_and_resuming_asks_nothing_twice()
     )
 
 
-def test_a_model_of_the_first_lengths_is_right_about_them():
+def test_a_model_that_knows_only_the_first_lengths_is_right_about_them():
     target = ISAN.random(4, 7, 3, seed=0)
     with pytest.raises(QueryBudgetSpent) as spent:
         learn(target, 7, budget=60)
@@ -248,7 +246,7 @@ def test_a_model_of_the_first_lengths_is_right_about_them():
     np.testing.assert_allclose(model.logprob(sequences), target.logprob(sequences), atol=1e-9)
 
 
-def test_a_spent_budget_says_what_was_asked_found_and_can_be_done():
+def test_the_error_of_a_spent_budget_names_the_queries_the_ranks_and_the_remedy():
     with pytest.raises(QueryBudgetSpent) as spent:
         learn(ISAN.random(4, 7, 5, seed=0), 7, budget=60)
     assert "of 60 were asked" in str(spent.value)
@@ -257,7 +255,7 @@ def test_a_spent_budget_says_what_was_asked_found_and_can_be_done():
     assert "known=error.learned and a larger budget" in str(spent.value)
 
 
-def test_the_oracles_own_budget_keeps_what_was_learned_too():
+def test_a_budget_of_the_oracle_keeps_what_was_learned_too():
     oracle = Metered(ISAN.random(4, 7, 5, seed=0), budget=200)
     with pytest.raises(QueryBudgetSpent) as spent:
         learn(oracle, 7)
@@ -279,18 +277,18 @@ def test_a_learned_model_answers_as_an_oracle_and_as_a_linear_network():
 
 def test_a_learned_model_samples_its_target():
     target = ISAN.random(4, 4, 3, seed=1)
-    drawn = learn(target, 4).sample(20_000, seed=3)
-    counts = np.bincount(drawn @ [64, 16, 4, 1], minlength=256)
+    samples = learn(target, 4).sample(20_000, seed=3)
+    counts = np.bincount(samples @ [64, 16, 4, 1], minlength=256)
     expected = 20_000 * np.exp(target.logprob(all_sequences(4, 4)))
     distance = 0.5 * np.abs(counts - expected).sum() / 20_000
-    # What as many samples of the target itself are off by, on average.
+    # The mean distance of as many samples of the target itself.
     chance = 0.5 * np.sqrt(2 / np.pi * expected).sum() / 20_000
     assert distance < 1.3 * chance
 
 
 def test_a_learned_models_contexts_are_shorter_than_its_sequences():
     model = learn(ISAN.random(4, 3, 2), 3)
-    with pytest.raises(ValueError, match="3 tokens.*at most 2, got 3"):
+    with pytest.raises(ValueError, match="3 tokens, so .* at most 2, got 3"):
         model.log_probs([(0, 1)], [(2,)])
     with pytest.raises(ValueError, match="tokens must be from 0 to 3, got 4"):
         model.logprob([[0, 4]])
@@ -306,49 +304,20 @@ def test_a_learned_models_contexts_are_shorter_than_its_sequences():
         ({"budget": -1}, "budget must be a number of queries or None, got -1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options, message):
+def test_options_out_of_range_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         learn(ISAN.random(4, 3, 2), **{"length": 3, **options})
 
 
-def test_what_is_known_must_fit():
+def test_a_known_model_must_fit_the_oracle_the_length_and_the_budget():
     known = learn(ISAN.random(4, 3, 2), 3)
-    with pytest.raises(ValueError, match="known is of vocab_size 4 and length 3, this is of 4"):
+    with pytest.raises(ValueError, match="known has vocab_size 4 and length 3, but .* has 4"):
         learn(ISAN.random(4, 4, 2), 4, known=known)
     with pytest.raises(ValueError, match=f"budget must cover the {known.queries} contexts"):
         learn(ISAN.random(4, 3, 2), 3, known=known, budget=5)
 
 
-def test_an_impossible_token_is_refused():
+def test_an_oracle_with_an_impossible_token_is_rejected():
     oracle = FunctionOracle(lambda context: [0.0, -math.inf], 2)
     with pytest.raises(ValueError, match=r"after \(\) are not all finite"):
         learn(oracle, 3)
-
-
-def test_an_oracle_of_the_wrong_shape_is_refused():
-    class Wrong:
-        vocab_size = 3
-
-        def log_probs(self, histories, futures):
-            return torch.zeros(len(futures), len(histories), 3)
-
-    with pytest.raises(ValueError, match=r"\[H, F, V\] = \[1, 2, 3\], got \[2, 1, 3\]"):
-        Answers(Wrong()).of([()], [(0,), (1,)])
-
-
-def test_answers_ask_only_what_they_do_not_know_in_the_fewest_grids():
-    calls = []
-
-    class Watched(Recording):
-        def log_probs(self, histories, futures):
-            calls.append((tuple(histories), tuple(futures)))
-            return super().log_probs(histories, futures)
-
-    answers = Answers(Watched(ISAN.random(3, 4, 2)))
-    answers.of([(0,), (1,)], [(), (2,)])
-    answers.of([(0,), (1,), (2,)], [(), (2,), (1,)])
-    assert calls == [
-        (((0,), (1,)), ((), (2,))),
-        (((0,), (1,)), ((1,),)),
-        (((2,),), ((), (2,), (1,))),
-    ]

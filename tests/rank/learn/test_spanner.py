@@ -1,4 +1,4 @@
-"""Rows and columns that stand for the others, and coefficients within a bound."""
+"""Rows and columns that represent the others, and coefficients within a bound."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from fastperturb.rank.learn.spanner import admitted, bounded_fit, spanner
 
 
 def low_rank(seed, *, rows=60, columns=12, rank=5, noise=0.0):
-    """Rows whose sizes differ a lot."""
+    """Rows of this rank whose sizes differ a lot."""
     random = np.random.default_rng(seed)
     sizes = np.exp(1.5 * random.standard_normal((rows, 1)))
     values = sizes * random.standard_normal((rows, rank)) @ random.standard_normal((rank, columns))
@@ -25,10 +25,10 @@ def coefficients(rows, basis):
 def test_a_spanner_gives_all_rows_by_bounded_coefficients(seed, bound):
     rows = low_rank(seed)
     basis = spanner(rows, 0, tolerance=1e-6, bound=bound)
-    found = coefficients(rows, basis)
+    weights = coefficients(rows, basis)
     assert len(basis) == 5
-    np.testing.assert_allclose(found @ rows[basis], rows, atol=1e-9)
-    assert np.abs(found).max() <= bound + 1e-9
+    np.testing.assert_allclose(weights @ rows[basis], rows, atol=1e-9)
+    assert np.abs(weights).max() <= bound + 1e-9
 
 
 def test_a_bad_basis_is_exchanged_until_its_coefficients_are_bounded():
@@ -51,12 +51,12 @@ def test_a_basis_that_spans_already_stays():
 def test_rows_within_tolerance_of_a_span_do_not_count():
     rows = low_rank(3, noise=1e-4)
     assert len(spanner(rows, 0, tolerance=1e-2, bound=2.0)) == 5
-    assert len(spanner(rows, 0, tolerance=1e-6, bound=2.0)) == 12  # all there are columns
+    assert len(spanner(rows, 0, tolerance=1e-6, bound=2.0)) == 12  # one a column
     assert spanner(np.full((3, 4), 1e-3), 0, tolerance=1e-2, bound=2.0) == []
     assert spanner(np.empty((0, 4)), 0, tolerance=1e-2, bound=2.0) == []
 
 
-def test_what_is_not_admitted_moves_no_further_than_what_is_seen_allows():
+def test_columns_that_are_not_admitted_change_no_more_than_those_seen_allow():
     random, tolerance = np.random.default_rng(0), 0.1
     seen = random.standard_normal((6, 4))
     candidates = random.standard_normal((6, 40, 3)) * np.exp(random.standard_normal((40, 1)))
@@ -64,13 +64,13 @@ def test_what_is_not_admitted_moves_no_further_than_what_is_seen_allows():
     assert 0 < len(joined) < 15
     columns = np.concatenate([seen, *(candidates[:, place] for place in joined)], axis=1)
     for _ in range(200):
-        # Changes that what is seen hardly notices, where a column left out could matter.
+        # A change that columns seen hardly show, where a column left out could matter.
         change = np.linalg.solve(columns @ columns.T, random.standard_normal(6))
         allowed = np.square(change @ columns).sum() + 6 * tolerance**2 * np.square(change).sum()
         assert np.square(np.einsum("r,rkv->kv", change, candidates)).max() <= allowed * (1 + 1e-9)
 
 
-def test_the_potential_bounds_how_many_are_admitted():
+def test_the_potential_bounds_the_number_of_columns_admitted():
     random, tolerance = np.random.default_rng(1), 0.01
     seen = np.zeros((4, 1))
     candidates = random.standard_normal((4, 500, 1))
@@ -82,7 +82,7 @@ def test_the_potential_bounds_how_many_are_admitted():
 
 
 def test_a_column_that_tells_rows_apart_is_admitted_and_its_copy_is_not():
-    seen = np.array([[1.0, 2.0], [1.0, 2.0]])  # two rows that look alike
+    seen = np.array([[1.0, 2.0], [1.0, 2.0]])  # two equal rows
     alike, apart = [[1.0], [1.0]], [[1.0], [-1.0]]
     candidates = np.array([alike, apart, apart]).transpose(1, 0, 2)
     assert admitted(seen, candidates, tolerance=0.01) == [1]
@@ -90,24 +90,24 @@ def test_a_column_that_tells_rows_apart_is_admitted_and_its_copy_is_not():
 
 def test_a_bounded_fit_is_least_squares_where_that_is_bounded_and_exact():
     random = np.random.default_rng(2)
-    basis, wanted = random.standard_normal((3, 10)), np.array([1.5, -0.5, 0.0])
-    found, residual = bounded_fit(wanted @ basis, basis, 2.0)
-    np.testing.assert_allclose(found, wanted, atol=1e-7)
+    basis, expected = random.standard_normal((3, 10)), np.array([1.5, -0.5, 0.0])
+    fitted, residual = bounded_fit(expected @ basis, basis, 2.0)
+    np.testing.assert_allclose(fitted, expected, atol=1e-7)
     assert residual == pytest.approx(0, abs=1e-7)
 
 
 def test_a_bounded_fit_has_the_smallest_largest_residual():
     random = np.random.default_rng(3)
     basis, target = random.standard_normal((2, 6)), 5 * random.standard_normal(6)
-    found, residual = bounded_fit(target, basis, 1.5)
-    assert np.abs(found).max() <= 1.5 + 1e-9
-    assert np.abs(found @ basis - target).max() == pytest.approx(residual)
+    fitted, residual = bounded_fit(target, basis, 1.5)
+    assert np.abs(fitted).max() <= 1.5 + 1e-9
+    assert np.abs(fitted @ basis - target).max() == pytest.approx(residual)
     grid = np.array(list(itertools.product(np.linspace(-1.5, 1.5, 301), repeat=2)))
     best = np.abs(grid @ basis - target).max(1).min()
     assert best - 0.05 < residual <= best + 1e-9
 
 
-def test_a_bounded_fit_of_a_row_out_of_reach_says_how_far_it_is():
-    found, residual = bounded_fit(np.array([3.0, 5.0]), np.array([[1.0, 1.0]]), 2.0)
-    assert found.tolist() == [2.0]
+def test_a_bounded_fit_of_a_row_out_of_reach_returns_its_distance():
+    fitted, residual = bounded_fit(np.array([3.0, 5.0]), np.array([[1.0, 1.0]]), 2.0)
+    assert fitted.tolist() == [2.0]
     assert residual == pytest.approx(3.0)

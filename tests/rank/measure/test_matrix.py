@@ -1,4 +1,4 @@
-"""The matrix of logits against its definition, in blocks, in files, and of chosen tokens."""
+"""The matrix of logits: against its definition, in blocks, in files, and of chosen tokens."""
 
 import gc
 import random
@@ -9,21 +9,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from rank_cases import FUTURES, HISTORIES, one_by_one, perturbed, sequences
+from rank_cases import FUTURES, HISTORIES, log_probs_one_by_one, perturbed, token_sequences
 from tiny import base_model
 
-from fastperturb.rank.ask.models import ModelOracle
-from fastperturb.rank.ask.oracle import FunctionOracle, Metered, QueryBudgetSpent
-from fastperturb.rank.measure import matrix
-from fastperturb.rank.measure.matrix import distinct_contexts, logit_matrix
+from fastperturb.rank import FunctionOracle, Metered, ModelOracle, QueryBudgetSpent, logit_matrix
+from fastperturb.rank.measure import distinct_contexts
+from fastperturb.rank.measure import matrix as module
 
 VOCAB = 11
 
 
 def logits_of(context):
-    """Of random size, level and order, and a function of the context."""
-    draw = random.Random(str(context))
-    return [draw.uniform(-4, 4) + 10 * len(context) for _ in range(VOCAB)]
+    """Random logits that are a function of the context, up to a constant that grows with it."""
+    generator = random.Random(str(context))
+    return [generator.uniform(-4, 4) + 10 * len(context) for _ in range(VOCAB)]
 
 
 def oracle():
@@ -31,62 +30,61 @@ def oracle():
 
 
 def centred_logits(histories, futures):
-    found = np.array([[logits_of(h + f) for f in futures] for h in histories])
-    return found - found.mean(-1, keepdims=True)
+    logits = np.array([[logits_of(h + f) for f in futures] for h in histories])
+    return logits - logits.mean(-1, keepdims=True)
 
 
 def texts(count, longest, *, seed=0):
+    """Random sequences of up to `longest` tokens below VOCAB."""
     return [
-        tuple(token % VOCAB for token in each) for each in sequences(count, 0, longest, seed=seed)
+        tuple(token % VOCAB for token in sequence)
+        for sequence in token_sequences(count, 0, longest, seed=seed)
     ]
-
-
-# Its values
 
 
 @pytest.mark.parametrize("architecture", ["GPT2", "Gemma2", "Llama"])
 def test_values_are_a_models_logits_less_their_mean(architecture):
     model = base_model(architecture)
-    found = logit_matrix(ModelOracle(model, prompt=(1,)), HISTORIES, FUTURES)
-    logits = one_by_one(model, HISTORIES, FUTURES)
+    matrix = logit_matrix(ModelOracle(model, prompt=(1,)), HISTORIES, FUTURES)
+    logits = log_probs_one_by_one(model, HISTORIES, FUTURES)
     expected = logits - logits.mean(-1, keepdim=True)
-    np.testing.assert_allclose(found.values, expected, atol=2e-5)
-    assert found.values.dtype == np.float32 and found.tokens is None
-    assert found.histories == tuple(HISTORIES) and found.futures == tuple(FUTURES)
+    np.testing.assert_allclose(matrix.values, expected, atol=2e-5)
+    assert matrix.values.dtype == np.float32 and matrix.tokens is None
+    assert matrix.histories == tuple(HISTORIES) and matrix.futures == tuple(FUTURES)
 
 
-def test_a_model_is_asked_as_an_oracle_with_its_defaults():
+def test_a_model_is_asked_as_a_model_oracle_with_its_defaults():
     lm = perturbed(base_model())
-    found = logit_matrix(lm, [[4, 5], np.array([6])], torch.tensor([[7], [8]]))
-    assert found.histories == ((4, 5), (6,)) and found.futures == ((7,), (8,))
-    same = logit_matrix(ModelOracle(lm), *(found.histories, found.futures))
-    assert np.array_equal(found.values, same.values)
+    matrix = logit_matrix(lm, [[4, 5], np.array([6])], torch.tensor([[7], [8]]))
+    assert matrix.histories == ((4, 5), (6,)) and matrix.futures == ((7,), (8,))
+    expected = logit_matrix(ModelOracle(lm), matrix.histories, matrix.futures)
+    assert np.array_equal(matrix.values, expected.values)
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
 @pytest.mark.parametrize("block", [1, 3 * VOCAB, 40 * VOCAB])
-def test_blocks_leave_no_trace(block, top_k, monkeypatch):
+def test_the_values_do_not_depend_on_the_size_of_blocks(block, top_k, monkeypatch):
     histories, futures = texts(9, 4), texts(7, 3, seed=1)
     whole = logit_matrix(oracle(), histories, futures, top_k=top_k)
-    monkeypatch.setattr(matrix, "_BLOCK", block)
-    asked = []
+    monkeypatch.setattr(module, "_BLOCK", block)
+    sizes = []
 
     class Watched:
         vocab_size = VOCAB
 
         def log_probs(self, histories, futures):
-            asked.append(len(histories) * len(futures) * VOCAB)
+            sizes.append(len(histories) * len(futures) * VOCAB)
             return oracle().log_probs(histories, futures)
 
-    found = logit_matrix(Watched(), histories, futures, top_k=top_k)
-    assert np.array_equal(found.values, whole.values)
-    assert max(asked) <= max(block, VOCAB)
-    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    matrix = logit_matrix(Watched(), histories, futures, top_k=top_k)
+    assert np.array_equal(matrix.values, whole.values)
+    assert max(sizes) <= max(block, VOCAB)
+    np.testing.assert_array_equal(matrix.tokens, whole.tokens)
 
 
-def test_an_oracle_without_a_probability_is_named():
+def test_a_context_without_finite_log_probs_is_named():
     impossible = FunctionOracle(lambda context: [0.0, -np.inf if len(context) > 2 else 0.0], 2)
-    with pytest.raises(ValueError, match=r"histories\[1\] and futures\[2\] .* must be finite"):
+    with pytest.raises(ValueError, match=r"must be finite .* histories\[1\] and futures\[2\]"):
         logit_matrix(impossible, [(), (1,)], [(), (0,), (1, 1)])
 
 
@@ -115,56 +113,49 @@ def test_wrong_arguments_are_named(arguments, options, error, message):
         logit_matrix(oracle(), *arguments, **options)
 
 
-# Chosen tokens
-
-
 def test_top_k_keeps_the_most_probable_tokens_over_histories_in_their_order():
     histories, futures = texts(30, 5), texts(6, 3, seed=1)
-    found = logit_matrix(oracle(), histories, futures, top_k=4)
-    everything = centred_logits(histories, futures)
-    probability = np.exp(everything)
+    matrix = logit_matrix(oracle(), histories, futures, top_k=4)
+    logits = centred_logits(histories, futures)
+    probability = np.exp(logits)
     probability /= probability.sum(-1, keepdims=True)
     order = np.argsort(-probability.mean(0), axis=-1)[:, :4]
-    assert np.array_equal(found.tokens, order)
-    expected = np.take_along_axis(everything, order[None], axis=-1)
-    np.testing.assert_allclose(found.values, expected, atol=1e-5)
+    assert np.array_equal(matrix.tokens, order)
+    expected = np.take_along_axis(logits, order[None], axis=-1)
+    np.testing.assert_allclose(matrix.values, expected, atol=1e-5)
 
 
 def test_top_k_is_chosen_on_a_pilot_of_64_histories_spread_over_all():
-    """Every third history is of a kind that says otherwise, and the pilot is of that kind."""
-    asked = []
+    """Every third history has other logits, and the pilot consists of just these."""
+    contexts = []
 
     def logits(context):
-        asked.append(context)
+        contexts.append(context)
         return [1.0, 2.0, 3.0] if context[0] % 3 else [3.0, 2.0, 1.0]
 
     histories = [(number % 3, number // 3) for number in range(3 * 64)]
     function = FunctionOracle(lambda context: [*logits(context), *[0.0] * 61], 64)
-    found = logit_matrix(function, histories, [()], top_k=3)
-    assert asked[:64] == histories[::3]
-    assert found.tokens.tolist() == [[0, 1, 2]]
+    matrix = logit_matrix(function, histories, [()], top_k=3)
+    assert contexts[:64] == histories[::3]
+    assert matrix.tokens.tolist() == [[0, 1, 2]]
 
 
-def test_the_columns_may_be_those_of_another_matrix():
+def test_top_k_may_be_the_tokens_of_another_matrix():
     histories, futures = texts(5, 4), texts(6, 3, seed=1)
     first = logit_matrix(oracle(), histories, futures, top_k=3)
     others = texts(8, 4, seed=2)
-    found = logit_matrix(oracle(), others, futures, top_k=first.tokens)
-    everything = centred_logits(others, futures)
-    expected = np.take_along_axis(everything, first.tokens[None], axis=-1)
-    np.testing.assert_allclose(found.values, expected, atol=1e-5)
+    matrix = logit_matrix(oracle(), others, futures, top_k=first.tokens)
+    expected = np.take_along_axis(centred_logits(others, futures), first.tokens[None], axis=-1)
+    np.testing.assert_allclose(matrix.values, expected, atol=1e-5)
 
 
-# Queries
-
-
-def test_queries_are_the_different_contexts():
-    draw = random.Random(0)
+def test_distinct_contexts_are_counted_as_a_set_of_all_would_be():
+    generator = random.Random(0)
     for _ in range(300):
         histories, futures = (
             [
-                tuple(draw.randrange(2) for _ in range(draw.randint(0, 4)))
-                for _ in range(draw.randint(1, 8))
+                tuple(generator.randrange(2) for _ in range(generator.randint(0, 4)))
+                for _ in range(generator.randint(1, 8))
             ]
             for _ in range(2)
         )
@@ -173,52 +164,46 @@ def test_queries_are_the_different_contexts():
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_nothing_is_asked_twice(top_k):
+def test_no_context_is_asked_twice(top_k):
     meter = Metered(oracle())
     histories = [(number // VOCAB, number % VOCAB) for number in range(100)]
-    found = logit_matrix(meter, histories, texts(5, 3), top_k=top_k)
-    assert meter.queries == found.queries == distinct_contexts(histories, texts(5, 3))
+    matrix = logit_matrix(meter, histories, texts(5, 3), top_k=top_k)
+    assert meter.queries == matrix.queries == distinct_contexts(histories, texts(5, 3))
     with pytest.raises(QueryBudgetSpent):
-        logit_matrix(Metered(oracle(), budget=found.queries - 1), histories, texts(5, 3))
+        logit_matrix(Metered(oracle(), budget=matrix.queries - 1), histories, texts(5, 3))
 
 
-# Parts
-
-
-def test_parts_are_the_matrices_of_their_histories_and_futures():
+def test_a_selection_is_the_matrix_of_its_histories_and_futures():
     histories, futures = texts(8, 4), texts(6, 3, seed=1)
     whole = logit_matrix(oracle(), histories, futures, top_k=5)
     for rows, columns in ((slice(0, 4), slice(1, None, 2)), ([6, 0, 2], np.array([5, 1]))):
         part = whole.select(histories=rows, futures=columns)
-        kept = [histories[row] for row in np.arange(8)[rows]]
-        runs = [futures[column] for column in np.arange(6)[columns]]
-        same = logit_matrix(oracle(), kept, runs, top_k=part.tokens)
-        assert np.array_equal(part.values, same.values)
-        assert (part.histories, part.futures) == (same.histories, same.futures)
-        assert part.queries == same.queries
+        kept_histories = [histories[row] for row in np.arange(8)[rows]]
+        kept_futures = [futures[column] for column in np.arange(6)[columns]]
+        expected = logit_matrix(oracle(), kept_histories, kept_futures, top_k=part.tokens)
+        assert np.array_equal(part.values, expected.values)
+        assert (part.histories, part.futures) == (expected.histories, expected.futures)
+        assert part.queries == expected.queries
     assert np.shares_memory(whole.select(slice(2), slice(3)).values, whole.values)
-
-
-# Files
 
 
 def test_a_path_is_written_whole_and_mapped(tmp_path):
     histories, futures = texts(8, 4), texts(6, 3, seed=1)
     plain = logit_matrix(oracle(), histories, futures)
     path = tmp_path / "matrix.npy"
-    found = logit_matrix(oracle(), histories, futures, path=path)
-    assert isinstance(found.values, np.memmap) and not found.values.flags.writeable
-    assert np.array_equal(found.values, plain.values)
+    matrix = logit_matrix(oracle(), histories, futures, path=path)
+    assert isinstance(matrix.values, np.memmap) and not matrix.values.flags.writeable
+    assert np.array_equal(matrix.values, plain.values)
     assert np.array_equal(np.load(path), plain.values)
     with pytest.raises(FileExistsError, match="matrix.npy exists: name another, or set overwrite"):
         logit_matrix(oracle(), histories, futures, path=path)
     again = logit_matrix(oracle(), histories[:2], futures, path=path, overwrite=True)
     assert np.array_equal(again.values, plain.values[:2])
-    assert [each.name for each in tmp_path.iterdir()] == ["matrix.npy"]
+    assert [file.name for file in tmp_path.iterdir()] == ["matrix.npy"]
 
 
-def test_a_question_that_fails_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(matrix, "_BLOCK", 1)
+def test_a_matrix_that_cannot_be_finished_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 1)
     meter = Metered(oracle(), budget=5)
     with pytest.raises(QueryBudgetSpent):
         logit_matrix(meter, [(1,), (2,)], [(1,), (2,), (3,)], path=tmp_path / "matrix.npy")
@@ -230,11 +215,11 @@ def test_a_large_matrix_is_mapped_from_a_file_without_a_name(tmp_path, monkeypat
     histories, futures = texts(8, 4), texts(6, 3, seed=1)
     plain = logit_matrix(oracle(), histories, futures, top_k=3)
     assert not isinstance(plain.values, np.memmap)
-    monkeypatch.setattr(matrix, "IN_MEMORY_BYTES", plain.values.nbytes - 1)
-    found = logit_matrix(oracle(), histories, futures, top_k=3)
-    assert isinstance(found.values, np.memmap) and not list(tmp_path.iterdir())
-    assert np.array_equal(found.values, plain.values)
-    assert np.array_equal(found.tokens, plain.tokens)
+    monkeypatch.setattr(module, "IN_MEMORY_BYTES", plain.values.nbytes - 1)
+    matrix = logit_matrix(oracle(), histories, futures, top_k=3)
+    assert isinstance(matrix.values, np.memmap) and not list(tmp_path.iterdir())
+    assert np.array_equal(matrix.values, plain.values)
+    assert np.array_equal(matrix.tokens, plain.tokens)
 
 
 class Uniform:
@@ -245,21 +230,21 @@ class Uniform:
 
 
 def test_memory_does_not_grow_with_the_number_of_histories(tmp_path, monkeypatch):
-    monkeypatch.setattr(matrix, "_BLOCK", 2**20)
+    monkeypatch.setattr(module, "_BLOCK", 2**20)
     futures = [(number,) for number in range(32)]
 
     def peak(count):
-        """In MiB, above what was held before."""
+        """The peak of memory in MiB above what was held before, and the size of the matrix."""
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = status("VmRSS")
         histories = [(number,) for number in range(count)]
-        found = logit_matrix(Uniform(), histories, futures, path=tmp_path / f"{count}.npy")
-        return (status("VmHWM") - before) / 1024, found.values.nbytes / 2**20
+        matrix = logit_matrix(Uniform(), histories, futures, path=tmp_path / f"{count}.npy")
+        return (status("VmHWM") - before) / 1024, matrix.values.nbytes / 2**20
 
     peak(16)
-    held, size = peak(512)
-    assert held < size / 4 == 64
+    used, size = peak(512)
+    assert used < size / 4 == 64
 
 
 def status(name):
@@ -267,20 +252,17 @@ def status(name):
     return int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 
-# A real model
-
-
-def test_a_real_model_under_noise_and_without(data_dir):
+def test_a_real_models_matrix_is_that_of_its_passes_and_of_its_score_under_noise(data_dir):
     folder = data_dir / "models" / "stories260K-hf"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    histories, futures = sequences(6, 10, 30), [(), *sequences(5, 1, 6, seed=1)]
-    logits = one_by_one(model, histories, futures, prompt=())
+    histories, futures = token_sequences(6, 10, 30), [(), *token_sequences(5, 1, 6, seed=1)]
+    logits = log_probs_one_by_one(model, histories, futures, prompt=())
     expected = logits - logits.mean(-1, keepdim=True)
-    found = logit_matrix(model, histories, futures)
-    np.testing.assert_allclose(found.values, expected, atol=1e-4)
+    matrix = logit_matrix(model, histories, futures)
+    np.testing.assert_allclose(matrix.values, expected, atol=1e-4)
     lm = perturbed(model, init_scale=0.2)
     under_noise = logit_matrix(ModelOracle(lm, num_samples=8, seed=3), histories, futures)
     continued = torch.tensor([histories[0] + futures[1] + (token,) for token in range(16)])
     score = lm.score(continued, num_samples=8, seed=3, rows=torch.zeros(16, dtype=torch.int64))
-    told, values = score.log_marginal[:, -1], under_noise.values[0, 1, :16]
-    np.testing.assert_allclose(values - values[0], told - told[0], atol=1e-4)
+    log_probs, values = score.log_marginal[:, -1], under_noise.values[0, 1, :16]
+    np.testing.assert_allclose(values - values[0], log_probs - log_probs[0], atol=1e-4)

@@ -1,40 +1,39 @@
-"""Spectra of logit matrices: against numpy's SVD, by either method, and never whole in memory."""
+"""Spectra of logit matrices: against numpy's SVD, by either method, without a copy in memory."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
-from rank_cases import of_spectrum
+from rank_cases import matrix_with_spectrum
 
-from fastperturb.rank.measure import spectrum as module
-from fastperturb.rank.measure.angles import row_space_angles
-from fastperturb.rank.measure.spectrum import column_blocks, row_blocks, spectrum
-from fastperturb.rank.measure.truncation import kl_by_rank
+from fastperturb.rank.measure import kl_by_rank, row_space_angles, spectrum
+from fastperturb.rank.measure import singular_values as module
+from fastperturb.rank.measure.singular_values import column_blocks, row_blocks
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of a fraction of one future's columns, or a few rows."""
+    """Make blocks hold a fraction of one future's columns, or a few rows."""
     monkeypatch.setattr(module, "BLOCK", 200)
 
 
-# The smaller side is that of histories, then that of columns; the last is square.
+# Fewer histories than columns, more, and as many.
 @pytest.mark.parametrize("shape", [(30, 7, 11), (90, 4, 9), (36, 4, 9)])
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
-def test_gram_finds_numpys_singular_values_and_left_vectors(shape, kind, small_blocks):
-    values = np.random.default_rng(0).standard_normal(shape).astype(kind)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gram_finds_numpys_singular_values_and_left_vectors(shape, dtype, small_blocks):
+    values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
     matrix = values.astype(np.float64).reshape(shape[0], -1)
     left, expected, _ = np.linalg.svd(matrix, full_matrices=False)
-    found = spectrum(values)
-    np.testing.assert_allclose(found.singular_values, expected, rtol=1e-9)
-    np.testing.assert_allclose(np.abs(np.sum(found.left * left, 0)), 1, rtol=1e-9)
-    np.testing.assert_allclose(found.frobenius, np.linalg.norm(matrix), rtol=1e-12)
+    measured = spectrum(values)
+    np.testing.assert_allclose(measured.singular_values, expected, rtol=1e-9)
+    np.testing.assert_allclose(np.abs(np.sum(measured.left * left, 0)), 1, rtol=1e-9)
+    np.testing.assert_allclose(measured.frobenius, np.linalg.norm(matrix), rtol=1e-12)
 
 
-def test_every_third_history_of_a_matrix_needs_no_copy_of_it(small_blocks):
+def test_a_strided_view_of_a_matrix_has_the_spectrum_of_its_copy(small_blocks):
     values = np.random.default_rng(0).standard_normal((60, 5, 13))
-    found, expected = spectrum(values[::3, 1:]), spectrum(values[::3, 1:].copy())
-    np.testing.assert_array_equal(found.singular_values, expected.singular_values)
+    view, expected = spectrum(values[::3, 1:]), spectrum(values[::3, 1:].copy())
+    np.testing.assert_array_equal(view.singular_values, expected.singular_values)
 
 
 @pytest.mark.parametrize("block", [1, 200, 10_000])
@@ -53,26 +52,28 @@ def test_blocks_cover_the_columns_and_rows_once_and_in_order(block, monkeypatch)
 @pytest.mark.parametrize("shape", [(40, 6, 12), (200, 4, 9)])
 @pytest.mark.parametrize("method", ["gram", "sketch"])
 def test_a_matrix_of_exact_rank_has_no_other_singular_values(rank, shape, method):
-    given = np.geomspace(1, 1e-3, rank)
-    found = spectrum(of_spectrum(given, shape), method=method, count=12)
-    np.testing.assert_allclose(found.singular_values, given, rtol=1e-9)
-    assert found.complete and found.rank(1e-6) == rank
-    # Stored in fp32 it has more, of the size of that rounding, which a tolerance tells apart.
-    single = spectrum(of_spectrum(given, shape).astype(np.float32), method=method)
+    singular_values = np.geomspace(1, 1e-3, rank)
+    measured = spectrum(matrix_with_spectrum(singular_values, shape), method=method, count=12)
+    np.testing.assert_allclose(measured.singular_values, singular_values, rtol=1e-9)
+    assert measured.complete and measured.rank(1e-6) == rank
+    # In fp32 there are more, of the size of rounding, which a tolerance leaves out.
+    single = spectrum(
+        matrix_with_spectrum(singular_values, shape).astype(np.float32), method=method
+    )
     assert single.rank(1e-5) == rank
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
 @pytest.mark.parametrize("shape", [(900, 20, 40), (500, 20, 40)])
-def test_a_sketch_is_right_to_half_a_percent_even_where_the_spectrum_is_nearly_flat(power, shape):
+def test_a_sketch_is_right_to_half_a_percent_even_if_the_spectrum_is_nearly_flat(power, shape):
     side = min(shape[0], 800)
-    given = np.arange(1, side + 1) ** -power
-    values = of_spectrum(given, shape)
-    found = spectrum(values, method="sketch", count=64)
-    np.testing.assert_allclose(found.singular_values, given[:64], rtol=5e-3)
-    np.testing.assert_allclose(found.singular_values[:32], given[:32], rtol=1e-4)
-    np.testing.assert_allclose(found.left.T @ found.left, np.eye(64), atol=1e-12)
-    np.testing.assert_allclose(found.frobenius, np.linalg.norm(given), rtol=1e-12)
+    singular_values = np.arange(1, side + 1) ** -power
+    values = matrix_with_spectrum(singular_values, shape)
+    measured = spectrum(values, method="sketch", count=64)
+    np.testing.assert_allclose(measured.singular_values, singular_values[:64], rtol=5e-3)
+    np.testing.assert_allclose(measured.singular_values[:32], singular_values[:32], rtol=1e-4)
+    np.testing.assert_allclose(measured.left.T @ measured.left, np.eye(64), atol=1e-12)
+    np.testing.assert_allclose(measured.frobenius, np.linalg.norm(singular_values), rtol=1e-12)
 
 
 def test_a_sketch_depends_on_its_seed_and_not_on_the_size_of_blocks(monkeypatch):
@@ -96,16 +97,16 @@ def test_matrices_with_both_sides_large_are_sketched(monkeypatch):
 
 
 def test_ranks_count_by_tolerance_and_by_entropy():
-    found = spectrum(of_spectrum([1, 0.5, 0.1, 0.01], (20, 4, 5)))
-    assert [found.rank(each) for each in (0.6, 0.2, 0.05, 1e-3)] == [1, 2, 3, 4]
-    equal = spectrum(of_spectrum([2, 2, 2], (20, 4, 5)))
+    measured = spectrum(matrix_with_spectrum([1, 0.5, 0.1, 0.01], (20, 4, 5)))
+    assert [measured.rank(tolerance) for tolerance in (0.6, 0.2, 0.05, 1e-3)] == [1, 2, 3, 4]
+    equal = spectrum(matrix_with_spectrum([2, 2, 2], (20, 4, 5)))
     assert equal.effective_rank == pytest.approx(3)
-    uneven = spectrum(of_spectrum([3, 1], (20, 4, 5)))
+    uneven = spectrum(matrix_with_spectrum([3, 1], (20, 4, 5)))
     assert uneven.effective_rank == pytest.approx(4 / 3**0.75)
 
 
 @pytest.mark.parametrize("method", ["gram", "sketch"])
-def test_a_memory_map_is_never_whole_in_memory(method, tmp_path, monkeypatch):
+def test_a_memory_map_is_never_copied_whole(method, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 1 << 16)  # 512 KiB in fp64
     shape = (150, 100, 400)
     values = np.lib.format.open_memmap(tmp_path / "values.npy", mode="w+", shape=shape)
@@ -113,15 +114,15 @@ def test_a_memory_map_is_never_whole_in_memory(method, tmp_path, monkeypatch):
     for number, row in enumerate(values):
         row[:] = np.random.default_rng(number).standard_normal(shape[1:])
     tracemalloc.start()
-    found = spectrum(values, method=method, count=8)
+    measured = spectrum(values, method=method, count=8)
     kl_by_rank(values[75:], spectrum(values[:75]), ranks=[0, 8], learned_from=values[:75])
-    row_space_angles(values, found, values, found, rank=4)
+    row_space_angles(values, measured, values, measured, rank=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < values.nbytes / 8
 
 
-def test_refusals_name_the_argument():
+def test_errors_name_the_argument():
     values = np.ones((4, 2, 3))
     with pytest.raises(
         ValueError, match=r"values must be .* \[histories, futures, tokens\].*\[4, 6\]"
@@ -138,8 +139,8 @@ def test_refusals_name_the_argument():
     for method in ("gram", "sketch"):
         with pytest.raises(ValueError, match="values must be finite"):
             spectrum(np.full((4, 2, 3), np.nan), method=method)
-    with pytest.raises(ValueError, match="tolerance must be at least .* drown in rounding"):
+    with pytest.raises(ValueError, match="tolerance must be at least .* rounding hides"):
         spectrum(values).rank(1e-12)
-    flat = spectrum(of_spectrum(np.ones(15), (20, 4, 5)), method="sketch", count=6)
+    flat = spectrum(matrix_with_spectrum(np.ones(15), (20, 4, 5)), method="sketch", count=6)
     assert flat.effective_rank is None
     assert flat.rank(0.5) is None
