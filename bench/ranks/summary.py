@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.ranks.training import METHODS, SEEDS
-from fastperturb.eval.table import aligned
 from fastperturb.report.figures import INK, PALETTE, plain
+from fastperturb.report.table import aligned
 
 # Ranks at which the matrix is cut, on histories whose directions were not learned.
 CUTS = (8, 32, 128)

@@ -147,7 +147,7 @@ def _asked(options: RankOptions, tokenizer: Any) -> tuple[Asked, Tokens]:
 
 
 def _forms(name: str, lm: PerturbedLM) -> dict[str, nn.Module]:
-    if not likelihood.moves(lm):
+    if not likelihood.perturbs(lm):
         return {name: lm.base}
     return {name: lm, f"{name}, without noise": lm.base}
 
