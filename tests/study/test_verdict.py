@@ -145,7 +145,7 @@ def test_with_a_control_on_one_seed_only_a_gain_is_not_established():
     results["cells"] = [
         entry
         for entry in results["cells"]
-        if entry["control"] != "deterministic" or cell["seed"] == 0
+        if entry["control"] != "deterministic" or entry["seed"] == 0
     ]
     assert verdict_of(results)["outcome"] == "not established"
 
