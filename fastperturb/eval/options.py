@@ -26,7 +26,7 @@ class EvalOptions(DomainOptions):
     known text: wikitext2, wikitext103, writingprompts, codeparrot, germanquad or openwebtext."""
 
     base: str | None = None
-    """Folder or Hugging Face id of the base model, where it is no longer where checkpoints say."""
+    """Folder or Hugging Face id of the base model, if it is not where the checkpoints say."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with a model's repository."""
