@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from bench.ranks.targets import Noisy, generic_ranks, sampled_distance, total_variation
 from fastperturb import runs
-from fastperturb.eval.table import aligned
 from fastperturb.rank import ISAN, QueryBudgetSpent, learn
 from fastperturb.rank.learn import noisy_parity
+from fastperturb.report.table import aligned
 
 LEVELS = (0.001, 0.003, 0.01, 0.03, 0.1)
 

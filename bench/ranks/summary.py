@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.ranks.training import METHODS, SEEDS
-from fastperturb.eval.table import aligned
 from fastperturb.report.figures import INK, PALETTE, plain
+from fastperturb.report.table import aligned
 
 # Ranks to which the matrix is truncated, on held-out histories.
 CUTS = (8, 32, 128)

@@ -1,6 +1,6 @@
-"""`python -m bench.synthetic`: trains what is missing, and writes results, tables and pictures.
+"""`python -m bench.synthetic`: train what is missing, and write results, tables and pictures.
 
-A run that was stopped goes on where it was: outcomes.jsonl and coverage.jsonl keep what is done.
+A run that was stopped continues: outcomes.jsonl and coverage.jsonl keep the finished parts.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.synthetic import bias, coverage, draw, outcomes, summary, table
+from bench.synthetic import bias, coverage, outcomes, pictures, summary, table
 from bench.synthetic.arms import SEEDS, all_arms
 from bench.synthetic.baselines import baselines
 from fastperturb import runs
@@ -21,13 +21,15 @@ def run(folder: Path, *, workers: int, train: bool) -> None:
     arms = all_arms()
     if train:
         outcomes.train(arms, SEEDS, folder / "outcomes.jsonl", workers=workers)
-    lines = summary.rows(arms, outcomes.read(folder / "outcomes.jsonl"))
-    truths = dict.fromkeys(replace(arm.setting, batch=BATCH) for arm in arms)
-    beside = {truth: [baselines(seed, truth) for seed in SEEDS] for truth in truths}
+    rows = summary.rows(arms, outcomes.read(folder / "outcomes.jsonl"))
+    settings = dict.fromkeys(replace(arm.setting, batch=BATCH) for arm in arms)
     results = {
-        "rows": lines,
-        "baselines": [summary.baseline_row(*each) for each in beside.items()],
-        "comparisons": summary.comparisons(lines),
+        "rows": rows,
+        "baselines": [
+            summary.baseline_row(setting, [baselines(seed, setting) for seed in SEEDS])
+            for setting in settings
+        ],
+        "comparisons": summary.comparisons(rows),
         "bias": bias.rows(),
         "coverage": replicated(folder / "coverage.jsonl"),
         "seeds": list(SEEDS),
@@ -36,12 +38,12 @@ def run(folder: Path, *, workers: int, train: bool) -> None:
     }
     runs.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(table.render(results), encoding="utf-8")
-    draw.draw_all(results, folder)
+    pictures.draw_all(results, folder)
     print(f"wrote results.json, table.md and pictures to {folder}")
 
 
 def replicated(path: Path) -> list[dict[str, object]]:
-    """Every design's coverage; those that the file holds are not replicated again."""
+    """Return the coverage of every design; replicate those that the file does not hold yet."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     done = {(row["name"], row["examples"]): row for row in map(json.loads, lines)}
     with path.open("a", encoding="utf-8") as file:
@@ -58,9 +60,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--no-training", action="store_true", help="report on what is trained")
+    parser.add_argument("--no-training", action="store_true", help="only report on what is trained")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    # Its own outcomes are what a folder that holds files is for.
+    # A folder with files is welcome: it holds the outcomes to continue from.
     folder = runs.open_output_dir(options.output_dir, overwrite=True)
     run(folder, workers=options.workers, train=not options.no_training)

@@ -1,4 +1,4 @@
-"""What stands beside every arm: one word's statistics, no noise, the truth, and the likelihood."""
+"""Baselines of every arm: token frequencies, no noise, the truth, and the exact likelihood."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from bench.synthetic.arms import EXACT
 from fastperturb.demo import language, training
 from fastperturb.demo.training import Data, Setting
 
-# Streaming has no training set to count: as many fresh pairs stand for it.
+# Fresh pairs that are counted where there is no training set.
 COUNTED = 120_000
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def baselines(seed: int, setting: Setting) -> dict[str, Any]:
-    """KL to the truth by region of the training targets' unigram, and the truth's own entropy.
+    """Return, by region, the truth's entropy and the KL of the training targets' unigram to it.
 
-    Where the trunk is held: also its KL without noise, and the likelihood's choice of sd.
+    Where the trunk is held at the truth: also its KL without noise, and the most likely noise.
     """
     data = training.make_data(seed, setting)
-    laws = {name: language.truth(chosen, setting.noise_sd) for name, chosen in data.regions.items()}
+    truths = training.true_distributions(data, setting)
     log_unigram = counted_targets(data, setting)
-    found: dict[str, Any] = {
-        "entropy": {
-            name: -torch.xlogy(law, law).sum(1).mean().item() for name, law in laws.items()
-        },
+    by_baseline: dict[str, Any] = {
+        "entropy": {name: training.mean_entropy(truth) for name, truth in truths.items()},
         "unigram": {
-            name: training.divergence(law, log_unigram).mean().item() for name, law in laws.items()
+            name: training.divergence(truth, log_unigram).mean().item()
+            for name, truth in truths.items()
         },
     }
     if setting.true_trunk:
         trunk = training.TrueResponse(data.world.axes)
-        still = training.Model(data.world.embeddings, EXACT, trunk)
-        found["exact"] = {
-            name: training.distance(still, data.regions[name], law) for name, law in laws.items()
+        without_noise = training.Model(data.world.embeddings, EXACT, trunk)
+        by_baseline["exact"] = {
+            name: training.distance(without_noise, data.regions[name], truth)
+            for name, truth in truths.items()
         }
-        found["most_likely_sd"] = most_likely_sd(data)
-    return found
+        by_baseline["most_likely_sd"] = most_likely_sd(data)
+    return by_baseline
 
 
 def counted_targets(data: Data, setting: Setting) -> torch.Tensor:
-    """log of the targets' frequencies, each word counted once more than it occurs: [V]."""
+    """Return the log frequencies of the targets, with one added to each count: [V]."""
     targets = data.targets
     if targets is None:
         targets = training.draw_pairs(COUNTED, setting.noise_sd, data.generator)[1]
@@ -52,16 +52,16 @@ def counted_targets(data: Data, setting: Setting) -> torch.Tensor:
 
 
 def most_likely_sd(data: Data) -> float | None:
-    """The sd of noise whose exact likelihood of the training pairs is largest, to 1e-4.
+    """Return the noise scale under which the training pairs are most likely, to 1e-4.
 
-    What a held trunk with endless draws would learn; its distance from the truth is that of the
-    sample. None where pairs are fresh every step.
+    It is what a held trunk with unlimited samples would learn: its error is due to the pairs alone.
+    None where pairs are fresh every step.
     """
     if data.prefixes is None or data.targets is None:
         return None
-    midpoint, outcome = (data.prefixes // language.SIDE).sum(1), data.targets // language.SIDE
+    midpoint, target = (data.prefixes // language.SIDE).sum(1), data.targets // language.SIDE
     counts = torch.zeros(2 * language.SIDE - 1, language.SIDE, dtype=torch.float64)
-    counts.index_put_((midpoint, outcome), torch.ones(len(outcome)).double(), accumulate=True)
+    counts.index_put_((midpoint, target), torch.ones(len(target)).double(), accumulate=True)
 
     def loss(sd: float) -> float:
         noisy, _ = language.truth_tables(sd)

@@ -1,9 +1,9 @@
-"""Do 95% intervals cover the truth in 95% of replications, and do errors fall like 1 / sqrt(n)?
+"""Coverage of 95% intervals over replications, and the decay of errors like 1 / sqrt(n).
 
 Each replication draws n pairs from the small model at the truth, solves an estimating equation by
-Newton's method, with one set of draws held as `standard_errors` holds them, and asks whether the
-truth is within 1.96 errors of the solution. All replications are solved at once by the closed form,
-whose sandwich the library's errors are compared with.
+Newton's method, with one fixed set of samples as in `standard_errors`, and records if the truth is
+within 1.96 errors of the solution. All replications are solved at once in closed form; the errors
+of the library are compared with the closed form's sandwich.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.synthetic.small import (
     DIM,
     TRUTH,
-    WORDS,
+    VOCAB,
     ClosedForm,
     everywhere,
     numbers_of_plus,
@@ -33,32 +33,36 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """What is replicated. by_library: how many replications take the library's own errors too."""
+    """A setting to replicate.
 
-    equation: str
+    antithetic: with two samples these are all values of z, and there is no Monte-Carlo noise.
+    by_library: the number of replications that also compute the library's own errors.
+    """
+
+    estimator: str
     num_samples: int
     examples: int
-    antithetic: bool = False  # two antithetic draws are the whole law of z: no Monte-Carlo noise
+    antithetic: bool = False
     by_library: int = 20
 
     @property
     def name(self) -> str:
         if self.antithetic:
             return "exact marginal"
-        return f"{self.equation}, M = {self.num_samples}"
+        return f"{self.estimator}, M = {self.num_samples}"
 
 
 SIZES = (250, 1000, 4000)
-# Replications at a time: tables of all of them at once would fill the memory.
-TOGETHER = 50
+# Replications solved at a time: the tables of all of them would fill the memory.
+AT_ONCE = 50
 DESIGNS = (
     *(
-        Design(equation="iwae", num_samples=2, examples=n, antithetic=True, by_library=count)
+        Design(estimator="iwae", num_samples=2, examples=n, antithetic=True, by_library=count)
         for n, count in zip(SIZES, (REPLICATIONS, REPLICATIONS, 100))
     ),
     *(
-        Design(equation=equation, num_samples=M, examples=n)
-        for equation, M in (
+        Design(estimator=estimator, num_samples=M, examples=n)
+        for estimator, M in (
             ("iwae", 16),
             ("iwae", 4),
             ("jvi_clip", 4),
@@ -70,25 +74,25 @@ DESIGNS = (
 
 
 def row(design: Design, *, replications: int = REPLICATIONS, seed: int = 0) -> dict[str, Any]:
-    """Coverage, by each bread, averaged over the parameters, and what the estimates did."""
-    lm = small_model(design.equation, design.num_samples, antithetic=design.antithetic)
+    """Return the coverage with each bread, averaged over parameters, and the estimates' errors."""
+    lm = small_model(design.estimator, design.num_samples, antithetic=design.antithetic)
     model = ClosedForm.of(lm)
     data = [replicate(model, design, seed + number) for number in range(replications)]
     counts = torch.stack([counted(design, *pair) for pair in data])  # (R, 12, 12, S)
     equation = Equation(model, design)
-    parts = [solve(equation, part) for part in counts.split(TOGETHER)]
-    U, solved, *covariances = (torch.cat(each) for each in zip(*parts))
+    parts = [solve(equation, part) for part in counts.split(AT_ONCE)]
+    U, solved, *covariances = (torch.cat(tensors) for tensors in zip(*parts))
     breads = dict(zip(("information", "outer"), covariances))
-    if design.equation == "quadratic":  # whose value is no log-likelihood
+    if design.estimator == "quadratic":  # whose value is no log-likelihood
         del breads["outer"]
     covered = {name: covers(U, covariance)[solved] for name, covariance in breads.items()}
-    found = {
+    measured = {
         "name": design.name,
         "examples": design.examples,
         "replications": int(solved.sum()),
         "unsolved": int((~solved).sum()),
         "coverage": {name: hits.double().mean().item() for name, hits in covered.items()},
-        # Of errors to the spread of the estimates: 1 is right.
+        # Ratio of the errors to the spread of the estimates: 1 is right.
         "error_over_spread": {
             name: (error_of(covariance)[solved].mean(0) / U[solved].std(0)).mean().item()
             for name, covariance in breads.items()
@@ -96,24 +100,24 @@ def row(design: Design, *, replications: int = REPLICATIONS, seed: int = 0) -> d
         "bias": (U[solved] - TRUTH).mean(0).norm().item(),
         "rmse": (U[solved] - TRUTH).square().sum(1).mean().sqrt().item(),
     }
-    found["library"] = by_library(lm, design, data, U, solved, breads, seed)
-    return found
+    measured["library"] = by_library(lm, design, data, U, solved, breads, seed)
+    return measured
 
 
 def replicate(model: ClosedForm, design: Design, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y [n] from the model at the truth, and how many of each row's draws are +1 [n]."""
+    """Draw x, y [n] from the model at the truth, and each row's number of samples with +1 [n]."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(WORDS, (design.examples,), generator=generator)
-    law = model.log_marginal(everywhere(TRUTH)).exp().detach()
-    y = torch.multinomial(law[x], 1, generator=generator)[:, 0]
+    x = torch.randint(VOCAB, (design.examples,), generator=generator)
+    truth = model.log_marginal(everywhere(TRUTH)).exp().detach()
+    y = torch.multinomial(truth[x], 1, generator=generator)[:, 0]
     shape = (design.num_samples, design.examples, 1, 1)
     z = noise.latent(seed, shape, latent="rademacher", antithetic=design.antithetic)
     return x, y, (z[:, :, 0, 0] > 0).sum(0)
 
 
 def counted(design: Design, x: Tensor, y: Tensor, plus: Tensor) -> Tensor:
-    """How often each (x, y, number of +1) occurs: all that a closed form needs of the data."""
-    counts = torch.zeros(WORDS, WORDS, design.num_samples + 1, dtype=torch.float64)
+    """Count each (x, y, number of +1) [12, 12, M + 1]: all that a closed form needs of the data."""
+    counts = torch.zeros(VOCAB, VOCAB, design.num_samples + 1, dtype=torch.float64)
     return counts.index_put_((x, y, plus), torch.ones(len(x)).double(), accumulate=True)
 
 
@@ -125,40 +129,43 @@ class Equation:
     design: Design
 
     def psi(self, U: Tensor) -> Tensor:
-        """Of each U [R, D]: the gradient [R, 12, 12, S, D] of the value of (x, y, number of +1)."""
-        each = everywhere(U)
+        """Return the gradient of the value of each (x, y, number of +1): [R, 12, 12, S, D]."""
+        copies = everywhere(U)
         signs, _ = numbers_of_plus(self.design.num_samples)
-        values = self.model.values(self.design.equation, signs, each)  # (R, 12, 12, S)
-        slopes = [
-            torch.autograd.grad(value.sum(), each, retain_graph=True)[0]
+        values = self.model.values(self.design.estimator, signs, copies)  # (R, 12, 12, S)
+        gradients = [
+            torch.autograd.grad(value.sum(), copies, retain_graph=True)[0]
             for value in values.unbind(-1)
         ]
-        return torch.stack(slopes, dim=-2)
+        return torch.stack(gradients, dim=-2)
 
     def total(self, U: Tensor, counts: Tensor) -> Tensor:
-        """sum psi over the data: [R, D]."""
-        each = everywhere(U)
+        """Return the sum of psi over the data: [R, D]."""
+        copies = everywhere(U)
         signs, _ = numbers_of_plus(self.design.num_samples)
-        values = self.model.values(self.design.equation, signs, each)
-        (slope,) = torch.autograd.grad((counts * values).sum(), each)
-        return slope.sum((-3, -2))
+        values = self.model.values(self.design.estimator, signs, copies)
+        (gradient,) = torch.autograd.grad((counts * values).sum(), copies)
+        return gradient.sum((-3, -2))
 
     def jacobian(self, U: Tensor, counts: Tensor, step: float = 1e-4) -> Tensor:
-        """d total / d U [R, D, D], by central differences: some weights are no derivatives."""
+        """Return d total / d U [R, D, D] by central differences: some psi are no derivatives."""
         columns = []
-        for end in torch.eye(DIM, dtype=U.dtype) * step:
-            ends = (self.total(U + end, counts) - self.total(U - end, counts)) / (2 * step)
-            columns.append(ends)
+        for offset in torch.eye(DIM, dtype=U.dtype) * step:
+            rise = self.total(U + offset, counts) - self.total(U - offset, counts)
+            columns.append(rise / (2 * step))
         return torch.stack(columns, dim=-1)
 
     def outer_products(self, U: Tensor, counts: Tensor) -> Tensor:
+        """Return the sum of psi psi^T over the data: [R, D, D]."""
         psi = self.psi(U)
         return torch.einsum("rxys,rxysd,rxyse->rde", counts, psi, psi)
 
 
 def solve(equation: Equation, counts: Tensor, *, steps: int = 25) -> tuple[Tensor, ...]:
-    """Each replication's solution [R, D], by Newton's method from the truth, whether it is one
-    [R], and its covariances by the sandwich and by the outer products alone [R, D, D].
+    """Solve all replications by Newton's method from the truth.
+
+    Return the solutions [R, D], a mask of those that converged [R], and the covariances by the
+    sandwich and by the outer products alone [R, D, D].
     """
     U = TRUTH.expand(len(counts), DIM).clone()
     for _ in range(steps):
@@ -175,10 +182,12 @@ def solve(equation: Equation, counts: Tensor, *, steps: int = 25) -> tuple[Tenso
 
 
 def error_of(covariance: Tensor) -> Tensor:
+    """Return the standard errors: [R, D, D] to [R, D]."""
     return covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
 
 
 def covers(U: Tensor, covariance: Tensor) -> Tensor:
+    """Tell if the 95% interval around each parameter holds the truth [R, D]."""
     return (U - TRUTH).abs() < NORMAL_975 * error_of(covariance)
 
 
@@ -191,9 +200,13 @@ def by_library(
     breads: dict[str, Tensor],
     seed: int,
 ) -> dict[str, Any]:
-    """`lm.standard_errors` at the first solutions: its coverage, and how near the closed form."""
+    """Return the coverage of `lm.standard_errors`, and its largest difference from closed form."""
     chosen = solved.nonzero()[: design.by_library, 0].tolist()
-    found: dict[str, Any] = {"replications": len(chosen), "coverage": {}, "largest_difference": {}}
+    measured: dict[str, Any] = {
+        "replications": len(chosen),
+        "coverage": {},
+        "largest_difference": {},
+    }
     for bread, covariance in breads.items():
         errors = []
         for number in chosen:
@@ -208,8 +221,8 @@ def by_library(
         if not errors:
             continue
         error = torch.cat(errors)
-        off = error / error_of(covariance)[chosen] - 1
+        difference = error / error_of(covariance)[chosen] - 1
         hits = (U[chosen] - TRUTH).abs() < NORMAL_975 * error
-        found["coverage"][bread] = hits.double().mean().item()
-        found["largest_difference"][bread] = off.abs().max().item()
-    return found
+        measured["coverage"][bread] = hits.double().mean().item()
+        measured["largest_difference"][bread] = difference.abs().max().item()
+    return measured

@@ -1,4 +1,4 @@
-"""Trained models' outcomes, one JSON line each: a study that was stopped goes on from them."""
+"""Outcomes of trainings in a file, one JSON line each: a stopped study continues from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastperturb.demo.training import Outcome
 
 
 def train(arms: Iterable[Arm], seeds: Iterable[int], path: Path, *, workers: int) -> None:
-    """Train what `path` does not hold yet, in the arms' order, and add it as it ends."""
+    """Train what `path` does not hold yet, in the order of the arms, and append each outcome."""
     done = {key(job) for job, _ in _lines(path)}
     wanted = {key(job): job for arm in arms for job in map(arm.job, seeds)}
     missing = [job for name, job in wanted.items() if name not in done]
@@ -30,14 +30,14 @@ def train(arms: Iterable[Arm], seeds: Iterable[int], path: Path, *, workers: int
 
 
 def read(path: Path) -> dict[str, Outcome]:
-    """Outcomes by the `key` of their jobs."""
+    """Read outcomes by the `key` of their jobs."""
     return {key(job): Outcome(**outcome) for job, outcome in _lines(path)}
 
 
 def key(job: Job | dict[str, object]) -> str:
-    """What makes two trainings the same."""
-    plain = asdict(job) if isinstance(job, Job) else job
-    return json.dumps(plain, sort_keys=True)
+    """Return a string that is the same for the same training."""
+    values = asdict(job) if isinstance(job, Job) else job
+    return json.dumps(values, sort_keys=True)
 
 
 def _lines(path: Path) -> list[tuple[dict[str, object], dict[str, object]]]:

@@ -1,4 +1,4 @@
-"""`fastperturb demo`: learned against fixed noise on a synthetic language."""
+"""`fastperturb demo`: learned, fixed and no noise, compared on a synthetic language."""
 
 from fastperturb.demo.command import DemoOptions, run
 

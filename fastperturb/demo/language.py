@@ -1,4 +1,4 @@
-"""The synthetic language: its embeddings, its exact truth and samples from it.
+"""The synthetic language: its embeddings, its exact distribution (the truth) and samples from it.
 
 V = 144 tokens lie on a 12 x 12 grid over [-1, 1]^2. A token's embedding is its position (a, b)
 along two random orthonormal axes, the noisy one and the precise one, plus a small random id. A
@@ -9,9 +9,10 @@ over the grid of -(y - c)^2 / (2 * 0.09^2):
     p_a = E N(g((u_a + n1 + v_a + n2) / 2)),    n1, n2 ~ N(0, 0.3^2)
     g(s) = 0.9 clip(0.3 s if s < 0 else 1.2 s, -1, 1)
 
-The truth moves the prefix along the noisy axis before it is used, so prefixes with a below 0.1
-tell of g beyond 0.1. Both factors depend on a midpoint of grid points alone: of those there are
-2 * 12 - 1, and the truth is a pair of tables. The seed chooses the axes and the ids.
+The truth shifts the prefix along the noisy axis before it uses it, so prefixes with a below 0.1
+carry information about g beyond 0.1. Both factors depend only on the midpoint of two grid points,
+and there are 2 * 12 - 1 midpoints: the truth is a pair of tables. The seed chooses the axes and
+the ids.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 SIDE = 12
-VOCAB = SIDE * SIDE  # token = 12 * (index along the noisy axis) + (index along the precise one)
+VOCAB = SIDE * SIDE  # token = 12 * (index along the noisy axis) + (index along the precise axis)
 EMBED_DIM = 16
 NOISE_SD = 0.3
 RESPONSE_SD = 0.09
@@ -36,19 +37,20 @@ REGIONS = {"in_support": SUPPORT, "band1": (0.2, 0.45), "band2": (0.45, 0.7)}
 
 
 def grid() -> Tensor:
-    """The positions along one axis: [12], fp64."""
+    """Return the positions along one axis: [12], fp64."""
     return torch.linspace(-1, 1, SIDE, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Language:
-    """What a seed chooses. The truth about prefixes does not depend on it."""
+    """The axes and embeddings that a seed chooses; the truth does not depend on them."""
 
-    axes: Tensor  # [2, D] orthonormal: noisy, precise
+    axes: Tensor  # [2, D], orthonormal: noisy, precise
     embeddings: Tensor  # [V, D]
 
 
 def make_language(generator: torch.Generator, *, id_sd: float = ID_SD) -> Language:
+    """Draw the axes and the ids of a language."""
     square = torch.randn(EMBED_DIM, EMBED_DIM, dtype=torch.float64, generator=generator)
     axes = torch.linalg.qr(square).Q[:, :2].T  # (2, D)
     positions = torch.cartesian_prod(grid(), grid())  # (V, 2)
@@ -57,38 +59,39 @@ def make_language(generator: torch.Generator, *, id_sd: float = ID_SD) -> Langua
 
 
 def link(position: Tensor) -> Tensor:
-    """g: gentle on the negative side, steep on the positive one."""
+    """Apply g: gentle on the negative side, steep on the positive side."""
     slope = torch.where(position < 0, 0.3, 1.2)
     return 0.9 * (slope * position).clamp(-1, 1)
 
 
 def respond(centre: Tensor) -> Tensor:
-    """N(c): centre [...] to probabilities over the grid [..., 12]."""
+    """Return N(c): from centres [...] to probabilities over the grid [..., 12]."""
     return torch.softmax(-(grid() - centre[..., None]).square() / (2 * RESPONSE_SD**2), dim=-1)
 
 
 @functools.cache
 def truth_tables(noise_sd: float = NOISE_SD) -> tuple[Tensor, Tensor]:
-    """p_a and p_b by the sum of the two tokens' grid indices: [23, 12] each."""
+    """Return p_a and p_b, [23, 12] each; the row is the sum of the two tokens' grid indices."""
     midpoints = torch.linspace(-1, 1, 2 * SIDE - 1, dtype=torch.float64)
-    # The midpoint's noise is one Gaussian; a fine sum over +-8 sd is exact to 1e-6.
+    # The noise of a midpoint is one Gaussian; a fine sum over +-8 sd is exact to 1e-6.
     steps = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     mass = torch.softmax(-0.5 * steps.square(), dim=0)
-    moved = midpoints[:, None] + noise_sd / math.sqrt(2) * steps  # (23, steps)
-    noisy = (mass[:, None] * respond(link(moved))).sum(1)
+    shifted = midpoints[:, None] + noise_sd / math.sqrt(2) * steps  # (23, steps)
+    noisy = (mass[:, None] * respond(link(shifted))).sum(1)
     return noisy, respond(midpoints)
 
 
 def truth(prefixes: Tensor, noise_sd: float = NOISE_SD) -> Tensor:
-    """The exact law of y after each prefix: [N, 2] to [N, V], fp64."""
+    """Return the exact distribution of y after each prefix: [N, 2] to [N, V], fp64."""
     noisy, precise = _factors(prefixes, noise_sd)
     return (noisy[:, :, None] * precise[:, None, :]).flatten(1)
 
 
 def sample(prefixes: Tensor, generator: torch.Generator, *, noise_sd: float = NOISE_SD) -> Tensor:
-    """One y after each prefix: [N, 2] to [N]."""
+    """Draw one y after each prefix: [N, 2] to [N]."""
     noisy, precise = (
-        torch.multinomial(law, 1, generator=generator)[:, 0] for law in _factors(prefixes, noise_sd)
+        torch.multinomial(distribution, 1, generator=generator)[:, 0]
+        for distribution in _factors(prefixes, noise_sd)
     )
     return noisy * SIDE + precise
 
@@ -99,17 +102,17 @@ def _factors(prefixes: Tensor, noise_sd: float) -> tuple[Tensor, Tensor]:
 
 
 def tokens_between(low: float, high: float) -> Tensor:
-    """The tokens whose position along the noisy axis lies in [low, high]."""
+    """Return the tokens whose position along the noisy axis lies in [low, high]."""
     position = grid().repeat_interleave(SIDE)
     return ((position >= low) & (position <= high)).nonzero()[:, 0]
 
 
 def draw_prefixes(tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random prefixes [N, 2] of these tokens."""
+    """Draw `count` random prefixes [N, 2] of these tokens."""
     return tokens[torch.randint(len(tokens), (count, 2), generator=generator)]
 
 
 def some_prefixes(tokens: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
-    """Every prefix [N, 2] of these tokens, or a random choice of `at_most` different ones."""
+    """Return every prefix [N, 2] of these tokens, or a random choice of `at_most` of them."""
     prefixes = torch.cartesian_prod(tokens, tokens)
     return prefixes[torch.randperm(len(prefixes), generator=generator)[:at_most]]

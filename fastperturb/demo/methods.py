@@ -1,4 +1,4 @@
-"""What the demo compares: every method is the same net, data and steps with another noise."""
+"""The methods that the demo compares: the same net, data and steps, and another noise for each."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from fastperturb.config import PerturbConfig
 from fastperturb.estimators import Telescope
 
-# Isotropic noise is tried at these scales (sd in grid units, where the truth's is 0.3 along one
-# axis), and the demo reports the one that is best out of support: an oracle's choice.
+# Fixed isotropic noise is tried at these scales: standard deviations in grid units, where the true
+# noise has 0.3 along one axis. The demo reports the scale that is best out of support, which only
+# the known truth can tell: this favours fixed noise.
 SWEEP = (0.07, 0.1, 0.15)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to train."""
+    """One way to train. Field names are keys of saved results."""
 
     name: str
     transform: str | None = None  # None: the exact prefix
     estimator: str = "iwae"
-    quadratic: float = 0.0  # how much of the quadratic equation is added to the estimator's
+    quadratic: float = 0.0  # weight of the quadratic estimator, added to the other's value
     num_samples: int = 16
-    scale: float = 0.2  # the noise's sd per embedding dimension (at first, if learned)
+    scale: float = 0.2  # standard deviation per embedding dimension; if learned, the initial one
     latent_dim: int = 4
 
     @property
@@ -30,30 +31,30 @@ class Method:
 
     @property
     def telescope(self) -> Telescope | None:
-        """What sumo and mlmc draw their levels from; num_samples is the deepest."""
+        """For sumo and mlmc, the distribution of levels; num_samples belongs to the deepest."""
         if self.estimator not in ("sumo", "mlmc"):
             return None
         return Telescope(self.estimator, self.num_samples)
 
     @property
-    def expected_draws(self) -> float:
-        """The mean number of draws that a row takes."""
+    def expected_samples(self) -> float:
+        """Mean number of samples that a row takes."""
         return self.telescope.expected_draws if self.telescope else self.num_samples
 
     @property
-    def equations(self) -> str | dict[str, float]:
-        """The estimator as PerturbConfig takes it."""
+    def config_estimator(self) -> str | dict[str, float]:
+        """The estimator, or the mixture of two, as PerturbConfig takes it."""
         if not self.quadratic:
             return self.estimator
         return {self.estimator: 1.0, "quadratic": self.quadratic}
 
     def config(self, embed_rms: float) -> PerturbConfig:
-        """The library's configuration, whose scales are relative to the embeddings'."""
+        """Return the library's configuration, whose scales are relative to the embeddings."""
         assert self.transform is not None, "an exact prefix has no perturbation to configure"
         return PerturbConfig(
             transform=self.transform,
             latent_dim=self.latent_dim,
-            estimator=self.equations,
+            estimator=self.config_estimator,
             num_samples=self.num_samples,
             init_scale=self.scale / embed_rms,
         )

@@ -1,4 +1,4 @@
-"""The demo's picture: who extrapolates, and what the transforms learned to move."""
+"""The demo's picture: distance from the truth, and the shift that transforms learned."""
 
 from __future__ import annotations
 
@@ -10,19 +10,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastperturb.demo import language
-from fastperturb.report.figures import FAINT, INK, plain, spread_out
+from fastperturb.report.figures import (
+    BLACK,
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    LineEnd,
+    label_ends,
+    lettering,
+    plain,
+    title,
+)
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the pale ones are darkened,
-# because names are lettered in them.
 COLOURS = {
-    "exact": "#222222",
-    "jensen": "#8C8C8C",
-    "fixed": "#D55E00",
-    "learned": "#0072B2",
-    "learned_iwae_m4": "#3FA0DC",
-    "learned_jvi_clip_m4": "#C060A0",
-    "learned_quadratic_m2": "#009E73",
-    "learned_mlmc": "#D18F00",
+    "exact": BLACK,
+    "jensen": FAINT,
+    "fixed": VERMILION,
+    "learned": BLUE,
+    "learned_iwae_m4": SKY,
+    "learned_jvi_clip_m4": PINK,
+    "learned_quadratic_m2": GREEN,
+    "learned_mlmc": ORANGE,
 }
 NAMES = {
     "exact": "exact prefix",
@@ -34,35 +47,39 @@ NAMES = {
     "learned_quadratic_m2": "learned, quadratic",
     "learned_mlmc": "learned, mlmc",
 }
+_TITLE_HEIGHT = 1.075  # leaves room for remarks between the axes and the title
+_NAME_SIZE = 10
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Both panels, from what results.json holds, as a PNG."""
+    """Draw both panels from the content of results.json as a PNG."""
     figure = Figure(figsize=(13, 5.8), dpi=150, facecolor="white")
     left, right = figure.subplots(
         1, 2, width_ratios=(1.55, 1), gridspec_kw={"wspace": 0.54, "left": 0.05, "right": 0.985}
     )
     figure.subplots_adjust(bottom=0.12, top=0.82)
     draw_extrapolation(left, results)
-    draw_movement(right, results)
+    draw_shifts(right, results)
     figure.savefig(path)
 
 
 def draw_extrapolation(axes: Axes, results: dict[str, Any]) -> None:
+    """Draw KL to the truth against the position of the prefix along the noisy axis."""
     positions, rows = results["positions"], results["rows"]
     title(
         axes,
         "How far from the truth, in and out of support",
         "KL(truth || model) for prefixes whose tokens both lie at a; log scale",
+        height=_TITLE_HEIGHT,
     )
     low, high = language.SUPPORT
     axes.axvspan(low - 0.05, high, color="#eef1f4", zorder=0, linewidth=0)
     remark(axes, (low + high) / 2, "training support")
     for number in (1, 2):
-        ends = language.REGIONS[f"band{number}"]
-        axes.axvline(ends[0], color="#dddddd", linewidth=0.8, zorder=0)
-        axes.axvline(ends[1], color="#dddddd", linewidth=0.8, zorder=0)
-        remark(axes, sum(ends) / 2, f"band {number}")
+        limits = language.REGIONS[f"band{number}"]
+        axes.axvline(limits[0], color="#dddddd", linewidth=0.8, zorder=0)
+        axes.axvline(limits[1], color="#dddddd", linewidth=0.8, zorder=0)
+        remark(axes, sum(limits) / 2, f"band {number}")
     for row in rows:
         main = row["method"] in ("exact", "fixed", "learned")
         axes.plot(
@@ -80,44 +97,29 @@ def draw_extrapolation(axes: Axes, results: dict[str, Any]) -> None:
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 3.0)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_xlabel("prefix position a along the noisy axis", color=INK)
-    plain(axes)
-    label_ends(axes, rows)
-
-
-def label_ends(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    """Each line's name at its right end, moved apart where ends are close."""
-    to_height = axes.transData + axes.transAxes.inverted()
-    ends = sorted((to_height.transform((1.0, row["curve"][-1]))[1], row["method"]) for row in rows)
-    heights = spread_out([height for height, _ in ends], gap=0.058)
-    by_method = {row["method"]: row for row in rows}
-    for (end, method), height in zip(ends, heights):
-        axes.annotate(
-            described(by_method[method]),
-            xy=(1.0, end),
-            xytext=(1.05, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            va="center",
-            **lettering(method),
-            arrowprops={
-                "arrowstyle": "-",
-                "color": COLOURS[method],
-                "linewidth": 0.8,
-                "relpos": (0, 0.5),
-                "shrinkB": 0,
-            },
-            annotation_clip=False,
+    plain(axes, grid="y")
+    ends = [
+        LineEnd(
+            1.0,
+            row["curve"][-1],
+            described(row),
+            COLOURS[row["method"]],
+            bold=row["method"] == "learned",
         )
+        for row in rows
+    ]
+    label_ends(axes, ends, gap=0.058, size=_NAME_SIZE)
 
 
-def draw_movement(axes: Axes, results: dict[str, Any]) -> None:
+def draw_shifts(axes: Axes, results: dict[str, Any]) -> None:
+    """Draw the standard deviation of each method's shift along both axes."""
     rows = [row for row in results["rows"] if "movement" in row][::-1]
     title(
         axes,
-        "What the noise moves",
-        "sd along the noisy axis (disc) and the precise one (ring)",
+        "Shift by the noise",
+        "sd along the noisy (disc) and the precise axis (ring)",
+        height=_TITLE_HEIGHT,
     )
     for truth, name in ((0.0, "truth, precise"), (language.NOISE_SD, "truth, noisy")):
         axes.axvline(truth, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
@@ -129,7 +131,7 @@ def draw_movement(axes: Axes, results: dict[str, Any]) -> None:
         axes.plot(precise, height, "o", ms=10, mec=colour, mfc="white", mew=2.2, zorder=3)
         # A disc as large as the ring would hide it where noise is isotropic.
         axes.plot(noisy, height, "o", ms=10 if noisy > 1.1 * precise else 4, color=colour, zorder=4)
-        axes.text(0.008, height + 0.3, described(row), va="center", **lettering(row["method"]))
+        axes.text(0.008, height + 0.3, described(row), va="center", **name_style(row["method"]))
     axes.set_yticks([])
     axes.set_ylim(-0.5, len(rows) - 0.35)
     largest = max([language.NOISE_SD, *(row["movement"]["noisy"] for row in rows)])
@@ -139,27 +141,23 @@ def draw_movement(axes: Axes, results: dict[str, Any]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def lettering(method: str) -> dict[str, Any]:
-    weight = "bold" if method == "learned" else "normal"
-    return {"fontsize": 10, "color": COLOURS[method], "fontweight": weight}
+def name_style(method: str) -> dict[str, Any]:
+    """Return the text options for a method's name."""
+    return lettering(COLOURS[method], bold=method == "learned", size=_NAME_SIZE)
 
 
 def described(row: dict[str, Any]) -> str:
-    """A method's name and, where there is noise, its draws."""
+    """Return a method's name, with the scale of fixed noise and the samples of learned noise."""
     name = NAMES[row["method"]]
     if "scale" in row:
         name = f"{name} ({row['scale']:g})"
     if row["method"].startswith("learned"):
-        name = f"{name}, {row['samples']:.2g} draws"
+        name = f"{name}, {row['samples']:.2g} samples"
     return name
 
 
-def title(axes: Axes, text: str, below: str) -> None:
-    axes.text(0, 1.135, text, transform=axes.transAxes, fontsize=14, fontweight="bold", color=INK)
-    axes.text(0, 1.075, below, transform=axes.transAxes, fontsize=10, color=FAINT)
-
-
 def remark(axes: Axes, position: float, text: str) -> None:
+    """Write a small text above the axes, at a position along x."""
     axes.text(
         position,
         1.012,

@@ -1,10 +1,10 @@
 """The model that every method trains, its training, and its distance from the truth.
 
-A ReLU net reads the two moved embeddings and answers with a point h of embedding space. Token y
-scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a constant: a
-linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head are
-frozen, as in a language model that is only adapted. Where the trunk is held at the truth the
-net is `TrueResponse`, and the transform alone trains.
+A ReLU net reads the two perturbed embeddings and answers with a point h of embedding space. Token
+y scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a constant: a
+linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head are frozen,
+as in a language model that is only adapted. Where the trunk is held at the truth, the net is
+`TrueResponse`, and only the transform trains.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ BATCH = 256
 WIDTH = 128
 LEARNING_RATE = 3e-3
 TRANSFORM_LEARNING_RATE = 2e-2
-# A blurred net has little use for noise, so it starts rather sharp: the truth is 62.
+# A blurred net has little use for noise, so the net starts rather sharp; the truth is 62.
 FIRST_SHARPNESS = 40.0
 
-EVALUATION_DRAWS = 256
+EVALUATION_SAMPLES = 256
 PREFIXES_PER_REGION = 400
 PREFIXES_PER_POSITION = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is learned from, and how much of it a step takes."""
+    """The training data and the batch size. Field names are keys of saved results."""
 
-    pairs: int | None = PAIRS  # None: fresh ones every step
+    pairs: int | None = PAIRS  # None: fresh pairs every step
     batch: int = BATCH
-    noise_sd: float = language.NOISE_SD  # the truth's
-    true_trunk: bool = False  # the net is the truth's own response, held; embeddings have no ids
+    noise_sd: float = language.NOISE_SD  # of the truth
+    true_trunk: bool = False  # the net is TrueResponse, held fixed; embeddings have no ids
 
 
 class TrueResponse(nn.Module):
-    """The truth's answer to two embeddings: g of the mean along the noisy axis, the other's mean.
+    """The true response to two embeddings: g of the noisy mean, and the precise mean.
 
-    Under noise of the truth's sd along the noisy axis a model with this net is the truth, where
-    embeddings are grid positions: ids would add to the positions, and to the head's distances.
+    With noise of the true standard deviation along the noisy axis, a model with this net is the
+    truth. Embeddings must be grid positions: ids would add to positions, and to the distances in
+    the head.
     """
 
     axes: Tensor
@@ -58,8 +59,8 @@ class TrueResponse(nn.Module):
         super().__init__()
         self.register_buffer("axes", axes)  # [2, D]
 
-    def forward(self, moved: Tensor) -> Tensor:  # [..., 2D] to [..., D]
-        position = moved.unflatten(-1, (2, -1)).mean(-2) @ self.axes.T
+    def forward(self, embeddings: Tensor) -> Tensor:  # [..., 2D] to [..., D]
+        position = embeddings.unflatten(-1, (2, -1)).mean(-2) @ self.axes.T
         return torch.stack([language.link(position[..., 0]), position[..., 1]], -1) @ self.axes
 
 
@@ -83,7 +84,7 @@ class Model(nn.Module):
             torch.tensor(math.log(sharpness)), requires_grad=trunk is None
         )
         self.transform = None
-        # Made last: every method of a seed starts from the same net.
+        # Made last, so that all methods of a seed start from the same net.
         if method.transform is not None:
             rms = embeddings.square().mean().sqrt().item()
             self.transform = make_transform(method.config(rms), D, embed_rms=rms)
@@ -97,12 +98,12 @@ class Model(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:  # [M, B, D + 1]
         if self.transform is None:
-            moved = self.embeddings[prefixes][None]
+            perturbed = self.embeddings[prefixes][None]
         else:
-            moved = ops.perturb_embed(
+            perturbed = ops.perturb_embed(
                 prefixes, self.embeddings, self.transform, noise_seed, samples, rows=rows
             )
-        point = self.net(moved.flatten(2))  # (M, B, D)
+        point = self.net(perturbed.flatten(2))  # (M, B, D)
         return self.log_sharpness.exp() * torch.cat([2 * point, torch.ones_like(point[..., :1])], 2)
 
     def log_probs(
@@ -122,39 +123,40 @@ class Model(nn.Module):
         )
 
     @torch.no_grad()
-    def log_marginal(self, prefixes: Tensor, draws: int = EVALUATION_DRAWS) -> Tensor:
-        """log of the mean over draws of every token's probability: [N, 2] to [N, V]."""
+    def log_marginal(self, prefixes: Tensor, num_samples: int = EVALUATION_SAMPLES) -> Tensor:
+        """Return the log of every token's probability, averaged over samples: [N, 2] to [N, V]."""
         parts = []
         for number, part in enumerate(prefixes.split(32)):
-            log_probs = torch.log_softmax(self.hidden(part, number, draws) @ self.head.T, dim=-1)
+            hidden = self.hidden(part, number, num_samples)
+            log_probs = torch.log_softmax(hidden @ self.head.T, dim=-1)
             parts.append(log_probs.logsumexp(0) - math.log(len(log_probs)))
         return torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method learned from one seed. Distances are means of KL(truth || model)."""
+    """The result of training one method with one seed. Field names are keys of saved results."""
 
-    kl: dict[str, float]
-    entropy: dict[str, float]  # of the truth; with kl it makes the cross-entropy
-    curve: list[float]  # by prefix position along the noisy axis
-    movement: dict[str, float] | None  # the noise's sd along the noisy and the precise axis
-    samples: float  # draws a row and step
+    kl: dict[str, float]  # mean KL(truth || model), by region
+    entropy: dict[str, float]  # of the truth; kl + entropy is the cross-entropy
+    curve: list[float]  # mean KL by prefix position along the noisy axis
+    movement: dict[str, float] | None  # standard deviation of the shift along each axis
+    samples: float  # mean samples per row and step
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a seed settles before any model is made. No pairs: fresh ones every step."""
+    """The language, training pairs and test prefixes of a seed, the same for all methods."""
 
     world: Language
-    prefixes: Tensor | None  # [pairs, 2]
+    prefixes: Tensor | None  # [pairs, 2]; None: fresh pairs every step
     targets: Tensor | None  # [pairs]
-    regions: dict[str, Tensor]  # {name: [N, 2]}
-    columns: list[Tensor]  # of each position along the noisy axis
+    regions: dict[str, Tensor]  # test prefixes by region: [N, 2]
+    columns: list[Tensor]  # test prefixes by position along the noisy axis: [N, 2]
     generator: torch.Generator
 
     def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
-        """A random batch of pairs."""
+        """Draw a random batch of pairs."""
         if self.prefixes is None or self.targets is None:
             return draw_pairs(setting.batch, setting.noise_sd, self.generator)
         chosen = torch.randint(len(self.targets), (setting.batch,), generator=self.generator)
@@ -162,13 +164,14 @@ class Data:
 
 
 def draw_pairs(count: int, noise_sd: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Prefixes in support and what the truth continues them with."""
+    """Draw prefixes in support, and a continuation of each from the truth."""
     tokens = language.tokens_between(*language.SUPPORT)
     prefixes = language.draw_prefixes(tokens, count, generator)
     return prefixes, language.sample(prefixes, generator, noise_sd=noise_sd)
 
 
 def make_data(seed: int, setting: Setting) -> Data:
+    """Make the language, the training pairs and the test prefixes of a seed."""
     generator = torch.Generator().manual_seed(seed)
     world = language.make_language(generator, id_sd=0.0 if setting.true_trunk else language.ID_SD)
     prefixes = targets = None
@@ -188,30 +191,30 @@ def make_data(seed: int, setting: Setting) -> Data:
 
 
 def run_job(seed: int, method: Method, steps: int, setting: Setting = Setting()) -> Outcome:
-    """Make the language of this seed, train on it and evaluate: the same in every process."""
+    """Train one model and evaluate it; the result depends on nothing but the arguments."""
     data = make_data(seed, setting)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = TrueResponse(data.world.axes) if setting.true_trunk else None
         model = Model(data.world.embeddings, method, trunk)
     samples = train(model, method, data, setting, steps=steps)
-    laws = {name: language.truth(chosen, setting.noise_sd) for name, chosen in data.regions.items()}
+    truths = true_distributions(data, setting)
     return Outcome(
-        kl={name: distance(model, data.regions[name], law) for name, law in laws.items()},
-        entropy={name: -torch.xlogy(law, law).sum(1).mean().item() for name, law in laws.items()},
+        kl={name: distance(model, data.regions[name], truth) for name, truth in truths.items()},
+        entropy={name: mean_entropy(truth) for name, truth in truths.items()},
         curve=[
-            distance(model, chosen, language.truth(chosen, setting.noise_sd))
-            for chosen in data.columns
+            distance(model, prefixes, language.truth(prefixes, setting.noise_sd))
+            for prefixes in data.columns
         ],
-        movement=movement(model, data.world),
+        movement=axis_shifts(model, data.world),
         samples=samples,
     )
 
 
 def train(model: Model, method: Method, data: Data, setting: Setting, *, steps: int) -> float:
-    """AdamW, its rate constant for half of the steps and then falling to zero.
+    """Train by AdamW, and return the mean number of samples that a row took.
 
-    Returns the mean number of draws that a row took.
+    The learning rate is constant for half of the steps, and then falls to zero.
     """
     groups = []
     if not setting.true_trunk:
@@ -219,14 +222,14 @@ def train(model: Model, method: Method, data: Data, setting: Setting, *, steps: 
         groups.append({"params": trunk, "lr": LEARNING_RATE})
     if method.learned:
         assert model.transform is not None
-        shift = [*model.transform.parameters()]
-        groups.append({"params": shift, "lr": TRANSFORM_LEARNING_RATE})
-    # Decay would shrink the noise towards the exact prefix, whatever the data say.
+        transform = [*model.transform.parameters()]
+        groups.append({"params": transform, "lr": TRANSFORM_LEARNING_RATE})
+    # No weight decay: it would shrink the noise, whatever the data say.
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, 2 - 2 * step / steps)
     )
-    draws = 0
+    samples = 0
     for _ in range(steps):
         prefixes, targets = data.batch(setting)
         value, used = objective(model, method, prefixes, targets, data.generator)
@@ -234,30 +237,30 @@ def train(model: Model, method: Method, data: Data, setting: Setting, *, steps: 
         (-value.mean()).backward()
         optimizer.step()
         schedule.step()
-        draws += used
-    return draws / (steps * setting.batch)
+        samples += used
+    return samples / (steps * setting.batch)
 
 
 def objective(
     model: Model, method: Method, prefixes: Tensor, targets: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, int]:
-    """The estimator's value for each row [B], to be raised, and the number of draws it took."""
+    """Return the estimator's value of each row [B], to be maximised, and the samples it took."""
     noise_seed = torch.randint(2**62, (), generator=generator)
     telescope = method.telescope
     if telescope is not None:
         level = telescope.sample(torch.rand(len(targets), generator=generator))  # (B,)
         return telescoped(model, telescope, level, prefixes, targets, noise_seed)
-    draws = method.num_samples * len(targets)
+    samples = method.num_samples * len(targets)
     if method.estimator == "quadratic":
         hidden = model.hidden(prefixes, noise_seed, method.num_samples)
-        return ops.linear_quadratic(hidden, model.head, targets), draws
+        return ops.linear_quadratic(hidden, model.head, targets), samples
     if not method.quadratic:
         log_probs = model.log_probs(prefixes, targets, noise_seed, method.num_samples)
-        return combine(log_probs, method.estimator)[0], draws
+        return combine(log_probs, method.estimator)[0], samples
     hidden = model.hidden(prefixes, noise_seed, method.num_samples)
     log_probs = model.head_log_probs(hidden, targets)
     quadratic = ops.linear_quadratic(hidden, model.head, targets)
-    return combine(log_probs, method.estimator)[0] + method.quadratic * quadratic, draws
+    return combine(log_probs, method.estimator)[0] + method.quadratic * quadratic, samples
 
 
 def telescoped(
@@ -268,37 +271,49 @@ def telescoped(
     targets: Tensor,
     noise_seed: Tensor,
 ) -> tuple[Tensor, int]:
-    """A telescope whose rows take as many draws as their own level needs, and no more.
+    """Return the value of a telescope, and the samples it took.
 
-    The draws of all rows go through the net as one list of (row, sample) pairs: noise depends
-    on these numbers alone, so the list gets what a full [M, B] pass would have given it.
+    Each row takes only the samples that its level needs. All (row, sample) pairs go through the net
+    as one list; noise depends only on these two numbers, so it is that of a full [M, B] pass.
     """
-    draws = telescope.draws(level)  # (B,)
-    row = torch.arange(len(draws)).repeat_interleave(draws)  # (P,)
-    sample = torch.arange(len(row)) - (draws.cumsum(0) - draws)[row]  # (P,)
+    samples = telescope.draws(level)  # (B,)
+    row = torch.arange(len(samples)).repeat_interleave(samples)  # (P,)
+    sample = torch.arange(len(row)) - (samples.cumsum(0) - samples)[row]  # (P,)
     listed = model.log_probs(prefixes[row], targets[row], noise_seed, sample[None], row)[0]
-    unused = listed.new_zeros(int(draws.max()), len(draws))
+    unused = listed.new_zeros(int(samples.max()), len(samples))
     log_probs = unused.index_put((sample, row), listed)  # (M, B)
     return telescope.combine(log_probs, level)[0], len(row)
 
 
-def divergence(law: Tensor, log_model: Tensor) -> Tensor:
-    """KL(law || model) of every row: [N, V] and [N, V] to [N]."""
-    return (torch.xlogy(law, law) - law * log_model).sum(1)
+def true_distributions(data: Data, setting: Setting) -> dict[str, Tensor]:
+    """Return the truth after the test prefixes of each region: {name: [N, V]}."""
+    return {
+        name: language.truth(prefixes, setting.noise_sd) for name, prefixes in data.regions.items()
+    }
 
 
-def distance(model: Model, prefixes: Tensor, law: Tensor) -> float:
-    """The mean over prefixes of KL(law || the model's marginal)."""
-    return divergence(law, model.log_marginal(prefixes)).mean().item()
+def mean_entropy(truth: Tensor) -> float:
+    """Return the mean entropy of distributions [N, V]."""
+    return -torch.xlogy(truth, truth).sum(1).mean().item()
+
+
+def divergence(truth: Tensor, log_model: Tensor) -> Tensor:
+    """Return KL(truth || model) of every row: [N, V] and [N, V] to [N]."""
+    return (torch.xlogy(truth, truth) - truth * log_model).sum(1)
+
+
+def distance(model: Model, prefixes: Tensor, truth: Tensor) -> float:
+    """Return the mean over prefixes of KL(truth || the model's marginal)."""
+    return divergence(truth, model.log_marginal(prefixes)).mean().item()
 
 
 @torch.no_grad()
-def movement(model: Model, world: Language) -> dict[str, float] | None:
-    """The sd of the transform's shift along both axes, over draws and tokens."""
+def axis_shifts(model: Model, world: Language) -> dict[str, float] | None:
+    """Return the standard deviation of the shift along both axes, over samples and tokens."""
     if model.transform is None:
         return None
     tokens = torch.arange(language.VOCAB)[:, None]  # (V, 1)
-    moved = ops.perturb_embed(tokens, model.embeddings, model.transform, 0, EVALUATION_DRAWS)
-    shift = (moved - model.embeddings[tokens]) @ world.axes.T  # (M, V, 1, 2)
+    perturbed = ops.perturb_embed(tokens, model.embeddings, model.transform, 0, EVALUATION_SAMPLES)
+    shift = (perturbed - model.embeddings[tokens]) @ world.axes.T  # (M, V, 1, 2)
     noisy, precise = shift.square().mean((0, 1, 2)).sqrt().tolist()
     return {"noisy": noisy, "precise": precise}

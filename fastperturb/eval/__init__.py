@@ -1,4 +1,4 @@
-"""`fastperturb eval`: how likely texts are under models."""
+"""`fastperturb eval`: compare models by the likelihood of texts."""
 
 from fastperturb.eval.command import run
 from fastperturb.eval.options import EvalOptions

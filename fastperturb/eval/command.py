@@ -1,13 +1,13 @@
-"""`fastperturb eval`: models and texts in; how likely, how sure, and who differs from whom out.
+"""`fastperturb eval`: compare models on texts.
 
-    OUTPUT/results.json           every number, of each document too, and options, versions, commit
-    OUTPUT/table.md               the same to be read
-    OUTPUT/evaluation.png         the nll against draws, and the differences with their intervals
-    OUTPUT/continuations.jsonl    what the models wrote, where they were asked to
+    OUTPUT/results.json           every number, also per document; options, versions, commit
+    OUTPUT/table.md               the same numbers as tables
+    OUTPUT/evaluation.png         nll against the number of samples; differences with intervals
+    OUTPUT/continuations.jsonl    the texts that models wrote, if they were asked to write
 
-All models are judged on the same blocks under the same noise, token by token: `domains` reads the
-texts, `models` finds and loads, `likelihood` measures, `bootstrap` makes intervals over documents,
-`continuations` lets the models write.
+All models are scored on the same blocks under the same noise, token by token. `data.domains` reads
+the texts, `models` finds and loads the models, `likelihood` scores, `report.bootstrap` makes
+intervals over documents, and `writing` lets the models continue documents.
 """
 
 from __future__ import annotations
@@ -27,65 +27,73 @@ from fastperturb.report import bootstrap
 
 
 def run(options: EvalOptions) -> int:
-    from fastperturb.eval import pictures, table
+    """Evaluate, write the output folder, print the tables, and return the exit status."""
+    from fastperturb.eval import pictures
+    from fastperturb.eval.tables import tables
     from fastperturb.eval.writing import Writing
+    from fastperturb.report import table
 
     folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
-    places = [models.find(*each, options.base) for each in named("models", options.models).items()]
+    places = [
+        models.find(name, where, options.base)
+        for name, where in named("models", options.models).items()
+    ]
     tokenizer = models.common_tokenizer(places, trust_remote_code=options.trust_remote_code)
-    where = named("domains", options.domains)
-    texts = [read(name, each, options, tokenizer) for name, each in where.items()]
+    locations = named("domains", options.domains)
+    texts = [read(name, where, options, tokenizer) for name, where in locations.items()]
     validation = None
     if options.tune_on is not None:
         validation = read("tune_on", options.tune_on, options, tokenizer)
     writing = Writing(options, texts, tokenizer) if options.continuations else None
 
-    told: list[dict[str, Any]] = []
-    measured: list[Measured] = []
+    descriptions: list[dict[str, Any]] = []
+    measurements: list[Measurement] = []
     for place in places:
         lm = models.load(place, options)
-        told.append(_told(place, lm))
+        descriptions.append(_description(place, lm))
         with models.autocast(lm, options.precision):
-            measured += measure(place.name, lm, texts, validation, options)
-            if likelihood.moves(lm) and not lm.has_one_draw:
+            measurements += measure(place.name, lm, texts, validation, options)
+            if likelihood.perturbs(lm) and not lm.has_one_draw:
                 with lm.exact():
-                    still = f"{place.name}, without noise"
-                    measured += measure(still, lm, texts, validation, options)
+                    name = f"{place.name}, without noise"
+                    measurements += measure(name, lm, texts, validation, options)
             if writing is not None:
                 writing.add(place.name, lm)
-        del lm  # before the next one is loaded
+        del lm  # free its memory before the next one is loaded
 
-    reference = reference_of(measured, options.baseline or places[0].name)
+    reference = reference_of(measurements, options.baseline or places[0].name)
     results = {
-        "models": told,
-        "domains": [_counted(text, where[text.name], reference) for text in texts],
+        "models": descriptions,
+        "domains": [_domain_facts(text, locations[text.name], reference) for text in texts],
         "unigram": {text.name: own_unigram(text, len(tokenizer)).to_dict() for text in texts},
-        "measurements": [each.to_dict() for each in measured],
+        "measurements": [measurement.to_dict() for measurement in measurements],
         "reference": reference.heading(),
         "differences": [
-            difference(each, reference, options.seed) for each in measured if each is not reference
+            difference(measurement, reference, options.seed)
+            for measurement in measurements
+            if measurement is not reference
         ],
-        "continuations": [] if writing is None else writing.judged(),
+        "continuations": [] if writing is None else writing.evaluated(),
         "config": options.to_dict(),
         **runs.provenance(),
     }
     runs.write_json(folder / "results.json", results)
-    found = table.tables(results)
-    (folder / "table.md").write_text(table.markdown(found), encoding="utf-8")
-    written = ["results.json", "table.md"]
+    shown = tables(results)
+    (folder / "table.md").write_text(table.markdown(shown), encoding="utf-8")
+    files = ["results.json", "table.md"]
     if pictures.draw(results, folder / "evaluation.png"):
-        written.append("evaluation.png")
+        files.append("evaluation.png")
     if writing is not None:
         writing.save(folder / "continuations.jsonl")
-        written.append("continuations.jsonl")
-    table.show(found)
-    print(f"in {folder}: {', '.join(written)}")
+        files.append("continuations.jsonl")
+    table.show(shown)
+    print(f"in {folder}: {', '.join(files)}")
     return 0
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model at a temperature, on every domain."""
+class Measurement:
+    """The likelihood of every domain under a model at one temperature."""
 
     model: str
     temperature: float
@@ -93,11 +101,12 @@ class Measured:
     domains: Mapping[str, Likelihood]
 
     def heading(self) -> dict[str, Any]:
+        """Return what tells this measurement apart, as results.json holds it."""
         return {"model": self.model, "temperature": self.temperature, "tuned": self.tuned}
 
     def to_dict(self) -> dict[str, Any]:
-        found = {name: each.to_dict() for name, each in self.domains.items()}
-        return {**self.heading(), "domains": found}
+        domains = {name: likelihood.to_dict() for name, likelihood in self.domains.items()}
+        return {**self.heading(), "domains": domains}
 
 
 def measure(
@@ -106,38 +115,40 @@ def measure(
     texts: Sequence[Domain],
     validation: Domain | None,
     options: EvalOptions,
-) -> list[Measured]:
-    """A model at every temperature that was asked for, and at its own if there is a validation."""
-    how: dict[str, Any] = {
+) -> list[Measurement]:
+    """Score the texts at every requested temperature, and at the one tuned on a validation text."""
+    settings: dict[str, Any] = {
         "num_samples": options.num_samples,
         "seed": options.seed,
         "batch_size": options.batch_size,
     }
-    wanted = [(temperature, False) for temperature in options.temperatures]
+    temperatures = [(temperature, False) for temperature in options.temperatures]
     if validation is not None:
-        wanted.append((likelihood.tuned_temperature(lm, validation, **how), True))
-    found = []
-    for temperature, tuned in wanted:
-        by_domain = {}
+        temperatures.append((likelihood.tuned_temperature(lm, validation, **settings), True))
+    measurements = []
+    for temperature, tuned in temperatures:
+        by_domain: dict[str, Likelihood] = {}
         for text in texts:
-            by_domain[text.name] = each = likelihood.measure(
-                lm, text, **how, temperature=temperature
-            )
-            reached = f"{text.name}: perplexity {each.perplexity:.4g}"
-            print(f"{name}, T = {temperature:.3g}, {reached}", flush=True)
-        found.append(Measured(name, temperature, tuned, by_domain))
-    return found
+            result = likelihood.measure(lm, text, **settings, temperature=temperature)
+            by_domain[text.name] = result
+            scored = f"{text.name}: perplexity {result.perplexity:.4g}"
+            print(f"{name}, T = {temperature:.3g}, {scored}", flush=True)
+        measurements.append(Measurement(name, temperature, tuned, by_domain))
+    return measurements
 
 
-def reference_of(measured: Sequence[Measured], baseline: str) -> Measured:
-    """What others are compared with: the baseline at its own temperature, if that was tuned."""
-    its = [each for each in measured if each.model == baseline]
-    return next((each for each in its if each.tuned), its[0])
+def reference_of(measurements: Sequence[Measurement], baseline: str) -> Measurement:
+    """Return the baseline's measurement at its tuned temperature, or else the baseline's first."""
+    own = [measurement for measurement in measurements if measurement.model == baseline]
+    return next((measurement for measurement in own if measurement.tuned), own[0])
 
 
-def difference(ours: Measured, reference: Measured, seed: int) -> dict[str, Any]:
-    """Of the nll of every domain, and of their mean where there are several."""
-    pairs = {name: (each, reference.domains[name]) for name, each in ours.domains.items()}
+def difference(ours: Measurement, reference: Measurement, seed: int) -> dict[str, Any]:
+    """Return the intervals of our nll minus the reference's: in each domain, and their mean."""
+    pairs = {
+        name: (likelihood.document_sums, reference.domains[name].document_sums)
+        for name, likelihood in ours.domains.items()
+    }
     mean = None
     if len(pairs) > 1:
         mean = bootstrap.mean_paired_difference(list(pairs.values()), seed=seed).to_dict()
@@ -149,22 +160,22 @@ def difference(ours: Measured, reference: Measured, seed: int) -> dict[str, Any]
 
 
 def own_unigram(text: Domain, vocab_size: int) -> Likelihood:
-    """What the token frequencies of the text itself say of it: the entropy without context."""
+    """Return the likelihood of a text under its own token frequencies: its unigram entropy."""
     counts = likelihood.label_counts(text.blocks, vocab_size)
     return likelihood.unigram(text, counts, smoothing=0.0)
 
 
-def _told(place: Place, lm: PerturbedLM) -> dict[str, Any]:
-    perturbed = place.checkpoint is not None
+def _description(place: Place, lm: PerturbedLM) -> dict[str, Any]:
+    has_checkpoint = place.checkpoint is not None
     return {
         "name": place.name,
-        "checkpoint": str(place.checkpoint) if perturbed else None,
+        "checkpoint": str(place.checkpoint) if has_checkpoint else None,
         "base": place.base,
-        "perturbation": lm.config.to_dict() if perturbed else None,
+        "perturbation": lm.config.to_dict() if has_checkpoint else None,
     }
 
 
-def _counted(text: Domain, where: str, measured: Measured) -> dict[str, Any]:
-    labels = sum(measured.domains[text.name].counts)
+def _domain_facts(text: Domain, where: str, measurement: Measurement) -> dict[str, Any]:
+    labels = sum(measurement.domains[text.name].counts)
     documents = text.document_count
     return {"name": text.name, "where": where, "documents": documents, "labels": labels}

@@ -1,4 +1,4 @@
-"""The models that are judged: found, told apart, and loaded one at a time."""
+"""Finding and loading the models of an evaluation, one at a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-import fastperturb
 from fastperturb import runs
 from fastperturb.checkpoint.format import CONFIG_NAME, Checkpoint
 from fastperturb.checkpoint.pretrained import check_positions, load_causal_lm, load_tokenizer
 from fastperturb.config import PerturbConfig
 from fastperturb.data.documents import DocumentTokenizer
-from fastperturb.model import EditConfig, PerturbedLM
+from fastperturb.model import EditConfig, PerturbedLM, wrap
+from fastperturb.model import load as load_checkpoint
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model lies.
+    """The folders or Hugging Face ids that make up a model.
 
     checkpoint: the folder that `fastperturb.load` reads; None for a plain model.
-    base, tokenizer: what transformers loads.
+    base, tokenizer: the folder or id that transformers loads.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Place:
 
     @property
     def is_edited(self) -> bool:
-        """Whether its perturbation is random edits of tokens."""
+        """True where the perturbation is random edits of tokens."""
         return self.checkpoint is not None and isinstance(
             Checkpoint.read(self.checkpoint).config, EditConfig
         )
 
 
 class LoadOptions(Protocol):
-    """What loading asks of a command's options."""
+    """The options of a command that loading a model needs."""
 
     @property
     def precision(self) -> str: ...
@@ -55,73 +55,77 @@ class LoadOptions(Protocol):
 
     @property
     def lengths(self) -> Mapping[str, int]:
-        """How long a text gets, by the options that make it so."""
+        """The lengths of text that the model must have positions for, by option."""
         ...
 
 
 def find(name: str, where: str, base: str | None) -> Place:
-    """The checkpoint or plain model at `where`; of a training run the best, or else the last."""
+    """Find the checkpoint or plain model at `where`; of a training run the best, or else the last.
+
+    where: a folder or a Hugging Face id. base: replaces the base that the checkpoint names.
+    """
     folder = Path(where).expanduser()
     if not folder.is_dir():
         if folder.is_absolute() or where.startswith((".", "~")) or where.count("/") > 1:
             raise ValueError(f"model {name!r}: there is no folder {where}")
         return Place(name, None, where, where)
-    inner = (folder / "best", folder / "model", folder)
-    checkpoint = next((each for each in inner if (each / CONFIG_NAME).is_file()), None)
+    candidates = (folder / "best", folder / "model", folder)
+    checkpoint = next((path for path in candidates if (path / CONFIG_NAME).is_file()), None)
     if checkpoint is None:
         if (folder / "config.json").is_file():
             return Place(name, None, str(folder), str(folder))
         raise ValueError(
-            f"model {name!r}: {folder} holds no {CONFIG_NAME}, in best/ or model/ neither, and no "
-            "config.json of a plain model. Has its training run finished?"
+            f"model {name!r}: {folder} holds no {CONFIG_NAME}, nor do best/ and model/ in it, and "
+            "no config.json of a plain model. Has its training run finished?"
         )
     saved_over = base or Checkpoint.read(checkpoint).base.name
-    # Beside a perturbation there may be the base that trained, and the tokenizer, or not.
-    of_base, of_tokenizer = (
+    # A checkpoint folder may also hold the base, if it was trained, and the tokenizer.
+    base_source, tokenizer_source = (
         str(checkpoint) if (checkpoint / file).is_file() else saved_over
         for file in ("config.json", "tokenizer_config.json")
     )
-    if not of_base or not of_tokenizer:
+    if not base_source or not tokenizer_source:
         raise ValueError(
-            f"model {name!r}: {checkpoint} does not say over what it was saved: set base"
+            f"model {name!r}: {checkpoint} does not name the base model it was saved with: set base"
         )
-    return Place(name, checkpoint, of_base, of_tokenizer)
+    return Place(name, checkpoint, base_source, tokenizer_source)
 
 
 def common_tokenizer(places: Sequence[Place], *, trust_remote_code: bool) -> Any:
-    """The tokenizer of all models: under two, a token would not be the same thing."""
-    found = []
+    """Load the tokenizer that all models share, and reject models with different ones."""
+    tokenizers = []
     for place in places:
         try:
-            found.append(load_tokenizer(place.tokenizer, trust_remote_code=trust_remote_code))
+            tokenizer = load_tokenizer(place.tokenizer, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise _unloadable(place, error) from error
-    first, *others = [DocumentTokenizer(each).fingerprint() for each in found]
+        tokenizers.append(tokenizer)
+    first, *others = [DocumentTokenizer(tokenizer).fingerprint() for tokenizer in tokenizers]
     for place, other in zip(places[1:], others):
         if other != first:
             raise ValueError(
                 f"models {places[0].name!r} and {place.name!r} have different tokenizers "
-                f"({places[0].tokenizer}, {place.tokenizer}), and a likelihood is of their tokens: "
-                "judge them in separate runs"
+                f"({places[0].tokenizer}, {place.tokenizer}), and likelihoods per token cannot be "
+                "compared then: evaluate them in separate runs"
             )
-    return found[0]
+    return tokenizers[0]
 
 
 def load(place: Place, options: LoadOptions) -> PerturbedLM:
-    """The model in eval mode; a plain one behind a transform that moves nothing."""
+    """Load a model in eval mode; a plain one gets a transform that perturbs nothing."""
     base = _base(place, options)
-    for what, tokens in options.lengths.items():
-        check_positions(place.name, base, tokens, what)
+    for option, tokens in options.lengths.items():
+        check_positions(place.name, base, tokens, option)
     if place.checkpoint is not None:
-        lm = fastperturb.load(base, place.checkpoint)
+        lm = load_checkpoint(base, place.checkpoint)
     else:
-        lm = fastperturb.wrap(base, PerturbConfig(transform="diagonal", num_samples=1))
+        lm = wrap(base, PerturbConfig(transform="diagonal", num_samples=1))
         nn.init.zeros_(lm.transform.get_parameter("s"))
     return lm.to(runs.torch_device(options.device)).eval()
 
 
 def autocast(lm: PerturbedLM, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Under which a model of this precision is judged."""
+    """Return the autocast context under which a model of this precision is scored."""
     device = lm.transform.embed_rms.device.type
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
@@ -135,5 +139,5 @@ def _base(place: Place, options: LoadOptions) -> nn.Module:
 
 
 def _unloadable(place: Place, error: Exception) -> ValueError:
-    advice = "" if place.checkpoint is None else ". If what it was saved over has moved, set base"
+    advice = "" if place.checkpoint is None else ". If its base model was moved, set base"
     return ValueError(f"model {place.name!r}: {error}{advice}")

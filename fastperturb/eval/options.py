@@ -1,4 +1,4 @@
-"""What an evaluation is told: the options of `fastperturb eval`, validated."""
+"""The options of `fastperturb eval`, validated."""
 
 from __future__ import annotations
 
@@ -15,76 +15,77 @@ from fastperturb.runs import option_files
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(DomainOptions):
-    """Judge models on texts: how likely each is, how sure that is, and whether models differ."""
+    """Compare models on texts: perplexities, differences with intervals, and continuations."""
 
     models: tuple[str, ...]
-    """NAME=WHERE, or WHERE alone: a folder that train or save_pretrained wrote, or a plain model,
-    by its folder or Hugging Face id, which is judged on exact prefixes."""
+    """Models to compare, each NAME=WHERE or WHERE alone; WHERE is a folder written by train or
+    save_pretrained, or a plain model's folder or Hugging Face id, which is scored unperturbed."""
 
     domains: tuple[str, ...]
-    """NAME=WHERE, or WHERE alone: all that train reads, or one of wikitext2, wikitext103,
-    writingprompts, codeparrot, germanquad and openwebtext on the hub."""
+    """Texts to score, each NAME=WHERE or WHERE alone; WHERE is anything that train reads, or a
+    known text: wikitext2, wikitext103, writingprompts, codeparrot, germanquad or openwebtext."""
 
     base: str | None = None
-    """What checkpoints were saved over, where that has moved: a folder or an id."""
+    """Folder or Hugging Face id of the base model, if it is not where the checkpoints say."""
 
     trust_remote_code: bool = False
-    """Run code that a model's repository brings."""
+    """Run Python code that comes with a model's repository."""
 
     baseline: str | None = None
-    """The model that the others are compared with; default: the first."""
+    """Name of the model that all others are compared with; the default is the first model."""
 
     num_samples: int = 32
-    """Draws of the noise."""
+    """Monte-Carlo samples M that each probability is averaged over."""
 
     temperatures: tuple[float, ...] = (1.0,)
-    """What logits are divided by; every model is judged at each."""
+    """Temperatures that the logits are divided by; every model is scored at each of them."""
 
     tune_on: str | None = None
-    """A validation text, read as the domains are: every model is also judged at the temperature
-    that makes it likeliest, and compared with the baseline at its own."""
+    """Validation text on which each model's best temperature is found; every model is then also
+    scored at its own best temperature, and compared with the baseline at the baseline's."""
 
     batch_size: int = 8
-    """Blocks, or prompts, at a time."""
+    """Blocks, or prompts for continuations, that go through a model at a time."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 holds the base in bf16 and computes under autocast."""
+    """Precision of the models; bf16 loads the base in bf16 and computes under autocast."""
 
     continuations: int = 0
-    """Let every model continue the beginnings of so many documents of each domain."""
+    """Documents of each domain whose beginnings every model continues; 0 writes nothing."""
 
     prompt_tokens: int = 32
-    """How long these beginnings are."""
+    """Length in tokens of the beginning that is given to a model to continue."""
 
     continuation_tokens: int = 64
-    """How long continuations are."""
+    """Length in tokens of each continuation."""
 
     continuation_mode: Literal["mixture", "sequence", "token"] = "mixture"
-    """How they are decoded, by plain sampling: mixture averages num_samples draws at every step,
-    sequence takes one draw for all steps, token a fresh one for each."""
+    """How continuations are sampled: mixture averages num_samples samples at every step, sequence
+    keeps one sample for all steps, and token draws a fresh one for each step."""
 
     mauve_features: Path | None = None
-    """Also compare continuations with the texts by MAUVE: the folder of the model whose last hidden
-    states are its features."""
+    """Folder of a model whose last hidden states are the features for MAUVE, which then also
+    compares continuations with the texts."""
 
     seed: int = 0
-    """Of all noise, of the choice of tokens, and of the resampling of documents."""
+    """Seed of the noise, of sampling continuations and of resampling documents."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Default: cuda where there is one."""
+    """Device that models run on; the default is cuda where there is one."""
 
     output_dir: Path = Path("runs/eval")
-    """Where results.json, table.md, evaluation.png and continuations.jsonl go."""
+    """Folder for results.json, table.md, evaluation.png and continuations.jsonl."""
 
     overwrite: bool = False
-    """Let output_dir be a folder that already holds files."""
+    """Allow output_dir to be a folder that already holds files."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         models = named("models", self.models)
-        places = named("domains", self.domains).values()
-        if self.tune_on in places:
-            raise ValueError(f"tune_on {self.tune_on!r} is judged on too: give a text of its own")
+        if self.tune_on in named("domains", self.domains).values():
+            raise ValueError(
+                f"tune_on {self.tune_on!r} is one of domains too: give a validation text of its own"
+            )
         if self.baseline is not None and self.baseline not in models:
             raise ValueError(f"baseline must be one of {list(models)}, got {self.baseline!r}")
         for name in ("num_samples", "batch_size", "prompt_tokens", "continuation_tokens"):
@@ -97,10 +98,12 @@ class EvalOptions(DomainOptions):
             raise ValueError(f"temperatures must be numbers above 0, got {self.temperatures}")
         if self.mauve_features is not None:
             if not self.continuations:
-                raise ValueError("mauve_features is about continuations: say of how many documents")
+                raise ValueError(
+                    "mauve_features needs continuations: set continuations to a number of documents"
+                )
             if not (self.mauve_features / "config.json").is_file():
                 raise ValueError(
-                    f"mauve_features {self.mauve_features} is no folder of a model: it has no "
+                    f"mauve_features {self.mauve_features} is not the folder of a model: it has no "
                     "config.json"
                 )
         self._require_packages()
@@ -112,38 +115,39 @@ class EvalOptions(DomainOptions):
             "rouge_score": ("continuations", "eval", self.continuations > 0),
             "mauve": ("mauve_features", "mauve", self.mauve_features is not None),
         }
-        for package, (what, extra, is_needed) in needed.items():
+        distributions = {"rouge_score": "rouge-score", "mauve": "mauve-text"}
+        for package, (option, extra, is_needed) in needed.items():
             if is_needed and find_spec(package) is None:
-                named = {"rouge_score": "rouge-score", "mauve": "mauve-text"}.get(package, package)
                 raise ValueError(
-                    f"{what} needs the package {named}: pip install 'fastperturb[{extra}]'"
+                    f"{option} needs the package {distributions.get(package, package)}: "
+                    f"pip install 'fastperturb[{extra}]'"
                 )
 
     @property
     def lengths(self) -> dict[str, int]:
-        """How long a text gets, by the options that make it so."""
-        found = {"block_size": self.block_size}
+        """The lengths of text that a model must have positions for, by option."""
+        lengths = {"block_size": self.block_size}
         if self.continuations:
             longest = self.prompt_tokens + self.continuation_tokens
-            found["prompt_tokens + continuation_tokens"] = longest
-        return found
+            lengths["prompt_tokens + continuation_tokens"] = longest
+        return lengths
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the options as JSON holds them."""
         return option_files.plain(self)
 
 
 def named(option: str, entries: Sequence[str]) -> dict[str, str]:
-    """Where each name lies."""
+    """Return {name: where} of an option's entries NAME=WHERE; WHERE alone is its own name."""
     if not entries:
         raise ValueError(f"{option} must have at least one entry, NAME=WHERE")
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for entry in entries:
         name, separated, where = entry.partition("=")
         where = where if separated else name
         if not name or not where:
             raise ValueError(f"{option} must be NAME=WHERE, got {entry!r}")
-        if name in found:
-            raise ValueError(f"{option} has the name {name!r} twice: give one of them another")
-        found[name] = where
-    return found
+        if name in by_name:
+            raise ValueError(f"{option} has the name {name!r} twice: rename one of them")
+        by_name[name] = where
+    return by_name

@@ -1,4 +1,4 @@
-"""The part of an evaluation in which models write: their continuations of every domain, judged."""
+"""The continuations of every domain by every model, and their comparison with the texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastperturb.model import PerturbedLM
 
 
 class Writing:
-    """Prompts of every domain, and what each model made of them."""
+    """Prompts from every domain, and the continuations that each model wrote."""
 
     def __init__(self, options: EvalOptions, domains: Sequence[Domain], tokenizer: Any) -> None:
         self._options, self._tokenizer = options, tokenizer
@@ -39,7 +39,7 @@ class Writing:
         self._written: dict[str, dict[str, list[str]]] = {text.name: {} for text in domains}
 
     def add(self, model: str, lm: PerturbedLM) -> None:
-        """Let a model write."""
+        """Let a model continue the prompts of every domain."""
         options = self._options
         for domain, prompts in self._prompts.items():
             self._written[domain][model] = generate(
@@ -53,39 +53,40 @@ class Writing:
             )
             print(f"{model} has continued {len(prompts.documents)} documents of {domain}")
 
-    def judged(self) -> list[dict[str, Any]]:
-        """For every domain, the text itself (model None) and then each model."""
-        options, found = self._options, []
+    def evaluated(self) -> list[dict[str, Any]]:
+        """Return a row of results for each domain and model; model None is the text itself."""
+        options, rows = self._options, []
         mauve = None
         if options.mauve_features is not None:
             mauve = Mauve(options.mauve_features, device=runs.torch_device(options.device))
         for domain, prompts in self._prompts.items():
             truths = self._texts(prompts.truths)
             own: dict[str, Any] = {"domain": domain, "documents": len(truths)}
-            found.append({**own, "model": None, "rouge1": None, **diversity(truths), "mauve": None})
+            rows.append({**own, "model": None, "rouge1": None, **diversity(truths), "mauve": None})
             beginnings = self._texts(prompts.tokens)
             features = None if mauve is None else mauve.features(_joined(beginnings, truths))
             for model, written in self._written[domain].items():
                 row = {**own, "model": model, **diversity(written), "mauve": None}
                 row["rouge1"] = rouge1(written, truths, seed=options.seed).to_dict()
                 if mauve is not None and features is not None:
-                    theirs = mauve.features(_joined(beginnings, written))
-                    row["mauve"] = mauve.score(features, theirs, seed=options.seed)
-                found.append(row)
-        return found
+                    written_features = mauve.features(_joined(beginnings, written))
+                    row["mauve"] = mauve.score(features, written_features, seed=options.seed)
+                rows.append(row)
+        return rows
 
     def save(self, path: Path) -> None:
-        """A line for each prompt: how it went on, and what every model wrote."""
+        """Write one JSON line per prompt: the prompt, its truth and each model's continuation."""
         with open(path, "w", encoding="utf-8") as file:
             for domain, prompts in self._prompts.items():
                 beginnings, truths = self._texts(prompts.tokens), self._texts(prompts.truths)
                 for number, document in enumerate(prompts.documents):
+                    written = self._written[domain].items()
                     line = {
                         "domain": domain,
                         "document": document,
                         "prompt": beginnings[number],
                         "truth": truths[number],
-                        "written": {m: each[number] for m, each in self._written[domain].items()},
+                        "written": {model: texts[number] for model, texts in written},
                     }
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -94,4 +95,4 @@ class Writing:
 
 
 def _joined(beginnings: Sequence[str], continuations: Sequence[str]) -> list[str]:
-    return [beginning + each for beginning, each in zip(beginnings, continuations)]
+    return [first + second for first, second in zip(beginnings, continuations)]

@@ -127,7 +127,7 @@ def _measure_forms(
 
 def _forms(name: str, lm: PerturbedLM) -> dict[str, nn.Module]:
     """Return the model; a perturbed one also without its noise."""
-    if not likelihood.moves(lm):
+    if not likelihood.perturbs(lm):
         return {name: lm.base}
     return {name: lm, f"{name}, without noise": lm.base}
 

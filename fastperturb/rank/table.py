@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from fastperturb.eval.table import Table, markdown, show
+from fastperturb.report.table import Table, markdown, show
 
 __all__ = ["markdown", "show", "tables"]
 

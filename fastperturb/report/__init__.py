@@ -1,1 +1,1 @@
-"""Figures, tables and intervals that several commands share."""
+"""Figures, tables and bootstrap intervals that several commands share."""

@@ -1,4 +1,4 @@
-"""`fastperturb study`: every method on one domain, judged on all."""
+"""`fastperturb study`: methods trained on one domain, and compared on all with controls."""
 
 from fastperturb.study.command import run
 from fastperturb.study.options import StudyOptions

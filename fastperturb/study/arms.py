@@ -1,7 +1,8 @@
-"""A study's arms, which are runs that differ in nothing but their seed, and how two of them differ.
+"""A study's arms, read from its results, and the difference between two arms.
 
-Every arm is measured in several forms: a view (as trained, without its noise, with noise added at
-evaluation), at temperature 1 or at one tuned on in-domain validation text ("tempered").
+An arm is a group of runs that differ in nothing but their seed. Every arm is measured in several
+forms: a view (as trained, without its noise, with noise added at evaluation), at temperature 1 or
+at a temperature tuned on in-domain validation text ("tempered").
 """
 
 from __future__ import annotations
@@ -13,30 +14,33 @@ from typing import Any
 
 from fastperturb.eval.likelihood import Likelihood
 from fastperturb.report import bootstrap
+from fastperturb.report.bootstrap import DocumentSums
 
-Form = tuple[str, bool]  # the view, and whether it is tempered
+Form = tuple[str, bool]  # the view, and True for tempered
 Seed = int | None  # None: the same under every seed, such as the model before training
+Cell = Mapping[str, Any]  # one run with its measurements, as results.json holds it
 
 AS_TRAINED, TEMPERED = ("as_trained", False), ("as_trained", True)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An arm in one form: for every seed the likelihood of every domain."""
+class SeedLikelihoods:
+    """The likelihood of every domain under an arm in one form, for each seed."""
 
-    temperature: float  # the mean over seeds
+    temperature: float  # mean over seeds
     by_seed: Mapping[Seed, Mapping[str, Likelihood]]
 
     def nll(self, domains: Iterable[str]) -> float:
-        """A token's, the mean over domains and over seeds."""
+        """Return the nll per token, as the mean over domains and over seeds."""
         return statistics.fmean(
-            statistics.fmean(found[name].nll for name in domains) for found in self.by_seed.values()
+            statistics.fmean(likelihoods[name].nll for name in domains)
+            for likelihoods in self.by_seed.values()
         )
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Of the nll a token, ours less theirs: below 0 ours predicts better.
+class NllDifference:
+    """Our nll per token minus theirs: below 0 ours predicts better.
 
     low, high: 95% bootstrap interval, resampling documents.
     spread: sample standard deviation, over seeds, of each seed's own difference.
@@ -45,21 +49,26 @@ class Difference:
     mean: float
     low: float
     high: float
-    spread: float | None  # one seed has none
+    spread: float | None  # None for a single seed
     seeds: int
 
 
 @dataclass(frozen=True)
 class Arm:
+    """The runs of one method or control, one for each seed, and their likelihoods by form.
+
+    control, of: for a control, its kind and the method that it is a control of.
+    """
+
     method: str
     role: str
     control: str | None
     of: str | None
-    cells: Mapping[Seed, Mapping[str, Any]]
-    forms: Mapping[Form, Measured]
+    cells: Mapping[Seed, Cell]
+    forms: Mapping[Form, SeedLikelihoods]
 
     def mean(self, fact: str) -> float:
-        """Over seeds, of a number that every cell tells."""
+        """Return the mean over seeds of a number that every cell holds."""
         return statistics.fmean(cell[fact] for cell in self.cells.values())
 
     @property
@@ -69,12 +78,12 @@ class Arm:
 
     @property
     def learned(self) -> bool:
-        """Whether it has a learned perturbation."""
+        """True for a learned perturbation."""
         return any(cell["learned"] for cell in self.cells.values())
 
     @property
     def validation_nll(self) -> float:
-        """Tempered, under the draws and on the text that are the same for all; mean over seeds."""
+        """Mean over seeds of the tempered nll on the validation text, at the study's samples."""
         return statistics.fmean(
             measurement["validation_nll"]
             for cell in self.cells.values()
@@ -83,23 +92,23 @@ class Arm:
         )
 
     @property
-    def moves(self) -> bool:
-        """Whether its prefixes are still random after training."""
+    def is_random(self) -> bool:
+        """True where prefixes are perturbed at random after training too."""
         return any(
             likelihood.num_samples > 1
-            for found in self.forms[AS_TRAINED].by_seed.values()
-            for likelihood in found.values()
+            for likelihoods in self.forms[AS_TRAINED].by_seed.values()
+            for likelihood in likelihoods.values()
         )
 
 
 @dataclass(frozen=True)
 class Arms:
-    """All of a study.
+    """All arms of a study.
 
-    baseline: of each seed, the learning rate that validation prefers.
-    rates: the same method at each rate.
-    controls: what else was trained for comparison, at equal compute and without randomness.
-    unigram: frequencies of single tokens, by the text they were counted on.
+    baseline: for each seed, at the learning rate that validation prefers.
+    rates: the baseline's method at each learning rate.
+    controls: the baseline at equal compute, and deterministic transforms.
+    base: the model before training. unigram: token frequencies, by the text they were counted on.
     """
 
     in_domain: str
@@ -108,8 +117,8 @@ class Arms:
     rates: Sequence[Arm]
     methods: Sequence[Arm]
     controls: Sequence[Arm]
-    base: Mapping[Form, Measured]
-    unigram: Mapping[str, Measured]
+    base: Mapping[Form, SeedLikelihoods]
+    unigram: Mapping[str, SeedLikelihoods]
 
     @property
     def domains(self) -> list[str]:
@@ -123,53 +132,56 @@ class Arms:
 
 
 def read(results: Mapping[str, Any]) -> Arms:
-    """The arms of what a study's results.json holds, in an order that is not that of its cells."""
+    """Return the arms of a study's results.json; the order of its cells does not matter."""
     in_domain = results["in_domain"]
     others = [name for name in results["domains"] if name != in_domain]
     if not others:
         raise ValueError(f"domains must name one besides in_domain={in_domain!r}, got only that")
     cells = results["cells"]
-    of_baseline = [cell for cell in cells if _of_baseline(cell)]
-    if not of_baseline:
+    baseline_cells = [cell for cell in cells if _is_baseline(cell)]
+    if not baseline_cells:
         raise ValueError(f"cells must hold the baseline {results['baseline']!r}, got none of it")
-    rest = [cell for cell in cells if not _of_baseline(cell)]
+    rest = [cell for cell in cells if not _is_baseline(cell)]
     trained = [_arm(group) for group in _grouped(rest, "method", "control", "of")]
     return Arms(
         in_domain=in_domain,
         out_of_domain=others,
         baseline=replace(
-            _arm(of_baseline),
+            _arm(baseline_cells),
             method=results["baseline"],
             role="baseline",
             control=None,
             of=None,
         ),
-        rates=[_arm(group) for group in _grouped(of_baseline, "learning_rate")],
+        rates=[_arm(group) for group in _grouped(baseline_cells, "learning_rate")],
         methods=[arm for arm in trained if arm.role == "method"],
         controls=[arm for arm in trained if arm.role == "control"],
         base=_forms({None: {"measurements": results["base"]}}),
         unigram={
-            text: Measured(1.0, {None: _likelihoods(found)})
-            for text, found in results["unigram"].items()
+            text: SeedLikelihoods(1.0, {None: _likelihoods(domains)})
+            for text, domains in results["unigram"].items()
         },
     )
 
 
-def difference(ours: Measured, theirs: Measured, domains: Sequence[str]) -> Difference | None:
-    """The mean over domains, paired by seed and by document; None where no seed is in both.
+def difference(
+    ours: SeedLikelihoods, theirs: SeedLikelihoods, domains: Sequence[str]
+) -> NllDifference | None:
+    """Return the mean difference over domains, paired by seed and by document.
 
-    Seeds are averaged before documents are resampled: they are not data.
+    Seeds are averaged before documents are resampled: seeds are not data. The result is None where
+    the two share no seed.
     """
-    pairs = _pairs(ours.by_seed, theirs.by_seed)
+    pairs = _seed_pairs(ours.by_seed, theirs.by_seed)
     if not pairs:
         return None
     by_seed = [statistics.fmean(a[name].nll - b[name].nll for name in domains) for a, b in pairs]
     averages = [
-        (_average([a[name] for a, _ in pairs]), _average([b[name] for _, b in pairs]))
+        (_mean_sums([a[name] for a, _ in pairs]), _mean_sums([b[name] for _, b in pairs]))
         for name in domains
     ]
     interval = bootstrap.mean_paired_difference(averages)
-    return Difference(
+    return NllDifference(
         mean=statistics.fmean(by_seed),
         low=interval.low,
         high=interval.high,
@@ -178,38 +190,38 @@ def difference(ours: Measured, theirs: Measured, domains: Sequence[str]) -> Diff
     )
 
 
-def _pairs(
+def _seed_pairs(
     ours: Mapping[Seed, Mapping[str, Likelihood]], theirs: Mapping[Seed, Mapping[str, Likelihood]]
 ) -> list[tuple[Mapping[str, Likelihood], Mapping[str, Likelihood]]]:
-    """Of every seed that both have; what is the same under every seed has them all."""
+    """Pair the likelihoods of every seed in both; those under None stand for every seed."""
     seeds = sorted({seed for seed in {*ours, *theirs} if seed is not None})
-    found = [(ours.get(s, ours.get(None)), theirs.get(s, theirs.get(None))) for s in seeds]
-    return [(a, b) for a, b in found if a is not None and b is not None]
+    pairs = [(ours.get(s, ours.get(None)), theirs.get(s, theirs.get(None))) for s in seeds]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
-def _average(likelihoods: Sequence[Likelihood]) -> Likelihood:
-    """The likelihood whose documents' sums are the means of these."""
-    sums = zip(*(each.nll_sums for each in likelihoods), strict=True)
-    return replace(likelihoods[0], nll_sums=[statistics.fmean(document) for document in sums])
+def _mean_sums(likelihoods: Sequence[Likelihood]) -> DocumentSums:
+    """Return the mean over seeds of each document's summed nll."""
+    by_document = zip(*(likelihood.nll_sums for likelihood in likelihoods), strict=True)
+    return DocumentSums([statistics.fmean(sums) for sums in by_document], likelihoods[0].counts)
 
 
-def _of_baseline(cell: Mapping[str, Any]) -> bool:
+def _is_baseline(cell: Cell) -> bool:
     return cell["role"] == "baseline" or cell["control"] == "learning_rate"
 
 
-def _grouped(cells: Sequence[Mapping[str, Any]], *facts: str) -> list[list[Mapping[str, Any]]]:
-    """Cells that agree in these facts, sorted by them."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+def _grouped(cells: Sequence[Cell], *facts: str) -> list[list[Cell]]:
+    """Group the cells that agree in these facts, and sort the groups by them."""
+    groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(tuple(cell[fact] for fact in facts), []).append(cell)
-    keys = sorted(groups, key=lambda key: tuple((each is not None, each) for each in key))
+    keys = sorted(groups, key=lambda key: tuple((value is not None, value) for value in key))
     return [groups[key] for key in keys]
 
 
-def _arm(cells: Sequence[Mapping[str, Any]]) -> Arm:
-    """Of several cells of one seed, which differ in their rate, the one validation prefers."""
-    by_seed: dict[Seed, Mapping[str, Any]] = {}
-    for cell in sorted(cells, key=lambda each: (each["validation_nll"], each["learning_rate"])):
+def _arm(cells: Sequence[Cell]) -> Arm:
+    """Make an arm; of several cells of one seed it takes the rate that validation prefers."""
+    by_seed: dict[Seed, Cell] = {}
+    for cell in sorted(cells, key=lambda cell: (cell["validation_nll"], cell["learning_rate"])):
         by_seed.setdefault(cell["seed"], cell)
     chosen = dict(sorted(by_seed.items()))
     first = cells[0]
@@ -223,18 +235,19 @@ def _arm(cells: Sequence[Mapping[str, Any]]) -> Arm:
     )
 
 
-def _forms(cells: Mapping[Seed, Mapping[str, Any]]) -> dict[Form, Measured]:
+def _forms(cells: Mapping[Seed, Cell]) -> dict[Form, SeedLikelihoods]:
     temperatures: dict[Form, list[float]] = {}
-    found: dict[Form, dict[Seed, Mapping[str, Likelihood]]] = {}
+    by_form: dict[Form, dict[Seed, Mapping[str, Likelihood]]] = {}
     for seed, cell in cells.items():
         for measurement in cell["measurements"]:
             form = (measurement["view"], measurement["tuned"])
             temperatures.setdefault(form, []).append(measurement["temperature"])
-            found.setdefault(form, {})[seed] = _likelihoods(measurement["domains"])
+            by_form.setdefault(form, {})[seed] = _likelihoods(measurement["domains"])
     return {
-        form: Measured(statistics.fmean(temperatures[form]), found[form]) for form in sorted(found)
+        form: SeedLikelihoods(statistics.fmean(temperatures[form]), by_form[form])
+        for form in sorted(by_form)
     }
 
 
 def _likelihoods(domains: Mapping[str, Any]) -> dict[str, Likelihood]:
-    return {name: Likelihood.from_dict(each) for name, each in domains.items()}
+    return {name: Likelihood.from_dict(values) for name, values in domains.items()}

@@ -1,4 +1,4 @@
-"""What a study is told, and the runs that follow from it."""
+"""The options of `fastperturb study`, and the runs that follow from them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Control = Literal["learning_rate", "equal_compute", "deterministic"]
 DEFAULT_METHODS: dict[str, dict[str, Any]] = {
     name: {"method": name} for name in ("exact", "neftune", "fixed", "discrete", "learned")
 }
-# What a study decides itself, for each run.
+# Options of a training run that the study sets itself.
 _RESERVED = ("output_dir", "overwrite", "resume", "dry_run", "seed", "report_to", "parallel", "mc")
-# What methods must share to be compared.
+# Options that methods must share to be comparable.
 _SHARED = (
     *("model", "tokenizer", "data", "text_field", "split", "document_separator", "max_tokens"),
     *("eval_data", "eval_split", "eval_blocks", "block_size", "max_steps", "epochs"),
 )
-# What a run's outcome does not depend on, but for rounding.
-_INCIDENTAL = (
+# Options that do not affect a run's results, except by rounding.
+_WITHOUT_EFFECT = (
     *("output_dir", "overwrite", "resume", "dry_run", "report_to", "parallel", "mc"),
     *("device", "micro_batch_size", "save_every", "keep", "trust_remote_code"),
 )
@@ -37,69 +37,79 @@ _INCIDENTAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """Train every method alike, judge all of them in and out of domain, and say who gained."""
+    """Train several methods on one domain, and compare them in and out of it with controls."""
 
     train: TrainOptions
-    """What all runs share. Its eval_data is the validation text: it chooses each run's best step,
-    the baseline's learning rate, every temperature, and the configuration that counts."""
+    """Training options that all runs share; train.eval_data is the validation text, which chooses
+    each run's best step, the baseline's learning rate, the temperatures and the method reported."""
 
     domains: dict[str, str]
-    """Texts to judge by, by name: all that `fastperturb eval` reads."""
+    """Texts to evaluate on, by name; each is anything that `fastperturb eval` reads."""
 
     in_domain: str
-    """Which of the domains is of the kind that is trained on."""
+    """Name of the domain whose text is of the same kind as the training text."""
 
     methods: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(DEFAULT_METHODS))
-    """By name, what sets a method apart: options of `fastperturb train`, which replace the shared
-    ones, as {method: learned, perturb: {transform: mlp}}."""
+    """Methods to compare, by name; each is a mapping of training options that replace the shared
+    ones, such as {method: learned, perturb: {transform: mlp}}."""
 
     baseline: str = "exact"
-    """The method that the others are compared with; no perturbation is left after its training."""
+    """Name of the method that others are compared with; it must leave no perturbation."""
 
     seeds: tuple[int, ...] = (0, 1)
-    """Of the runs; each method is trained with each."""
+    """Seeds of the runs; every method is trained once with each."""
 
     learning_rate_factors: tuple[float, ...] = (0.5, 2.0)
-    """The baseline is also trained at its learning rate times these, and the best one counts."""
+    """Factors on the learning rate at which the baseline is also trained; its best rate counts."""
 
     noise_scale: float | None = None
-    """Of the isotropic noise that the baseline is also judged under; default
+    """Scale of the isotropic noise under which the baseline is also evaluated; the default is
     train.perturb.init_scale."""
 
     reading: DomainOptions = field(default_factory=DomainOptions)
-    """How the domains are read."""
+    """Options for reading the texts of domains."""
 
     draws: int = 32
-    """Of each judgement."""
+    """Monte-Carlo samples that each probability is averaged over in evaluations."""
 
     tuning_draws: int = 8
-    """Of the choice of a temperature."""
+    """Monte-Carlo samples that are used while a temperature is tuned."""
 
     output_dir: Path = Path("runs/study")
-    """Where runs, results.json, table.md and pictures go; what is finished there is kept."""
+    """Folder for runs, results.json, table.md and pictures; runs that it already holds are kept."""
 
     overwrite: bool = False
-    """Start anew in a folder that holds another study."""
+    """Delete the runs of another study in output_dir and start anew."""
 
     workers: int | None = None
-    """Processes of one thread each; default: one a core, and on a GPU one."""
+    """Runs to train at a time, one thread each; the default is one per core, or one on a GPU."""
 
     def __post_init__(self) -> None:
         train = self.train
         if not train.eval_data:
-            raise ValueError("train.eval_data must name the validation text, which chooses")
+            raise ValueError(
+                "train.eval_data must name the validation text, which chooses steps, rates and "
+                "temperatures"
+            )
         if train.streaming:
-            raise ValueError("train.streaming: a study counts its training text, so map it")
+            raise ValueError(
+                "train.streaming must be off: a study counts the tokens of its training text"
+            )
         for name in _RESERVED:
-            given = getattr(train, name)
-            if given != _default(name):
-                raise ValueError(f"train.{name}={given!r}: a study sets it for each run; leave it")
+            value = getattr(train, name)
+            if value != _default(name):
+                raise ValueError(
+                    f"train.{name}={value!r}: a study sets it for each run; leave it out"
+                )
         if self.in_domain not in self.domains:
             raise ValueError(
                 f"in_domain must be one of domains {list(self.domains)}, got {self.in_domain!r}"
             )
         if len(self.domains) < 2:
-            raise ValueError("domains must hold one that is not in_domain, to extrapolate to")
+            raise ValueError(
+                "domains must hold at least one besides in_domain, to extrapolate to, got "
+                f"{list(self.domains)}"
+            )
         if self.baseline not in self.methods:
             raise ValueError(
                 f"baseline must be one of methods {list(self.methods)}, got {self.baseline!r}"
@@ -125,7 +135,8 @@ class StudyOptions:
                 train.eval_split or train.split,
             ):
                 raise ValueError(
-                    f"domains.{name} {where!r} is trained on, or chooses: give a text of its own"
+                    f"domains.{name} {where!r} is the training or the validation text: give a text "
+                    "of its own"
                 )
         for package in ("matplotlib", "scipy"):
             if find_spec(package) is None:
@@ -133,17 +144,20 @@ class StudyOptions:
                     f"a study needs the package {package}: pip install 'fastperturb[eval]'"
                 )
         if self.options_of(self.methods[self.baseline], "baseline").perturbs_evaluation:
-            raise ValueError(f"baseline {self.baseline!r} is perturbed after its training too")
-        runs_of(self)  # every run's options are checked before the first begins
+            raise ValueError(
+                f"baseline {self.baseline!r} is perturbed after its training: choose a method that "
+                "is not, such as exact or neftune"
+            )
+        planned_runs(self)  # checks the options of every run before the first begins
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the options as JSON holds them."""
         return option_files.plain(self)
 
     def options_of(self, overrides: Overrides, name: str) -> TrainOptions:
-        """The shared options with these replaced."""
+        """Return the shared training options with these replaced; `name` is for messages."""
         shared = self.train.to_dict()
-        fields = {each.name for each in dataclasses.fields(TrainOptions)}
+        fields = {option.name for option in dataclasses.fields(TrainOptions)}
         for key in overrides:
             if key in (*_RESERVED, *_SHARED):
                 raise ValueError(
@@ -155,13 +169,13 @@ class StudyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training of one method, and what it is there for."""
+class StudyRun:
+    """One training of one method or control with one seed."""
 
     method: str
     options: TrainOptions
     control: Control | None = None
-    of: str | None = None  # a control: of which method
+    of: str | None = None  # for a control, the method that it is a control of
 
     @property
     def seed(self) -> int:
@@ -169,7 +183,7 @@ class Run:
 
     @property
     def learned(self) -> bool:
-        """Whether it has a learned perturbation, which a deterministic transform is not."""
+        """True for a learned perturbation; a deterministic transform is none."""
         return self.options.method == "learned" and not self.options.perturb.deterministic
 
     @property
@@ -178,50 +192,54 @@ class Run:
 
     @property
     def key(self) -> str:
-        """The same for runs that would be the same."""
-        return digest(essence(self.options))[:16]
+        """A name that is the same for runs with the same results."""
+        return digest(defining_options(self.options))[:16]
 
     @property
-    def draws(self) -> int:
-        """How many copies of the text a step trains on."""
+    def num_samples(self) -> int:
+        """Samples of the text that a step trains on."""
         return 1 if self.options.has_one_sample else self.options.perturb.num_samples
 
 
-def essence(options: TrainOptions) -> dict[str, Any]:
-    """What a run's outcome depends on, texts by where they lie."""
-    return {name: told for name, told in options.to_dict().items() if name not in _INCIDENTAL}
+def defining_options(options: TrainOptions) -> dict[str, Any]:
+    """Return the options that a run's results depend on."""
+    return {name: value for name, value in options.to_dict().items() if name not in _WITHOUT_EFFECT}
 
 
-def runs_of(study: StudyOptions) -> list[Run]:
-    """Every method and every control, for every seed."""
+def planned_runs(study: StudyOptions) -> list[StudyRun]:
+    """Return the runs of every method and every control, for every seed."""
     return [run for seed in study.seeds for run in _runs_of_seed(study, seed)]
 
 
-def _runs_of_seed(study: StudyOptions, seed: int) -> list[Run]:
+def _runs_of_seed(study: StudyOptions, seed: int) -> list[StudyRun]:
     methods = {
         name: dataclasses.replace(study.options_of(overrides, name), seed=seed)
         for name, overrides in study.methods.items()
     }
-    of_methods = [Run(method=name, options=options) for name, options in methods.items()]
-    runs = list(of_methods)
-    own = methods[study.baseline]
+    method_runs = [StudyRun(method=name, options=options) for name, options in methods.items()]
+    runs = list(method_runs)
+    baseline = methods[study.baseline]
     for factor in study.learning_rate_factors:
-        options = dataclasses.replace(own, learning_rate=factor * own.learning_rate)
+        options = dataclasses.replace(baseline, learning_rate=factor * baseline.learning_rate)
         name = f"{study.baseline}, rate x {factor:g}"
-        runs.append(Run(method=name, options=options, control="learning_rate", of=study.baseline))
-    for draws in sorted({run.draws for run in of_methods} - {1}):
-        options = _lengthened(own, draws)
-        name = f"{study.baseline}, compute x {draws}"
-        runs.append(Run(method=name, options=options, control="equal_compute", of=study.baseline))
-    for run in of_methods:
+        runs.append(
+            StudyRun(method=name, options=options, control="learning_rate", of=study.baseline)
+        )
+    for num_samples in sorted({run.num_samples for run in method_runs} - {1}):
+        options = _lengthened(baseline, num_samples)
+        name = f"{study.baseline}, compute x {num_samples}"
+        runs.append(
+            StudyRun(method=name, options=options, control="equal_compute", of=study.baseline)
+        )
+    for run in method_runs:
         if run.learned:
             twin, held = f"{run.method}, deterministic", _deterministic(run.options)
-            runs.append(Run(method=twin, options=held, control="deterministic", of=run.method))
+            runs.append(StudyRun(method=twin, options=held, control="deterministic", of=run.method))
     return runs
 
 
 def _lengthened(options: TrainOptions, factor: int) -> TrainOptions:
-    """As many times the steps; the validation text chooses among them, as ever."""
+    """Return options with `factor` times as many steps, evaluated as often."""
     patience = None if options.early_stop is None else factor * options.early_stop
     longer = dataclasses.replace(options, early_stop=patience)
     if options.max_steps is None:
@@ -230,7 +248,10 @@ def _lengthened(options: TrainOptions, factor: int) -> TrainOptions:
 
 
 def _deterministic(options: TrainOptions) -> TrainOptions:
-    """The same parameters with z held; what is about draws as by default, without effect."""
+    """Return options with the same transform at one fixed z.
+
+    Options of sampling take their defaults: they have no effect, and must not change the run's key.
+    """
     perturb = options.perturb
     held = dataclasses.replace(
         type(perturb)(),
@@ -246,7 +267,7 @@ def _deterministic(options: TrainOptions) -> TrainOptions:
 
 
 def _merged(shared: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """`shared` with `overrides`, group by group."""
+    """Return `shared` with `overrides` applied, group by group."""
     merged = dict(shared)
     for key, value in overrides.items():
         grouped = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -255,5 +276,5 @@ def _merged(shared: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
 
 
 def _default(name: str) -> Any:
-    [found] = [each for each in dataclasses.fields(TrainOptions) if each.name == name]
-    return found.default
+    [option] = [field for field in dataclasses.fields(TrainOptions) if field.name == name]
+    return option.default

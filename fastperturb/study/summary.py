@@ -1,8 +1,9 @@
-"""A study's numbers in brief, as plain data: a row for everything that was measured, and verdicts.
+"""A study's summary as plain data: a row for everything that was measured, and verdicts.
 
-Rows come in the order in which a reader wants them: what needs no training, the baseline and what
-becomes of it, then every method, the best out of domain (tempered) first, with its controls.
-Differences are from the tempered baseline, whatever the row's own temperature is.
+Rows come in the order in which a reader wants them: models that need no training, the baseline
+with its other rates and its longer trainings, then every method with its controls, the best out of
+domain (tempered) first. Differences are from the tempered baseline, at whatever temperature the
+row itself is.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from fastperturb.study.arms import (
     Arm,
     Arms,
     Form,
-    Measured,
+    SeedLikelihoods,
     difference,
     read,
 )
 
 Row = dict[str, Any]
 
-# Of every run; a row has their means over seeds.
+# Numbers of every run; a row has their means over seeds.
 _FACTS = ("learning_rate", "steps", "best_step", "draws", "token_passes", "validation_nll")
 
 
 def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What results["summary"] is to hold, from the rest of a study's results."""
+    """Return results["summary"] from the rest of a study's results."""
     arms = read(results)
     chosen = arms.chosen
     return {
         "in_domain": arms.in_domain,
         "out_of_domain": list(arms.out_of_domain),
-        "documents": _documents(arms.baseline.forms[AS_TRAINED]),
+        "documents": _document_counts(arms.baseline.forms[AS_TRAINED]),
         "baseline": {
             "method": arms.baseline.method,
             "learning_rates": [
@@ -44,26 +45,26 @@ def summarise(results: Mapping[str, Any]) -> dict[str, Any]:
                 for seed, cell in arms.baseline.cells.items()
             ],
         },
-        "judging": _judging(results, arms),
+        "judging": _evaluation_facts(results, arms),
         "chosen": None if chosen is None else chosen.method,
-        "rows": [*_untrained(arms), *_of_baseline(arms), *_of_methods(arms)],
-        "verdicts": [each.to_dict() for each in verdict.judge(arms)],
+        "rows": [*_untrained(arms), *_baseline_rows(arms), *_method_rows(arms)],
+        "verdicts": [judgement.to_dict() for judgement in verdict.judge(arms)],
     }
 
 
 def _untrained(arms: Arms) -> Iterator[Row]:
-    for text, measured in arms.unigram.items():
-        # Nothing was trained: what matters is how far below it a model is, and that is plain.
-        row = _row(arms, measured, AS_TRAINED, method="unigram", what=f"unigram_{text}")
+    for text, likelihoods in arms.unigram.items():
+        # No difference: a unigram is only there to show how far below it a model is.
+        row = _row(arms, likelihoods, AS_TRAINED, method="unigram", what=f"unigram_{text}")
         yield row | {"difference": None}
-    for form, measured in arms.base.items():
-        row = _row(arms, measured, form, method="base", what="untrained")
-        yield row | {"difference": _differences(arms, measured)}
+    for form, likelihoods in arms.base.items():
+        row = _row(arms, likelihoods, form, method="base", what="untrained")
+        yield row | {"difference": _differences(arms, likelihoods)}
 
 
-def _of_baseline(arms: Arms) -> Iterator[Row]:
+def _baseline_rows(arms: Arms) -> Iterator[Row]:
     yield from _rows(arms, arms.baseline, "baseline")
-    # With one rate there was nothing to choose from.
+    # A single rate is the baseline itself.
     for arm in arms.rates if len(arms.rates) > 1 else []:
         yield from _rows(arms, arm, "learning_rate")
     for arm in arms.controls:
@@ -71,7 +72,7 @@ def _of_baseline(arms: Arms) -> Iterator[Row]:
             yield from _rows(arms, arm, "equal_compute")
 
 
-def _of_methods(arms: Arms) -> Iterator[Row]:
+def _method_rows(arms: Arms) -> Iterator[Row]:
     def order(arm: Arm) -> tuple[float, str]:
         return arm.forms[TEMPERED].nll(arms.out_of_domain), arm.method
 
@@ -85,13 +86,19 @@ def _of_methods(arms: Arms) -> Iterator[Row]:
 def _rows(arms: Arms, arm: Arm, what: str) -> Iterator[Row]:
     facts = {name: arm.mean(name) for name in _FACTS}
     facts["compute"] = facts["token_passes"] / arms.baseline.mean("token_passes")
-    for form, measured in arm.forms.items():
-        row = _row(arms, measured, form, method=arm.method, what=what, of=arm.of)
-        yield row | facts | {"difference": _differences(arms, measured)}
+    for form, likelihoods in arm.forms.items():
+        row = _row(arms, likelihoods, form, method=arm.method, what=what, of=arm.of)
+        yield row | facts | {"difference": _differences(arms, likelihoods)}
 
 
 def _row(
-    arms: Arms, measured: Measured, form: Form, *, method: str, what: str, of: str | None = None
+    arms: Arms,
+    likelihoods: SeedLikelihoods,
+    form: Form,
+    *,
+    method: str,
+    what: str,
+    of: str | None = None,
 ) -> Row:
     view, tempered = form
     return {
@@ -100,21 +107,21 @@ def _row(
         "of": of,
         "view": view,
         "tuned": tempered,
-        "temperature": measured.temperature,
-        "seeds": [seed for seed in measured.by_seed if seed is not None],
-        "in_domain": measured.nll([arms.in_domain]),
-        "out_of_domain": measured.nll(arms.out_of_domain),
-        "domains": {name: measured.nll([name]) for name in arms.domains},
+        "temperature": likelihoods.temperature,
+        "seeds": [seed for seed in likelihoods.by_seed if seed is not None],
+        "in_domain": likelihoods.nll([arms.in_domain]),
+        "out_of_domain": likelihoods.nll(arms.out_of_domain),
+        "domains": {name: likelihoods.nll([name]) for name in arms.domains},
     }
 
 
-def _differences(arms: Arms, measured: Measured) -> dict[str, Any]:
-    """From the tempered baseline; each is None where no seed has both."""
+def _differences(arms: Arms, likelihoods: SeedLikelihoods) -> dict[str, Any]:
+    """Return the differences from the tempered baseline; None where the two share no seed."""
     baseline = arms.baseline.forms[TEMPERED]
 
     def over(domains: Sequence[str]) -> dict[str, Any] | None:
-        found = difference(measured, baseline, domains)
-        return None if found is None else asdict(found)
+        change = difference(likelihoods, baseline, domains)
+        return None if change is None else asdict(change)
 
     return {
         "in_domain": over([arms.in_domain]),
@@ -123,14 +130,14 @@ def _differences(arms: Arms, measured: Measured) -> dict[str, Any]:
     }
 
 
-def _judging(results: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
+def _evaluation_facts(results: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
     config = results["config"]
     errors = [
-        found.standard_error or 0.0
+        likelihood.standard_error or 0.0
         for arm in (arms.baseline, *arms.methods)
         for form in arm.forms.values()
         for by_domain in form.by_seed.values()
-        for found in by_domain.values()
+        for likelihood in by_domain.values()
     ]
     return {
         "draws": config["draws"],
@@ -139,7 +146,7 @@ def _judging(results: Mapping[str, Any], arms: Arms) -> dict[str, Any]:
     }
 
 
-def _documents(measured: Measured) -> dict[str, int]:
-    """How many of each domain have something to predict: the units of every interval."""
-    found = next(iter(measured.by_seed.values()))
-    return {name: sum(count > 0 for count in each.counts) for name, each in found.items()}
+def _document_counts(likelihoods: SeedLikelihoods) -> dict[str, int]:
+    """Count the documents of each domain that have labels: the units of every interval."""
+    by_domain = next(iter(likelihoods.by_seed.values()))
+    return {name: sum(n > 0 for n in domain.counts) for name, domain in by_domain.items()}

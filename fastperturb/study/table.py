@@ -1,4 +1,4 @@
-"""What a study found, in Markdown that reads well in a terminal too: verdicts, then the numbers."""
+"""A study's report in Markdown: the verdicts, then the numbers, then how to read them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastperturb.eval.likelihood import at_bound
-from fastperturb.eval.table import FEW_DOCUMENTS, aligned
+from fastperturb.report.bootstrap import FEW_DOCUMENTS
+from fastperturb.report.table import aligned, bracketed
 from fastperturb.study.verdict import GAIN
 
 Row = Mapping[str, Any]
@@ -15,7 +16,7 @@ Cells = list[str]
 _HEADINGS = [
     "model",
     "T",
-    "draws",
+    "samples",
     "steps",
     "compute",
     "in domain",
@@ -23,7 +24,7 @@ _HEADINGS = [
     "change in domain",
     "change out of domain",
 ]
-# Controls count as they are tempered; of the others it also matters how they come.
+# Rows that are also shown at temperature 1; controls are shown tempered only.
 _SHOWN_UNTEMPERED = ("unigram_own", "unigram_training", "untrained", "baseline", "method")
 _NAMES = {
     "unigram_own": "unigram of the text itself",
@@ -39,7 +40,7 @@ _VIEWS = {"noise_added": "· noise of {scale:g} added", "without_noise": "· wit
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """Of a study's results with their summary."""
+    """Return the report of a study's results, which must hold their summary."""
     summary = results["summary"]
     shown = [row for row in summary["rows"] if _is_shown(row)]
     parts = [
@@ -60,7 +61,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     chosen = summary["chosen"]
     if chosen is None:
         return "No method with a learned perturbation was trained."
-    [verdict] = [each for each in summary["verdicts"] if each["chosen"]]
+    [verdict] = [verdict for verdict in summary["verdicts"] if verdict["chosen"]]
     [row] = [row for row in summary["rows"] if row["method"] == chosen and _is_main(row)]
     inside, outside = (row["difference"][where] for where in ("in_domain", "out_of_domain"))
     uncertain = verdict["outcome"] == GAIN and verdict["uncertain"]
@@ -84,7 +85,7 @@ def _is_main(row: Row) -> bool:
 def _is_shown(row: Row) -> bool:
     if row["view"] == "as_trained":
         return row["tuned"] or row["what"] in _SHOWN_UNTEMPERED
-    # Of the baseline's rates the one that counts has its own row.
+    # The baseline's best rate has a row of its own.
     return row["tuned"] and row["what"] != "learning_rate"
 
 
@@ -99,7 +100,7 @@ def _cells(row: Row, summary: Mapping[str, Any]) -> Cells:
         f"{row['compute']:.2g}x" if "compute" in row else "",
         f"{row['in_domain']:.3f}",
         f"{row['out_of_domain']:.3f}",
-        _spread(inside) if inside else "",
+        _with_spread(inside) if inside else "",
         _change(outside) if outside else "",
     ]
 
@@ -121,18 +122,18 @@ def _name(row: Row, summary: Mapping[str, Any]) -> str:
 
 
 def _by_domain(shown: Sequence[Row], summary: Mapping[str, Any]) -> list[Cells]:
-    """The nll without a perturbation; below, what each method changes."""
+    """Return the nll without a perturbation, and below it the changes of each method."""
     domains = [summary["in_domain"], *summary["out_of_domain"]]
     lines = [["model", *domains]]
     for row in shown:
         if row["what"] in _SHOWN_UNTEMPERED and row["what"] != "method":
-            found = [f"{row['domains'][name]:.3f}" for name in domains]
-            lines.append([_name(row, summary), *found])
+            levels = [f"{row['domains'][name]:.3f}" for name in domains]
+            lines.append([_name(row, summary), *levels])
     for row in shown:
         if _is_main(row):
             changes = [row["difference"]["domains"][name] for name in domains]
-            found = ["" if each is None else _spread(each) + _mark(each) for each in changes]
-            lines.append([_name(row, summary), *found])
+            marked = ["" if c is None else _with_spread(c) + _mark(c) for c in changes]
+            lines.append([_name(row, summary), *marked])
     return lines
 
 
@@ -143,10 +144,10 @@ def _mark(change: Mapping[str, Any]) -> str:
 def _change(change: Mapping[str, Any]) -> str:
     if _is_nothing(change):
         return "0"
-    return f"{_spread(change)} [{change['low']:+.4f}, {change['high']:+.4f}]"
+    return f"{_with_spread(change)} {bracketed(change, '+.4f')}"
 
 
-def _spread(change: Mapping[str, Any]) -> str:
+def _with_spread(change: Mapping[str, Any]) -> str:
     if _is_nothing(change):
         return "0"
     spread = "" if change["spread"] is None else f" ± {change['spread']:.4f}"
@@ -154,7 +155,7 @@ def _spread(change: Mapping[str, Any]) -> str:
 
 
 def _is_nothing(change: Mapping[str, Any]) -> bool:
-    """Whether it is the tempered baseline's from itself."""
+    """Tell if this is the difference of the tempered baseline from itself."""
     return change["low"] == change["high"] == 0 and not change["spread"]
 
 
@@ -166,20 +167,20 @@ def _reading(summary: Mapping[str, Any]) -> str:
     )
     return "\n".join(
         [
-            f"- nll in nats a token, lower is better; out of domain is the mean over "
+            f"- nll in nats per token, lower is better; out of domain is the mean over "
             f"{_count(summary['out_of_domain'])}. Documents: {documents}.",
             f"- Changes are from {baseline}, tempered, at the rate and step that in-domain "
             "validation prefers: mean ± standard deviation over seeds [95% interval over "
-            "documents; * if it is without 0].",
-            "- T divides the logits; tempered is at the T that in-domain validation prefers, "
-            "each model at its own. Controls (·) are tempered.",
-            f"- Perturbed models are judged under {judging['draws']} draws, which leaves an "
-            f"nll a Monte-Carlo error of {judging['largest_error']:.4f} at the most.",
-            "- compute: draws times tokens that training ran, in units of the baseline's.",
+            "documents; * if it excludes 0].",
+            "- T divides the logits. Tempered means: at the T that in-domain validation prefers, "
+            "for each model its own. Controls (·) are tempered.",
+            f"- Perturbed models are evaluated with {judging['draws']} samples, which leaves an "
+            f"nll a Monte-Carlo error of {judging['largest_error']:.4f} at most.",
+            "- compute: samples times tokens of the training, relative to the baseline's.",
             "- A gain is below every control out of domain, all of them tempered, by more than "
             "twice the standard deviation of that difference, with no cost seen in domain, at "
-            "equal steps and at equal compute. Few seeds know that deviation badly: of two, one "
-            "comparison in nine passes by chance.",
+            "equal steps and at equal compute. Few seeds estimate that deviation poorly: with "
+            "two, one comparison in nine passes by chance.",
             "- Rates and steps are chosen at T = 1. Seeds change adapters, order and noise, not "
             "the texts.",
         ]

@@ -1,4 +1,4 @@
-"""The statistical claims: what equations expect of few draws, and how often intervals cover."""
+"""The statistical claims: biases with few samples, and the coverage of intervals."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def model() -> ClosedForm:
 
 
 def test_the_closed_form_is_the_librarys_model() -> None:
-    lm = small_model("iwae", 2, antithetic=True)  # both signs: the whole law
+    lm = small_model("iwae", 2, antithetic=True)  # both signs: all values of z
     with torch.no_grad():
         lm.transform.U.copy_(TRUTH[None])
     ids = torch.cartesian_prod(torch.arange(12), torch.arange(12))
@@ -27,25 +27,25 @@ def test_the_closed_form_is_the_librarys_model() -> None:
     torch.testing.assert_close(out.log_marginal[:, 0].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("equation", ["jensen", "iwae", "jvi", "jvi_clip", "sumo", "mlmc"])
-def test_expectations_are_those_over_every_sequence_of_draws(
-    model: ClosedForm, equation: str
+@pytest.mark.parametrize("estimator", ["jensen", "iwae", "jvi", "jvi_clip", "sumo", "mlmc"])
+def test_expectations_are_sums_over_every_sequence_of_samples(
+    model: ClosedForm, estimator: str
 ) -> None:
     M, U = 4, everywhere(TRUTH)
     plus, minus = model.log_probs(U).detach().unbind()  # (12, 12) each
     total = torch.zeros(12, 12, dtype=torch.float64)
     for signs in itertools.product((0, 1), repeat=M):
         drawn = torch.stack([minus if sign else plus for sign in signs])
-        if equation in ("sumo", "mlmc"):
-            telescope = Telescope(equation, M)
+        if estimator in ("sumo", "mlmc"):
+            telescope = Telescope(estimator, M)
             for level, share in enumerate(telescope.probabilities):
                 total += share * telescope.combine(drawn, torch.tensor(level))[0] / 2**M
         else:
-            total += combine(drawn, equation)[0] / 2**M
-    torch.testing.assert_close(bias.expected(model, equation, M, U), total)
+            total += combine(drawn, estimator)[0] / 2**M
+    torch.testing.assert_close(bias.expected(model, estimator, M, U), total)
 
 
-def test_the_quadratic_equation_expects_of_two_draws_what_it_estimates(model: ClosedForm) -> None:
+def test_quadratic_is_unbiased_with_two_samples(model: ClosedForm) -> None:
     U = everywhere(TRUTH + 0.1)
     p = model.log_probs(U).detach().exp().mean(0)  # (12, 12)
     expected = 2 * p - p.square().sum(1, keepdim=True)
@@ -56,28 +56,28 @@ def test_the_quadratic_equation_expects_of_two_draws_what_it_estimates(model: Cl
 def test_telescopes_have_the_bias_of_iwae_at_their_deepest_level(model: ClosedForm) -> None:
     U = everywhere(TRUTH)
     deepest = bias.expected(model, "iwae", 8, U)
-    for equation in ("sumo", "mlmc"):
-        torch.testing.assert_close(bias.expected(model, equation, 8, U), deepest)
+    for estimator in ("sumo", "mlmc"):
+        torch.testing.assert_close(bias.expected(model, estimator, 8, U), deepest)
 
 
-def test_the_bias_of_iwae_falls_like_one_over_its_draws(model: ClosedForm) -> None:
-    found = {M: bias.biases(model, "iwae", M) for M in (16, 32)}
+def test_the_bias_of_iwae_falls_like_one_over_its_samples(model: ClosedForm) -> None:
+    biases = {M: bias.biases(model, "iwae", M) for M in (16, 32)}
     for part in ("value", "gradient"):
-        assert found[16][part] / found[32][part] == pytest.approx(2, rel=0.08)
+        assert biases[16][part] / biases[32][part] == pytest.approx(2, rel=0.08)
     # The first-order term: -Var(p) / (2 M p^2).
     U = everywhere(TRUTH)
     p = model.log_probs(U).detach().exp()
-    law = p.mean(0) / 12
-    first = -(law * p.var(0, correction=0) / (2 * 32 * p.mean(0).square())).sum().item()
-    assert found[32]["value"] == pytest.approx(first, rel=0.1)
+    truth = p.mean(0) / 12
+    first = -(truth * p.var(0, correction=0) / (2 * 32 * p.mean(0).square())).sum().item()
+    assert biases[32]["value"] == pytest.approx(first, rel=0.1)
 
 
 def test_the_bias_of_jvi_falls_faster(model: ClosedForm) -> None:
-    found = {M: bias.biases(model, "jvi", M) for M in (16, 32)}
-    assert found[16]["gradient"] / found[32]["gradient"] > 4
+    biases = {M: bias.biases(model, "jvi", M) for M in (16, 32)}
+    assert biases[16]["gradient"] / biases[32]["gradient"] > 4
 
 
-def test_few_draws_make_iwae_learn_too_little_noise_and_jensen_none(model: ClosedForm) -> None:
+def test_with_few_samples_iwae_learns_too_little_noise_and_jensen_none(model: ClosedForm) -> None:
     assert bias.solution(model, "iwae", 4) < 0.8
     assert bias.solution(model, "iwae", 2) < 0.4
     assert bias.solution(model, "jensen", 4) < 1e-6
@@ -85,12 +85,12 @@ def test_few_draws_make_iwae_learn_too_little_noise_and_jensen_none(model: Close
     assert bias.solution(model, "quadratic", 2) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("equation", ["iwae", "jvi_clip", "quadratic"])
-def test_the_librarys_errors_are_the_closed_forms_sandwich(equation: str) -> None:
-    design = coverage.Design(equation=equation, num_samples=4, examples=500, by_library=3)
-    found = coverage.row(design, replications=3)["library"]
-    assert found["replications"] == 3
-    assert all(off < 5e-3 for off in found["largest_difference"].values())
+@pytest.mark.parametrize("estimator", ["iwae", "jvi_clip", "quadratic"])
+def test_the_librarys_errors_are_the_closed_forms_sandwich(estimator: str) -> None:
+    design = coverage.Design(estimator=estimator, num_samples=4, examples=500, by_library=3)
+    measured = coverage.row(design, replications=3)["library"]
+    assert measured["replications"] == 3
+    assert all(off < 5e-3 for off in measured["largest_difference"].values())
 
 
 def test_estimates_approach_the_truth_like_one_over_the_root_of_n() -> None:
@@ -106,25 +106,27 @@ def test_estimates_approach_the_truth_like_one_over_the_root_of_n() -> None:
     "design",
     [
         replace(coverage.DESIGNS[0], examples=1000),
-        coverage.Design(equation="quadratic", num_samples=2, examples=4000),
+        coverage.Design(estimator="quadratic", num_samples=2, examples=4000),
     ],
     ids=["exact", "quadratic"],
 )
-def test_intervals_cover_as_often_as_they_say(design: coverage.Design) -> None:
+def test_95_percent_intervals_cover_in_95_percent_of_replications(
+    design: coverage.Design,
+) -> None:
     replications = 300
-    found = coverage.row(replace(design, by_library=40), replications=replications)
+    measured = coverage.row(replace(design, by_library=40), replications=replications)
     # The three parameters' hits are correlated, so the bound is that of one parameter's.
     bound = 3 * math.sqrt(0.95 * 0.05 / replications)
-    for covered in found["coverage"].values():
+    for covered in measured["coverage"].values():
         assert abs(covered - 0.95) < bound
-    for covered in found["library"]["coverage"].values():
+    for covered in measured["library"]["coverage"].values():
         assert abs(covered - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 40)
 
 
 @pytest.mark.slow
-def test_outer_products_alone_are_too_small_with_few_draws() -> None:
-    design = coverage.Design(equation="jvi_clip", num_samples=4, examples=1000, by_library=0)
-    found = coverage.row(design, replications=200)
+def test_errors_by_outer_products_alone_are_too_small_with_few_samples() -> None:
+    design = coverage.Design(estimator="jvi_clip", num_samples=4, examples=1000, by_library=0)
+    measured = coverage.row(design, replications=200)
     # The spread of 200 estimates is known to 5%.
-    assert found["error_over_spread"]["information"] == pytest.approx(1, abs=0.15)
-    assert found["error_over_spread"]["outer"] < 0.85
+    assert measured["error_over_spread"]["information"] == pytest.approx(1, abs=0.15)
+    assert measured["error_over_spread"]["outer"] < 0.85

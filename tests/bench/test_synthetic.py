@@ -1,4 +1,4 @@
-"""The synthetic study: its held trunk is the truth, its arms are fair, its sums are right."""
+"""The synthetic study: the held trunk is the truth, arms are comparable, numbers are right."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.synthetic import arms, baselines, draw, outcomes, summary, table
+from bench.synthetic import arms, baselines, outcomes, pictures, summary, table
 from fastperturb import ops
 from fastperturb.demo import jobs, language, training
 from fastperturb.demo.training import Setting
@@ -34,53 +34,55 @@ def test_the_held_trunk_under_the_truths_noise_is_the_truth(sd: float) -> None:
         model.transform.U.zero_()
         model.transform.U[0] = sd * data.world.axes[0] / model.transform.embed_rms
     prefixes = torch.cat([chosen[:20] for chosen in data.columns[::3]])
-    found = model.log_marginal(prefixes, draws=8192)
-    assert training.divergence(language.truth(prefixes, sd), found).max() < 2e-3
-    # Noise of another size is another law.
-    assert training.divergence(language.truth(prefixes, sd + 0.05), found).mean() > 1e-3
+    marginal = model.log_marginal(prefixes, num_samples=8192)
+    assert training.divergence(language.truth(prefixes, sd), marginal).max() < 2e-3
+    # Noise of another size is another distribution.
+    assert training.divergence(language.truth(prefixes, sd + 0.05), marginal).mean() > 1e-3
 
 
 def test_the_held_trunk_without_noise_is_the_truth_without_noise() -> None:
     data, model = held_model()
     for chosen in data.columns:
         expected = language.truth(chosen, 0.0).clamp_min(1e-12).log()
-        found = model.log_marginal(chosen, 1).clamp_min(math.log(1e-12))
-        torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-4)
+        marginal = model.log_marginal(chosen, 1).clamp_min(math.log(1e-12))
+        torch.testing.assert_close(marginal.double(), expected, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("equation", ["iwae", "quadratic"])
-def test_only_the_shift_of_a_held_trunk_trains_and_it_finds_the_noisy_axis(equation: str) -> None:
-    data, model = held_model(arms.learned(equation, 8))
+@pytest.mark.parametrize("estimator", ["iwae", "quadratic"])
+def test_with_a_held_trunk_the_transform_alone_trains_and_finds_the_axis(
+    estimator: str,
+) -> None:
+    data, model = held_model(arms.learned(estimator, 8))
     before = [value.clone() for value in (*model.net.buffers(), model.log_sharpness)]
-    training.train(model, arms.learned(equation, 8), data, HELD, steps=60)
+    training.train(model, arms.learned(estimator, 8), data, HELD, steps=60)
     for value, old in zip((*model.net.buffers(), model.log_sharpness), before):
         assert torch.equal(value, old)
-    moved = training.movement(model, data.world)
-    assert moved is not None
-    assert moved["precise"] < 0.6 * moved["noisy"]
+    shift = training.axis_shifts(model, data.world)
+    assert shift is not None
+    assert shift["precise"] < 0.6 * shift["noisy"]
 
 
 def test_without_noise_a_prefix_is_answered_around_g_of_its_midpoint() -> None:
     prefix = torch.tensor([[1 * 12 + 2, 10 * 12 + 9]])
     grid = language.grid()
-    law = torch.softmax(-(grid - 0.9 * 0.3 * (grid[1] + grid[10]) / 2).square() / 0.0162, 0)
-    found = language.truth(prefix, 0.0).view(12, 12).sum(1)
-    torch.testing.assert_close(found, law)
+    truth = torch.softmax(-(grid - 0.9 * 0.3 * (grid[1] + grid[10]) / 2).square() / 0.0162, 0)
+    distribution = language.truth(prefix, 0.0).view(12, 12).sum(1)
+    torch.testing.assert_close(distribution, truth)
 
 
 def test_samples_of_another_noise_follow_its_truth() -> None:
     generator = torch.Generator().manual_seed(0)
     prefix, count = torch.tensor([[80, 91]]), 100_000
-    found = language.sample(prefix.expand(count, 2), generator, noise_sd=0.1).bincount(
+    counts = language.sample(prefix.expand(count, 2), generator, noise_sd=0.1).bincount(
         minlength=language.VOCAB
     )
     expected = language.truth(prefix, 0.1)[0] * count
     common = expected > 5
-    chi_square = ((found - expected).square() / expected)[common].sum().item()
+    chi_square = ((counts - expected).square() / expected)[common].sum().item()
     assert chi_square < common.sum() + 5 * math.sqrt(2 * common.sum())
 
 
-def test_a_training_set_is_drawn_from_again_and_a_stream_is_not() -> None:
+def test_a_training_set_repeats_its_pairs_and_a_stream_does_not() -> None:
     few = training.make_data(0, Setting(pairs=5))
     assert few.prefixes is not None
     prefixes, _ = few.batch(Setting(pairs=5, batch=200))
@@ -92,48 +94,48 @@ def test_a_training_set_is_drawn_from_again_and_a_stream_is_not() -> None:
     assert set(first.flatten().tolist()) <= set(language.tokens_between(*language.SUPPORT).tolist())
 
 
-def test_a_mixture_is_the_sum_of_its_equations_on_the_same_draws() -> None:
+def test_a_mixture_is_the_sum_of_its_estimators_on_the_same_samples() -> None:
     data = training.make_data(0, Setting(pairs=100))
     assert data.prefixes is not None and data.targets is not None
     method = arms.learned("iwae + 10 quadratic", 4)
-    assert method.equations == {"iwae": 1.0, "quadratic": 10.0}
+    assert method.config_estimator == {"iwae": 1.0, "quadratic": 10.0}
     torch.manual_seed(0)
     model = training.Model(data.world.embeddings, method)
     data.generator.manual_seed(7)
-    found, draws = training.objective(model, method, data.prefixes, data.targets, data.generator)
-    assert draws == 400
+    value, samples = training.objective(model, method, data.prefixes, data.targets, data.generator)
+    assert samples == 400
     data.generator.manual_seed(7)
     seed = torch.randint(2**62, (), generator=data.generator)
     iwae = combine(model.log_probs(data.prefixes, data.targets, seed, 4), "iwae")[0]
     hidden = model.hidden(data.prefixes, seed, 4)
     quadratic = ops.linear_quadratic(hidden, model.head, data.targets)
-    torch.testing.assert_close(found, iwae + 10 * quadratic)
+    torch.testing.assert_close(value, iwae + 10 * quadratic)
 
 
-def test_sumo_costs_what_its_expected_draws_say() -> None:
+def test_sumo_takes_its_expected_number_of_samples() -> None:
     method = arms.learned("sumo", 16)
     data = training.make_data(0, Setting(pairs=20_000))
     assert data.prefixes is not None and data.targets is not None
     torch.manual_seed(0)
     model = training.Model(data.world.embeddings, method)
-    _, draws = training.objective(model, method, data.prefixes, data.targets, data.generator)
-    assert draws / 20_000 == pytest.approx(method.expected_draws, rel=0.05)
-    assert method.expected_draws == pytest.approx(sum(1 / k for k in range(1, 17)))
+    _, samples = training.objective(model, method, data.prefixes, data.targets, data.generator)
+    assert samples / 20_000 == pytest.approx(method.expected_samples, rel=0.05)
+    assert method.expected_samples == pytest.approx(sum(1 / k for k in range(1, 17)))
 
 
 def test_equal_flops_are_equal() -> None:
     passes = {
-        arm.steps * arm.setting.batch * arm.method.expected_draws for arm in arms.equal_flops()
+        arm.steps * arm.setting.batch * arm.method.expected_samples for arm in arms.equal_flops()
     }
     assert max(passes) / min(passes) < 1.01
 
 
-def test_every_arm_of_an_experiment_stands_at_its_own_place() -> None:
+def test_no_two_arms_share_their_place_in_a_table() -> None:
     places = [(arm.experiment, arm.line, arm.x) for arm in arms.all_arms()]
     assert len(set(places)) == len(places)
 
 
-def test_what_is_trained_is_not_trained_again(
+def test_finished_trainings_are_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
@@ -153,21 +155,21 @@ def test_what_is_trained_is_not_trained_again(
     outcomes.train([two], (0, 1), path, workers=1)
     outcomes.train([three, two, replace(two, experiment="f")], (0, 1), path, workers=1)
     assert trained == [(2, 0), (2, 1), (3, 0), (3, 1)]
-    found = outcomes.read(path)
-    assert len(found) == 4
+    kept = outcomes.read(path)
+    assert len(kept) == 4
     again = training.run_job(1, three.method, 1, setting)
-    assert found[outcomes.key(three.job(1))] == again
+    assert kept[outcomes.key(three.job(1))] == again
 
 
-def test_intervals_are_students() -> None:
-    found = summary.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+def test_intervals_over_seeds_are_students() -> None:
+    interval = summary.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # 3 -+ 2.776 sqrt(2.5) / sqrt(5)
-    assert found == pytest.approx({"mean": 3.0, "low": 1.0371, "high": 4.9629}, abs=1e-4)
+    assert interval == pytest.approx({"mean": 3.0, "low": 1.0371, "high": 4.9629}, abs=1e-4)
 
 
-def test_a_ratio_is_taken_seed_by_seed() -> None:
-    found = summary.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0])
-    assert found == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5})
+def test_a_ratio_is_the_mean_over_seeds_of_the_ratio_on_each() -> None:
+    ratio = summary.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0])
+    assert ratio == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5})
 
 
 def test_intervals_that_touch_are_not_apart() -> None:
@@ -177,29 +179,29 @@ def test_intervals_that_touch_are_not_apart() -> None:
     assert summary.apart(high, {**low, "high": 1.9}) == "higher"
 
 
-def test_the_likeliest_sd_is_the_truths_in_a_large_sample() -> None:
+def test_the_likeliest_noise_is_the_truths_in_a_large_training_set() -> None:
     for sd in (0.1, 0.3):
         data = training.make_data(1, Setting(pairs=200_000, noise_sd=sd))
         assert baselines.most_likely_sd(data) == pytest.approx(sd, rel=0.03)
 
 
-def test_the_unigram_counts_each_word_once_more_than_it_occurs() -> None:
+def test_the_unigram_adds_one_to_the_count_of_every_token() -> None:
     data = training.make_data(0, Setting(pairs=50))
     assert data.targets is not None
-    found = baselines.counted_targets(data, Setting(pairs=50)).exp()
-    for word in (0, int(data.targets[0])):
-        occurs = int((data.targets == word).sum())
-        assert found[word].item() == pytest.approx((occurs + 1) / (50 + 144))
+    unigram = baselines.counted_targets(data, Setting(pairs=50)).exp()
+    for token in (0, int(data.targets[0])):
+        occurs = int((data.targets == token).sum())
+        assert unigram[token].item() == pytest.approx((occurs + 1) / (50 + 144))
 
 
 def test_the_entropy_and_kl_of_a_baseline_make_its_cross_entropy() -> None:
     setting = Setting(pairs=1000)
-    found = baselines.baselines(0, setting)
+    baseline = baselines.baselines(0, setting)
     data = training.make_data(0, setting)
     log_unigram = baselines.counted_targets(data, setting)
     for name, chosen in data.regions.items():
         cross = -(language.truth(chosen) * log_unigram).sum(1).mean().item()
-        assert found["entropy"][name] + found["unigram"][name] == pytest.approx(cross)
+        assert baseline["entropy"][name] + baseline["unigram"][name] == pytest.approx(cross)
 
 
 @pytest.fixture(scope="module")
@@ -207,13 +209,13 @@ def results() -> dict[str, Any]:
     return json.loads((RESULTS / "results.json").read_text())
 
 
-def test_the_committed_table_is_that_of_the_committed_results(results: dict[str, Any]) -> None:
+def test_the_committed_table_is_made_from_the_committed_results(results: dict[str, Any]) -> None:
     assert (RESULTS / "table.md").read_text() == table.render(results)
 
 
 def test_the_committed_results_are_those_of_the_arms(results: dict[str, Any]) -> None:
-    found = [(row["experiment"], row["line"], row["x"]) for row in results["rows"]]
-    assert found == [(arm.experiment, arm.line, arm.x) for arm in arms.all_arms()]
+    places = [(row["experiment"], row["line"], row["x"]) for row in results["rows"]]
+    assert places == [(arm.experiment, arm.line, arm.x) for arm in arms.all_arms()]
 
 
 def test_cross_entropies_stand_above_the_truths_entropy_by_the_kl(results: dict[str, Any]) -> None:
@@ -230,7 +232,7 @@ def test_cross_entropies_stand_above_the_truths_entropy_by_the_kl(results: dict[
 
 
 def test_the_pictures_are_pngs(results: dict[str, Any], tmp_path: Path) -> None:
-    draw.draw_all(results, tmp_path)
+    pictures.draw_all(results, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {path.name for path in RESULTS.glob("*.png")}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())

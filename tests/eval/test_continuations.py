@@ -1,4 +1,4 @@
-"""Continuations: what is compared with what, and that writing is repeatable."""
+"""Continuations: their prompts and truths, their sampling, and how they are compared."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,14 @@ import transformers
 from fastperturb import EditConfig, PerturbConfig, edit, wrap
 from fastperturb.data import domains
 from fastperturb.data.domains import DomainOptions
-from fastperturb.eval.continuations import Mauve, Words, diversity, generate, prompts_of, rouge1
+from fastperturb.eval.continuations import (
+    Mauve,
+    WordTokenizer,
+    diversity,
+    generate,
+    prompts_of,
+    rouge1,
+)
 
 WRITE = {"mode": "mixture", "num_samples": 4, "seed": 3, "batch_size": 4}
 
@@ -45,20 +52,21 @@ def perturbed(folder, **changes):
     return wrap(base, PerturbConfig(**options | changes)).eval()
 
 
-def test_prompts_and_truths_are_what_long_documents_begin_with(domain, prompts):
-    long = [(n, each) for n, each in enumerate(domain.tokens()) if len(each) >= 12][:6]
+def test_prompts_and_truths_are_the_beginnings_of_long_documents(domain, prompts):
+    numbered = enumerate(domain.tokens())
+    long = [(n, tokens) for n, tokens in numbered if len(tokens) >= 12][:6]
     assert prompts.documents == [n for n, _ in long]
     for (_, document), prompt, truth in zip(long, prompts.tokens, prompts.truths):
         assert document[:12].tolist() == [*prompt, *truth]
         assert (len(prompt), len(truth)) == (5, 7)
 
 
-def test_a_domain_without_long_documents_is_refused(domain):
+def test_a_domain_without_long_documents_is_rejected(domain):
     with pytest.raises(ValueError, match="'text' has no document of .* = 300 tokens to continue"):
         prompts_of(domain, documents=2, prompt_tokens=200, continuation_tokens=100)
 
 
-def test_writing_depends_on_the_seed_alone(folder, prompts, tokenizer):
+def test_continuations_depend_on_the_seed_and_on_no_other_generator(folder, prompts, tokenizer):
     lm = perturbed(folder)
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
@@ -73,21 +81,23 @@ def test_writing_depends_on_the_seed_alone(folder, prompts, tokenizer):
 def test_the_noise_of_a_document_does_not_depend_on_its_batch(folder, prompts, tokenizer):
     lm = perturbed(folder)
     with torch.no_grad():
-        lm.base.model.norm.weight *= 1e4  # logits so sharp that one draw leaves nothing to choose
-    how = WRITE | {"mode": "sequence"}
-    found = [generate(lm, prompts, tokenizer, **how | {"batch_size": size}) for size in (2, 6)]
-    assert found[0] == found[1]
-    assert generate(lm, prompts, tokenizer, **how | {"seed": 4}) != found[0]
+        lm.base.model.norm.weight *= 1e4  # logits so sharp that a sample leaves no choice
+    settings = WRITE | {"mode": "sequence"}
+    written = [
+        generate(lm, prompts, tokenizer, **settings | {"batch_size": size}) for size in (2, 6)
+    ]
+    assert written[0] == written[1]
+    assert generate(lm, prompts, tokenizer, **settings | {"seed": 4}) != written[0]
 
 
-def test_every_mode_writes_by_its_own_noise(folder, prompts, tokenizer):
+def test_every_mode_writes_another_continuation(folder, prompts, tokenizer):
     lm = perturbed(folder)
     modes = ("mixture", "sequence", "token")
-    found = [generate(lm, prompts, tokenizer, **WRITE | {"mode": mode}) for mode in modes]
-    assert found[0] != found[1] != found[2] != found[0]
+    written = [generate(lm, prompts, tokenizer, **WRITE | {"mode": mode}) for mode in modes]
+    assert written[0] != written[1] != written[2] != written[0]
 
 
-def test_edited_models_write_too(folder, prompts, tokenizer):
+def test_models_with_edits_write_continuations(folder, prompts, tokenizer):
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     lm = edit(base, EditConfig(rate=0.3, num_samples=4)).eval()
     assert len(generate(lm, prompts, tokenizer, **WRITE)) == 6
@@ -98,7 +108,7 @@ def plainly_sampled(base, prompts, tokenizer):
     base.generation_config = transformers.GenerationConfig()
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        found = []
+        written = []
         for first in (0, 4):
             tokens = torch.from_numpy(prompts.tokens[first : first + 4])
             ids = base.generate(
@@ -110,28 +120,28 @@ def plainly_sampled(base, prompts, tokenizer):
                 eos_token_id=2,
                 pad_token_id=2,
             )
-            found += tokenizer.batch_decode(ids[:, 5:], skip_special_tokens=True)
-    return found
+            written += tokenizer.batch_decode(ids[:, 5:], skip_special_tokens=True)
+    return written
 
 
-def test_an_exact_model_samples_plainly_whatever_its_generation_config_prefers(
+def test_an_exact_model_samples_plainly_whatever_its_generation_config_says(
     folder, prompts, tokenizer
 ):
-    still = perturbed(folder)
-    torch.nn.init.zeros_(still.transform.U)
-    still.base.generation_config.update(do_sample=True, top_k=1, temperature=0.2)
-    found = generate(still, prompts, tokenizer, **WRITE)
-    assert found == plainly_sampled(still.base, prompts, tokenizer)
+    exact = perturbed(folder)
+    torch.nn.init.zeros_(exact.transform.U)
+    exact.base.generation_config.update(do_sample=True, top_k=1, temperature=0.2)
+    written = generate(exact, prompts, tokenizer, **WRITE)
+    assert written == plainly_sampled(exact.base, prompts, tokenizer)
 
 
-def test_a_deterministic_model_writes_by_its_one_draw(folder, prompts, tokenizer):
+def test_a_deterministic_model_ignores_the_number_of_samples(folder, prompts, tokenizer):
     lm = perturbed(folder, deterministic=True)
-    found = [generate(lm, prompts, tokenizer, **WRITE | {"num_samples": m}) for m in (2, 4)]
-    assert found[0] == found[1]
-    assert found[0] != generate(perturbed(folder), prompts, tokenizer, **WRITE)
+    written = [generate(lm, prompts, tokenizer, **WRITE | {"num_samples": m}) for m in (2, 4)]
+    assert written[0] == written[1]
+    assert written[0] != generate(perturbed(folder), prompts, tokenizer, **WRITE)
 
 
-def test_what_follows_the_end_of_a_text_does_not_count(folder, prompts, tokenizer):
+def test_tokens_after_the_end_of_a_text_are_dropped(folder, prompts, tokenizer):
     lm = perturbed(folder)
     with torch.no_grad():  # the end token, 2, becomes by far the likeliest
         row = torch.zeros_like(lm.base.model.norm.weight)
@@ -139,32 +149,32 @@ def test_what_follows_the_end_of_a_text_does_not_count(folder, prompts, tokenize
         lm.base.model.embed_tokens.weight[2] = row
         lm.base.model.norm.weight.mul_(0).add_(1.0)
     written = generate(lm, prompts, tokenizer, **WRITE)
-    assert all("</s>" not in each for each in written)
-    assert min(len(each.split()) for each in written) < 7
+    assert all("</s>" not in text for text in written)
+    assert min(len(text.split()) for text in written) < 7
 
 
 def test_rouge_1_is_the_mean_overlap_in_words():
-    found = rouge1(["a b x", "nothing"], ["a b c d", "in common"])
+    overlap = rouge1(["a b x", "nothing"], ["a b c d", "in common"])
     # 2 of 3 and 2 of 4 words: F1 is 4/7; and none.
-    assert found.estimate == pytest.approx((4 / 7 + 0) / 2)
-    assert (found.low, found.high, found.documents) == (0.0, pytest.approx(4 / 7), 2)
+    assert overlap.estimate == pytest.approx((4 / 7 + 0) / 2)
+    assert (overlap.low, overlap.high, overlap.documents) == (0.0, pytest.approx(4 / 7), 2)
 
 
-def test_words_of_any_script_count():
-    assert Words().tokenize("Über naïve Öl-Preise, 東京 x_1!") == [
+def test_words_may_be_of_any_script():
+    assert WordTokenizer().tokenize("Über naïve Öl-Preise, 東京 x_1!") == [
         *("über", "naïve", "öl", "preise", "東京", "x_1"),
     ]
     assert rouge1(["добрый день"], ["Добрый вечер"]).estimate == pytest.approx(0.5)
 
 
-def test_diversity_counts_different_grams_and_what_a_text_says_again():
-    found = diversity(["a b a b a b", "a b"])
-    assert found["distinct1"] == 2 / 8
-    assert found["distinct2"] == 2 / 6  # ab ba ab ba ab, ab
-    assert found["distinct3"] == 2 / 4  # aba bab aba bab
-    assert found["repetition"] == pytest.approx(1 / 3)  # abab baba abab
+def test_diversity_counts_different_n_grams_and_repeated_ones():
+    shares = diversity(["a b a b a b", "a b"])
+    assert shares["distinct1"] == 2 / 8
+    assert shares["distinct2"] == 2 / 6  # ab ba ab ba ab, ab
+    assert shares["distinct3"] == 2 / 4  # aba bab aba bab
+    assert shares["repetition"] == pytest.approx(1 / 3)  # abab baba abab
     long = " ".join(map(str, range(50)))
-    assert diversity([long, long])["repetition"] == 0.0  # of another text, not of its own
+    assert diversity([long, long])["repetition"] == 0.0  # repeated in another text, not within one
 
 
 def test_texts_too_short_for_grams_have_no_diversity():
@@ -177,14 +187,14 @@ def test_texts_too_short_for_grams_have_no_diversity():
 
 
 def test_features_are_the_last_hidden_state_at_the_last_token(folder, tokenizer):
-    found = Mauve(folder / "base", device=torch.device("cpu")).features(["w1 w2 w3", "w4"])
+    features = Mauve(folder / "base", device=torch.device("cpu")).features(["w1 w2 w3", "w4"])
     model = transformers.AutoModel.from_pretrained(folder / "base")
     with torch.no_grad():
         expected = [model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in ([4, 5, 6], [7])]
-    np.testing.assert_allclose(found, torch.stack(expected).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features, torch.stack(expected).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_mauve_is_near_one_for_the_same_law_and_low_for_another(folder):
+def test_mauve_is_near_one_for_the_same_distribution_and_low_for_another(folder):
     pytest.importorskip("mauve", reason="mauve-text is an extra")
     mauve = Mauve(folder / "base", device=torch.device("cpu"))
     random = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from fastperturb.engine.batch import IGNORED
 from fastperturb.eval import likelihood
 from fastperturb.eval.likelihood import Likelihood, measure
 
-DRAWS = {"num_samples": 8, "seed": 5, "batch_size": 4}
+SETTINGS = {"num_samples": 8, "seed": 5, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +49,30 @@ def domain(folder):
 
 
 def whole_documents(documents, eos=2):
-    """A domain of token arrays each of which has a block of its own."""
+    """Return a domain whose documents have a block each."""
     size = max(map(len, documents))
     layout = Layout(size, "documents", eos)
     blocks = [
         layout.block(Span(number, np.asarray(tokens, np.int32), np.arange(len(tokens)) == 0))
         for number, tokens in enumerate(documents)
     ]
-    owners = [np.where(np.arange(size) < len(each), n, -1) for n, each in enumerate(documents)]
+    owners = [np.where(np.arange(size) < len(tokens), n, -1) for n, tokens in enumerate(documents)]
     return Domain("d", blocks, owners)
 
 
-def summed_by_document(domain, each):  # each [B, T-1], 0 where there is no label
+def summed_by_document(domain, values):  # values [B, T-1], 0 where there is no label
     sums = [0.0] * domain.document_count
-    for values, documents in zip(each.tolist(), domain.documents):
-        for value, document in zip(values, documents[1:]):
+    for row, documents in zip(values.tolist(), domain.documents):
+        for value, document in zip(row, documents[1:]):
             if document >= 0:
                 sums[document] += value
     return sums
 
 
-def test_an_exact_model_gives_the_plain_models_loss_of_each_document(folder, domain):
+def test_an_exact_model_gives_the_loss_of_the_plain_model_for_each_document(folder, domain):
     lm = perturbed(folder)
     with lm.exact():
-        found = measure(lm, domain, **DRAWS)
+        measured = measure(lm, domain, **SETTINGS)
     # By the model alone, on each piece of a document alone.
     expected, counts = [0.0] * domain.document_count, [0] * domain.document_count
     for block, documents in zip(domain.blocks, domain.documents):
@@ -83,37 +83,37 @@ def test_an_exact_model_gives_the_plain_models_loss_of_each_document(folder, dom
             picked = log_probs[:, :-1].gather(-1, piece[:, 1:, None])
             expected[document] -= float(picked.sum())
             counts[document] += piece.shape[1] - 1
-    torch.testing.assert_close(found.nll_sums, expected, rtol=1e-5, atol=1e-4)
-    assert found.counts == counts
-    assert found.nll == pytest.approx(sum(expected) / sum(counts), rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(found.nll))
+    torch.testing.assert_close(measured.nll_sums, expected, rtol=1e-5, atol=1e-4)
+    assert measured.counts == counts
+    assert measured.nll == pytest.approx(sum(expected) / sum(counts), rel=1e-5)
+    assert measured.perplexity == pytest.approx(math.exp(measured.nll))
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_sums_errors_and_curve_are_those_of_the_score_of_all_blocks(antithetic, folder, domain):
+def test_sums_errors_and_curve_equal_those_of_one_score_of_all_blocks(antithetic, folder, domain):
     lm = perturbed(folder, antithetic=antithetic)
-    found = measure(lm, domain, **DRAWS)
+    measured = measure(lm, domain, **SETTINGS)
     whole = lm.score(**collate(domain.blocks[:]), num_samples=8, seed=5)
     close = {"rtol": 1e-5, "atol": 1e-5}
     nll = summed_by_document(domain, -whole.log_marginal)
-    torch.testing.assert_close(found.nll_sums, nll, **close)
+    torch.testing.assert_close(measured.nll_sums, nll, **close)
     jackknife = summed_by_document(domain, -whole.jackknife)
-    torch.testing.assert_close(found.jackknife_sums, jackknife, **close)
-    assert found.nll == pytest.approx(float(whole.nll), rel=1e-6)
-    assert found.jackknife == pytest.approx(sum(jackknife) / sum(found.counts), rel=1e-6)
-    assert found.standard_error == pytest.approx(float(whole.nll_standard_error), rel=1e-4)
-    assert found.ess == pytest.approx(float(whole.ess.sum() / (whole.ess > 0).sum()), rel=1e-5)
-    assert found.curve["num_samples"] == whole.curve.num_samples
-    torch.testing.assert_close(found.curve["nll"], whole.curve.nll.tolist(), **close)
-    assert found.curve["jackknife"][0] is None
+    torch.testing.assert_close(measured.jackknife_sums, jackknife, **close)
+    assert measured.nll == pytest.approx(float(whole.nll), rel=1e-6)
+    assert measured.jackknife == pytest.approx(sum(jackknife) / sum(measured.counts), rel=1e-6)
+    assert measured.standard_error == pytest.approx(float(whole.nll_standard_error), rel=1e-4)
+    assert measured.ess == pytest.approx(float(whole.ess.sum() / (whole.ess > 0).sum()), rel=1e-5)
+    assert measured.curve["num_samples"] == whole.curve.num_samples
+    torch.testing.assert_close(measured.curve["nll"], whole.curve.nll.tolist(), **close)
+    assert measured.curve["jackknife"][0] is None
     torch.testing.assert_close(
-        found.curve["jackknife"][1:], whole.curve.jackknife[1:].tolist(), **close
+        measured.curve["jackknife"][1:], whole.curve.jackknife[1:].tolist(), **close
     )
 
 
 def test_the_batch_size_changes_nothing(folder, domain):
     lm = perturbed(folder)
-    one, many = (measure(lm, domain, **DRAWS | {"batch_size": size}) for size in (1, 5))
+    one, many = (measure(lm, domain, **SETTINGS | {"batch_size": size}) for size in (1, 5))
     torch.testing.assert_close(one.nll_sums, many.nll_sums, rtol=1e-5, atol=1e-5)
     assert one.standard_error == pytest.approx(many.standard_error, rel=1e-4)
     torch.testing.assert_close(one.curve["nll"], many.curve["nll"], rtol=1e-5, atol=1e-5)
@@ -121,88 +121,96 @@ def test_the_batch_size_changes_nothing(folder, domain):
 
 def test_the_standard_error_is_the_spread_over_seeds(folder, domain):
     lm = perturbed(folder)
-    draws = DRAWS | {"num_samples": 32, "batch_size": 40}
-    found = [measure(lm, domain, **draws | {"seed": seed}) for seed in range(40)]
-    spread = statistics.stdev(each.nll for each in found)
+    settings = SETTINGS | {"num_samples": 32, "batch_size": 40}
+    measured = [measure(lm, domain, **settings | {"seed": seed}) for seed in range(40)]
+    spread = statistics.stdev(one.nll for one in measured)
     # A spread over 40 seeds is known to 11%; three times that.
-    assert spread == pytest.approx(statistics.mean(each.standard_error for each in found), rel=0.34)
+    assert spread == pytest.approx(
+        statistics.mean(one.standard_error for one in measured), rel=0.34
+    )
 
 
-def one_draw_models(folder):
-    still = perturbed(folder, antithetic=True)
-    torch.nn.init.zeros_(still.transform.U)
+def models_without_randomness(folder):
+    unperturbed = perturbed(folder, antithetic=True)
+    torch.nn.init.zeros_(unperturbed.transform.U)
     return {
-        "transform of scale zero": still,
+        "transform of scale zero": unperturbed,
         "deterministic": perturbed(folder, deterministic=True),
     }
 
 
 @pytest.mark.parametrize("kind", ["transform of scale zero", "deterministic"])
-def test_a_model_of_one_draw_takes_one_and_leaves_no_nan(kind, folder, domain):
-    lm = one_draw_models(folder)[kind]
-    found = measure(lm, domain, **DRAWS)
-    assert found.num_samples == 1
-    assert found.standard_error is None and found.ess is None
-    assert found.jackknife_sums == found.nll_sums
-    assert found.curve == {
+def test_a_model_without_randomness_takes_one_sample_and_has_no_nan(kind, folder, domain):
+    lm = models_without_randomness(folder)[kind]
+    measured = measure(lm, domain, **SETTINGS)
+    assert measured.num_samples == 1
+    assert measured.standard_error is None and measured.ess is None
+    assert measured.jackknife_sums == measured.nll_sums
+    assert measured.curve == {
         "num_samples": [1],
-        "nll": [pytest.approx(found.nll)],
+        "nll": [pytest.approx(measured.nll)],
         "jackknife": [None],
     }
-    assert Likelihood.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False))) == found
-
-
-def test_one_draw_of_a_model_that_has_many_is_one_too(folder, domain):
-    found = measure(perturbed(folder), domain, **DRAWS | {"num_samples": 1})
-    assert (found.num_samples, found.standard_error) == (1, None)
-    json.dumps(found.to_dict(), allow_nan=False)
-
-
-def test_a_still_transform_is_the_exact_model_and_any_other_is_not(folder, domain):
-    still, moving = one_draw_models(folder)["transform of scale zero"], perturbed(folder)
-    with moving.exact():
-        exact = measure(moving, domain, **DRAWS)
-    assert measure(still, domain, **DRAWS).nll_sums == exact.nll_sums
-    assert measure(moving, domain, **DRAWS).nll_sums != exact.nll_sums
-
-
-def test_edits_are_measured_like_noise(folder, domain):
-    lm = edit(base_of(folder), EditConfig(rate=0.3, num_samples=8)).eval()
-    found = measure(lm, domain, **DRAWS)
-    whole = lm.score(**collate(domain.blocks[:]), num_samples=8, seed=5)
-    torch.testing.assert_close(
-        found.nll_sums, summed_by_document(domain, -whole.log_marginal), rtol=1e-5, atol=1e-5
+    assert (
+        Likelihood.from_dict(json.loads(json.dumps(measured.to_dict(), allow_nan=False)))
+        == measured
     )
 
 
-def test_a_model_of_the_sequence_marginal_is_judged_token_by_token(folder, domain):
-    by_token = measure(perturbed(folder), domain, **DRAWS)
+def test_one_sample_of_a_random_model_has_no_error(folder, domain):
+    measured = measure(perturbed(folder), domain, **SETTINGS | {"num_samples": 1})
+    assert (measured.num_samples, measured.standard_error) == (1, None)
+    json.dumps(measured.to_dict(), allow_nan=False)
+
+
+def test_a_transform_of_scale_zero_is_the_exact_model_and_any_other_is_not(folder, domain):
+    unperturbed, random = (
+        models_without_randomness(folder)["transform of scale zero"],
+        perturbed(folder),
+    )
+    with random.exact():
+        exact = measure(random, domain, **SETTINGS)
+    assert measure(unperturbed, domain, **SETTINGS).nll_sums == exact.nll_sums
+    assert measure(random, domain, **SETTINGS).nll_sums != exact.nll_sums
+
+
+def test_models_with_edits_are_measured_like_those_with_noise(folder, domain):
+    lm = edit(base_of(folder), EditConfig(rate=0.3, num_samples=8)).eval()
+    measured = measure(lm, domain, **SETTINGS)
+    whole = lm.score(**collate(domain.blocks[:]), num_samples=8, seed=5)
+    torch.testing.assert_close(
+        measured.nll_sums, summed_by_document(domain, -whole.log_marginal), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_model_of_the_sequence_marginal_is_measured_by_the_token_marginal(folder, domain):
+    by_token = measure(perturbed(folder), domain, **SETTINGS)
     lm = perturbed(folder, marginal="sequence")
-    assert measure(lm, domain, **DRAWS).nll_sums == by_token.nll_sums
+    assert measure(lm, domain, **SETTINGS).nll_sums == by_token.nll_sums
     assert lm.config.marginal == "sequence"
 
 
-def test_a_model_in_training_is_measured_without_dropout_and_goes_on_training(folder, domain):
+def test_a_model_in_train_mode_is_measured_without_dropout_and_stays_in_train_mode(folder, domain):
     lm = wrap(base_of(folder, "dropout"), PerturbConfig(num_samples=8, latent_dim=4))
-    expected = measure(lm.eval(), domain, **DRAWS)
+    expected = measure(lm.eval(), domain, **SETTINGS)
     lm.train()
-    assert measure(lm, domain, **DRAWS).nll_sums == expected.nll_sums
+    assert measure(lm, domain, **SETTINGS).nll_sums == expected.nll_sums
     assert lm.training and lm.base.training
 
 
-def test_a_temperature_divides_the_logits_of_every_draw(folder, domain):
+def test_a_temperature_divides_the_logits_of_every_sample(folder, domain):
     lm, cooled = perturbed(folder), perturbed(folder)
     with torch.no_grad():
         cooled.base.model.norm.weight /= 1.7  # of which the logits are a multiple
-    found = measure(lm, domain, **DRAWS, temperature=1.7)
-    assert found.temperature == 1.7
-    expected = measure(cooled, domain, **DRAWS)
-    torch.testing.assert_close(found.nll_sums, expected.nll_sums, rtol=1e-5, atol=1e-4)
+    measured = measure(lm, domain, **SETTINGS, temperature=1.7)
+    assert measured.temperature == 1.7
+    expected = measure(cooled, domain, **SETTINGS)
+    torch.testing.assert_close(measured.nll_sums, expected.nll_sums, rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()
 def sampled(model, count, length):
-    """Sequences whose law is the model's."""
+    """Sample sequences from a model."""
     torch.manual_seed(0)
     tokens = torch.randint(3, model.config.vocab_size, (count, 1))
     while tokens.shape[1] < length:
@@ -211,7 +219,7 @@ def sampled(model, count, length):
     return tokens
 
 
-def test_tuning_finds_the_factor_by_which_logits_were_scaled(folder):
+def test_tuning_recovers_the_factor_of_scaled_logits(folder):
     lm = perturbed(folder, init_scale=0.05)
     own = whole_documents(sampled(lm.base, 40, 24))
     tune = {"num_samples": 4, "seed": 0, "batch_size": 40}
@@ -223,7 +231,7 @@ def test_tuning_finds_the_factor_by_which_logits_were_scaled(folder):
     assert likelihood.tuned_temperature(lm, own, **tune) == pytest.approx(1.5 * before, rel=0.01)
 
 
-def test_no_temperature_is_better_than_the_tuned_one(folder):
+def test_the_tuned_temperature_is_better_than_its_neighbours(folder):
     lm = perturbed(folder)
     own = whole_documents(sampled(lm.base, 20, 16))
     tune = {"num_samples": 4, "seed": 0, "batch_size": 20}
@@ -234,18 +242,18 @@ def test_no_temperature_is_better_than_the_tuned_one(folder):
 
 def test_a_unigram_predicts_by_counts_with_one_added(domain):
     counts = np.arange(63)
-    found = likelihood.unigram(domain, counts)
+    measured = likelihood.unigram(domain, counts)
     expected = [0.0] * domain.document_count
     for block, documents in zip(domain.blocks, domain.documents):
         for label, document in zip(block.labels, documents):
             if label != IGNORED:
                 expected[document] -= math.log((counts[label] + 1) / (counts.sum() + 63))
-    assert found.nll_sums == pytest.approx(expected)
+    assert measured.nll_sums == pytest.approx(expected)
     labelled = np.concatenate([block.labels for block in domain.blocks]) != IGNORED
-    assert sum(found.counts) == labelled.sum()
+    assert sum(measured.counts) == labelled.sum()
 
 
-def test_a_texts_own_counts_give_the_entropy_of_its_token_frequencies(domain):
+def test_the_counts_of_a_text_give_the_entropy_of_its_token_frequencies(domain):
     labels = np.concatenate([block.labels for block in domain.blocks])
     counts = likelihood.label_counts(domain.blocks, 63)
     assert counts.tolist() == [(labels == token).sum() for token in range(63)]
@@ -255,28 +263,28 @@ def test_a_texts_own_counts_give_the_entropy_of_its_token_frequencies(domain):
     assert own.nll < likelihood.unigram(domain, counts).nll
 
 
-def test_a_unigram_that_lacks_a_token_is_refused(domain):
-    with pytest.raises(ValueError, match="'d' has tokens that counts has not"):
+def test_a_unigram_without_a_token_of_the_text_is_rejected(domain):
+    with pytest.raises(ValueError, match="domain 'd' has tokens whose count is 0"):
         likelihood.unigram(domain, np.eye(1, 63, dtype=int)[0], smoothing=0.0)
 
 
-def test_a_likelihood_comes_back_from_json(folder, domain):
-    found = measure(perturbed(folder), domain, **DRAWS)
-    kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert Likelihood.from_dict(kept) == found
-    assert kept["nll"] == found.nll and kept["perplexity"] == found.perplexity
+def test_a_likelihood_survives_json(folder, domain):
+    measured = measure(perturbed(folder), domain, **SETTINGS)
+    kept = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
+    assert Likelihood.from_dict(kept) == measured
+    assert kept["nll"] == measured.nll and kept["perplexity"] == measured.perplexity
 
 
-def test_the_tiny_pretrained_model_is_as_likely_as_its_readme_says(data_dir, tmp_path):
+def test_the_tiny_pretrained_model_has_the_loss_of_its_readme(data_dir, tmp_path):
     """Whole stories after a begin token; it never met the end token that documents have here."""
     base = data_dir / "models" / "stories260K-hf"
     text = (data_dir / "extra_tinystories" / "sample.txt").read_text(encoding="utf-8")
-    stories = [{"text": each.strip()} for each in text.split("<|endoftext|>")]
+    stories = [{"text": story.strip()} for story in text.split("<|endoftext|>")]
     (tmp_path / "stories.json").write_text(json.dumps(stories))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     read = domains.read("s", str(tmp_path / "stories.json"), DomainOptions(), tokenizer)
     whole = whole_documents([tokens[:-1] for tokens in read.tokens()])
     lm = wrap(transformers.AutoModelForCausalLM.from_pretrained(base), PerturbConfig())
     with lm.exact():
-        found = measure(lm, whole, num_samples=1, seed=0, batch_size=8)
-    assert found.nll == pytest.approx(1.266, abs=5e-4)
+        measured = measure(lm, whole, num_samples=1, seed=0, batch_size=8)
+    assert measured.nll == pytest.approx(1.266, abs=5e-4)

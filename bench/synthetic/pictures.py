@@ -1,4 +1,4 @@
-"""The study's pictures, from what results.json holds."""
+"""The study's pictures, from the content of results.json."""
 
 from __future__ import annotations
 
@@ -10,31 +10,43 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.synthetic.summary import best_fixed, pick
+from bench.synthetic.summary import TITLES, best_fixed, pick
 from fastperturb.demo.language import NOISE_SD, REGIONS
-from fastperturb.report.figures import FAINT, INK, plain
+from fastperturb.report.figures import (
+    BLACK,
+    BLUE,
+    BROWN,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    PINK,
+    PURPLE,
+    SKY,
+    VERMILION,
+    plain,
+)
 
-# Okabe and Ito's palette, the pale ones darkened.
 COLOURS = {
-    "iwae": "#0072B2",
-    "jvi_clip": "#C060A0",
-    "quadratic": "#009E73",
-    "mlmc": "#D18F00",
-    "sumo": "#8B5A2B",
-    "iwae + 10 quadratic": "#56B4E9",
-    "jensen": "#8C8C8C",
-    "jvi": "#6A3D9A",
-    "exact": "#222222",
-    "fixed": "#D55E00",
-    "learned": "#0072B2",
+    "iwae": BLUE,
+    "jvi_clip": PINK,
+    "quadratic": GREEN,
+    "mlmc": ORANGE,
+    "sumo": BROWN,
+    "iwae + 10 quadratic": SKY,
+    "jensen": FAINT,
+    "jvi": PURPLE,
+    "exact": BLACK,
+    "fixed": VERMILION,
+    "learned": BLUE,
 }
 NOISY = ("movement", "noisy")
-TITLES = {"in_support": "in support", "band1": "band 1", "band2": "band 2"}
 
 
 def draw_all(results: dict[str, Any], folder: Path) -> None:
+    """Write every picture as a PNG."""
     for name, panels in (
-        ("draws", draw_draws),
+        ("draws", draw_samples),
         ("flops", draw_flops),
         ("scale", draw_scale),
         ("size", draw_size),
@@ -45,16 +57,16 @@ def draw_all(results: dict[str, Any], folder: Path) -> None:
         figure.savefig(folder / f"{name}.png")
 
 
-def draw_draws(figure: Figure, results: dict[str, Any]) -> None:
-    """KL in and out of support, and the learned movement, by draws and equation."""
+def draw_samples(figure: Figure, results: dict[str, Any]) -> None:
+    """Draw KL in and out of support, and the learned shift, by samples and estimator."""
     rows = results["rows"]
     panels = figure.subplots(1, 4)
-    equations = dict.fromkeys(r["line"] for r in rows if r["experiment"] == "draws")
-    del equations["exact"]
+    estimators = lines_of(rows, "draws")
+    estimators.remove("exact")
     for axes, region in zip(panels, REGIONS):
         titled(axes, f"KL {TITLES[region]}")
-        for equation in equations:
-            line(axes, of(rows, "draws", equation), equation, ("kl", region))
+        for estimator in estimators:
+            line(axes, of(rows, "draws", estimator), estimator, ("kl", region))
         exact = pick(rows, "fixed", "exact", 0.0)["kl"][region]["mean"]
         axes.axhline(exact, color=INK, linewidth=1.2, linestyle="--", label="exact prefix")
         best = [best_fixed(rows, f"iwae, M = {M}") for M in (4, 16)]
@@ -67,16 +79,16 @@ def draw_draws(figure: Figure, results: dict[str, Any]) -> None:
         )
         axes.set_yscale("log")
     titled(panels[3], "sd along the noisy axis")
-    for equation in equations:
-        line(panels[3], of(rows, "draws", equation), equation, NOISY)
+    for estimator in estimators:
+        line(panels[3], of(rows, "draws", estimator), estimator, NOISY)
     panels[3].axhline(NOISE_SD, color=INK, linewidth=1, linestyle=":")
     for axes in panels:
-        draws_axis(axes, upto=16)
+        samples_axis(axes, upto=16)
     legend(figure, panels[0])
 
 
 def draw_flops(figure: Figure, results: dict[str, Any]) -> None:
-    """Every arm at equal flops, best out of support on top."""
+    """Draw KL of every arm at equal flops, the best out of support on top."""
     rows = [row for row in results["rows"] if row["experiment"] == "flops"]
     rows.sort(key=lambda row: row["kl"]["band1"]["mean"] + row["kl"]["band2"]["mean"], reverse=True)
     panels = figure.subplots(1, 3, sharey=True)
@@ -87,33 +99,32 @@ def draw_flops(figure: Figure, results: dict[str, Any]) -> None:
             axes.plot([value["low"], value["high"]], [height] * 2, color=colour(row), linewidth=2)
             axes.plot(value["mean"], height, "o", color=colour(row), ms=7)
         axes.set_xscale("log")
-        axes.grid(color="#e6e6e6", linewidth=0.8)
         readable(axes.xaxis)
-        plain(axes)
+        plain(axes, grid="both")
     labels = [f"{row['line']}, batch {row['x']:g}" for row in rows]
     panels[0].set_yticks(range(len(rows)), labels)
 
 
 def draw_scale(figure: Figure, results: dict[str, Any]) -> None:
-    """The learned scale against the true one, against draws and against pairs."""
+    """Draw the learned scale against the true one, against samples and against pairs."""
     rows = results["rows"]
     panels = figure.subplots(1, 3)
     titled(panels[0], "learned sd against the truth's")
     panels[0].plot([0, 0.5], [0, 0.5], color=INK, linewidth=1, linestyle=":")
     panels[0].set_xlabel("the truth's sd along the noisy axis", color=INK)
     for experiment, where, style in (("held_noise", "trunk held", "-"), ("noise", "free", "--")):
-        for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == experiment):
+        for name in lines_of(rows, experiment):
             chosen = of(rows, experiment, name)
             if "movement" in chosen[0]:
                 line(panels[0], chosen, f"{name} ({where})", NOISY, style=style)
     panels[0].legend(fontsize=8, frameon=False)
-    titled(panels[1], "trunk held: learned sd by draws")
-    for equation in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "held_draws"):
-        line(panels[1], of(rows, "held_draws", equation), equation, NOISY)
-    draws_axis(panels[1], upto=64)
+    titled(panels[1], "trunk held: learned sd by samples")
+    for estimator in lines_of(rows, "held_draws"):
+        line(panels[1], of(rows, "held_draws", estimator), estimator, NOISY)
+    samples_axis(panels[1], upto=64)
     panels[1].legend(fontsize=8, frameon=False)
     titled(panels[2], "trunk held: learned sd by training pairs")
-    for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "held_size"):
+    for name in lines_of(rows, "held_size"):
         line(panels[2], of(rows, "held_size", name), name, NOISY)
     panels[2].legend(fontsize=8, frameon=False)
     pairs_axis(panels[2])
@@ -125,12 +136,12 @@ def draw_scale(figure: Figure, results: dict[str, Any]) -> None:
 
 
 def draw_size(figure: Figure, results: dict[str, Any]) -> None:
-    """KL by the number of training pairs."""
+    """Draw KL by the number of training pairs."""
     rows = results["rows"]
     panels = figure.subplots(1, 3)
     for axes, region in zip(panels, REGIONS):
         titled(axes, f"KL {TITLES[region]}")
-        for name in dict.fromkeys(r["line"] for r in rows if r["experiment"] == "size"):
+        for name in lines_of(rows, "size"):
             style = "--" if name == "fixed 0.2" else "-"
             chosen = of(rows, "size", name)
             line(axes, chosen, name, ("kl", region), style=style)
@@ -142,23 +153,23 @@ def draw_size(figure: Figure, results: dict[str, Any]) -> None:
 
 
 def draw_statistics(figure: Figure, results: dict[str, Any]) -> None:
-    """What training converges to by draws, and how often intervals cover."""
+    """Draw the bias of gradients and solutions by samples, and the coverage of intervals."""
     left, middle, right = figure.subplots(1, 3)
     titled(left, "bias of the gradient, over its size")
-    titled(middle, "learned |U| over the true one, endless data")
+    titled(middle, "learned |U| over the true one, unlimited data")
     for name in dict.fromkeys(row["equation"] for row in results["bias"]):
         chosen = [row for row in results["bias"] if row["equation"] == name]
-        draws = [row["num_samples"] for row in chosen]
+        samples = [row["num_samples"] for row in chosen]
         shown = [max(row["gradient"], 1e-5) for row in chosen]
-        left.plot(draws, shown, "o-", color=COLOURS[name], label=name, ms=4)
+        left.plot(samples, shown, "o-", color=COLOURS[name], label=name, ms=4)
         solution = [row["solution"] for row in chosen]
-        middle.plot(draws, solution, "o-", color=COLOURS[name], label=name, ms=4)
+        middle.plot(samples, solution, "o-", color=COLOURS[name], label=name, ms=4)
     left.set_yscale("log")
     left.set_ylabel("1e-5 stands for zero", color=FAINT)
     middle.axhline(1, color=INK, linewidth=1, linestyle=":")
     middle.legend(fontsize=8, frameon=False, loc="center right")
     for axes in (left, middle):
-        draws_axis(axes)
+        samples_axis(axes)
     left.yaxis.set_major_locator(ticker.LogLocator())
     titled(right, "coverage of 95% intervals, by n")
     for name in dict.fromkeys(row["name"] for row in results["coverage"]):
@@ -177,11 +188,18 @@ def draw_statistics(figure: Figure, results: dict[str, Any]) -> None:
     plain(right)
 
 
+def lines_of(rows: Sequence[dict[str, Any]], experiment: str) -> list[str]:
+    """Return the names of an experiment's lines, in their order."""
+    return list(dict.fromkeys(row["line"] for row in rows if row["experiment"] == experiment))
+
+
 def of(rows: Sequence[dict[str, Any]], experiment: str, name: str) -> list[dict[str, Any]]:
+    """Return the rows of one line."""
     return [row for row in rows if (row["experiment"], row["line"]) == (experiment, name)]
 
 
 def colour(row: dict[str, Any]) -> str:
+    """Return the colour of a row's estimator or method, which its line begins with."""
     return COLOURS[row["line"].split(",")[0].split(" 0.")[0]]
 
 
@@ -193,18 +211,26 @@ def line(
     *,
     style: str = "-",
 ) -> None:
-    """Means of what was measured, with their intervals; fresh pairs stand at half a million."""
+    """Draw means with their intervals; fresh pairs are drawn at half a million.
+
+    measured: the keys of the value in a row, such as ("kl", "band1").
+    """
     x = [5e5 if row["x"] is None else row["x"] for row in rows]
-    what, where = measured
-    found = [row[what][where] for row in rows]
-    off = [
-        [each["mean"] - each["low"] for each in found],
-        [each["high"] - each["mean"] for each in found],
-    ]
-    means = [each["mean"] for each in found]
-    ink = colour(rows[0])
+    quantity, where = measured
+    values = [row[quantity][where] for row in rows]
     axes.errorbar(
-        x, means, yerr=off, fmt=f"o{style}", color=ink, label=label, ms=4, capsize=2, linewidth=1.6
+        x,
+        [value["mean"] for value in values],
+        yerr=[
+            [value["mean"] - value["low"] for value in values],
+            [value["high"] - value["mean"] for value in values],
+        ],
+        fmt=f"o{style}",
+        color=colour(rows[0]),
+        label=label,
+        ms=4,
+        capsize=2,
+        linewidth=1.6,
     )
 
 
@@ -217,11 +243,11 @@ def titled(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=11, color=INK, loc="left", fontweight="bold")
 
 
-def draws_axis(axes: Axes, upto: int = 32) -> None:
+def samples_axis(axes: Axes, upto: int = 32) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks([2**power for power in range(1, upto.bit_length())])
     axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%d"))
-    axes.set_xlabel("draws M", color=INK)
+    axes.set_xlabel("samples M", color=INK)
     readable(axes.yaxis)
     plain(axes)
 
@@ -234,7 +260,7 @@ def pairs_axis(axes: Axes) -> None:
 
 
 def readable(axis: Any) -> None:
-    """Plain numbers where the scale is logarithmic."""
+    """Write plain numbers at the ticks of a logarithmic scale."""
     if axis.get_scale() == "log":
         axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
         axis.set_minor_locator(ticker.NullLocator())
