@@ -7,11 +7,17 @@ from fastperturb.version import __version__
 
 if TYPE_CHECKING:
     from fastperturb import estimators, noise, ops, transforms
-    from fastperturb.checkpoint.save import load
     from fastperturb.config import PerturbConfig
     from fastperturb.integrations.trainer import PerturbTrainer as PerturbTrainer
-    from fastperturb.model import PerturbedLM, PerturbedOutput, wrap
-    from fastperturb.model.edits import EditConfig, EditedLM, edit
+    from fastperturb.model import (
+        EditConfig,
+        EditedLM,
+        PerturbedLM,
+        PerturbedOutput,
+        edit,
+        load,
+        wrap,
+    )
 
 _HOMES = {
     "EditConfig": "fastperturb.model",
@@ -21,7 +27,7 @@ _HOMES = {
     "PerturbedLM": "fastperturb.model",
     "PerturbedOutput": "fastperturb.model",
     "edit": "fastperturb.model",
-    "load": "fastperturb.checkpoint.save",
+    "load": "fastperturb.model",
     "wrap": "fastperturb.model",
 }
 _MODULES = ("estimators", "noise", "ops", "transforms")

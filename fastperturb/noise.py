@@ -119,6 +119,11 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), signed, dtype=torch.int64, device=device)
 
 
+def drawn_seed(generator: torch.Generator | None = None) -> Tensor:
+    """Draw a seed from torch's default generator, or from the one given: int64 [] on the CPU."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator)
+
+
 def fold_in(seed: int | Tensor, number: int) -> Tensor:
     """The seed of part `number` (a training step, say) of what `seed` keys: int64, on its device.
 

@@ -1,4 +1,4 @@
-"""Files to be trusted: through to the disk when written, checked when read, errors that explain."""
+"""Reliable files: fsynced when written, checked when read, with errors that explain."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, outlive a loss of power."""
+    """fsync a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +26,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def explaining(what: str) -> Iterator[None]:
-    """An error of the disk, with what it means for the one who wrote."""
+    """Prefix errors of the disk within the body with what they mean for the user."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -45,7 +45,7 @@ def sha256(path: Path) -> str:
 
 
 def digest(values: Any) -> str:
-    """The SHA-256 of JSON values, however they are laid out in a file."""
+    """Return the SHA-256 of JSON values, however a file lays them out."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -58,7 +58,7 @@ def require_file(path: Path) -> None:
 
 
 def read_json(path: Path, *, most_bytes: int) -> dict[str, Any]:
-    """A JSON object of at most so many bytes."""
+    """Read a JSON object of at most this many bytes."""
     require_file(path)
     with open(path, "rb") as file:
         text = file.read(most_bytes + 1)

@@ -1,21 +1,20 @@
-"""What a checkpoint's files say, and whether to believe them.
+"""The format of a checkpoint folder, and the checks that its files belong together.
 
     perturbation_config.json   the config, what it was saved over, every file's SHA-256
     perturbation.safetensors   the transform's parameters and embed_rms, in fp32
     adapter_config.json, adapter_model.safetensors    PEFT's own, where there is an adapter
 
-The config carries a digest of itself too, so a folder whose files are damaged, changed or of two
-saves is told from a whole one. Nothing is unpickled, nothing is allocated before its size is
-known to be right, and no path that stands in a file is followed.
+The config carries a digest of itself too. So a folder whose files are damaged, changed or of two
+saves is rejected. Nothing is unpickled, nothing is allocated before its size is known to be right,
+and no path that stands in a file is followed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from fastperturb.checkpoint.atomic import (
     require_file,
     sha256,
 )
-from fastperturb.config import PerturbConfig
+from fastperturb.engine.adapters import unadapted
 from fastperturb.engine.architectures import understand
-from fastperturb.model.edits import EditConfig
-from fastperturb.transforms import make_transform
+from fastperturb.engine.perturbations import PERTURBATIONS
 from fastperturb.version import __version__
 
 FORMAT_VERSION = 1
@@ -45,21 +43,16 @@ ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 # Far above what is ever written, far below what hurts.
 _MOST_CONFIG_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 1 << 16
-# Casting a table to another dtype moves its root mean square by much less, another model's
-# table by much more.
+# Casting a table to another dtype changes its root mean square by much less than this, another
+# model's table by much more.
 _RMS_TOLERANCE = 0.01
 # A PEFT config can name files and modules for PEFT to load; a checkpoint stays in its folder.
 _REACHING_OUT = ("adapters", "megatron_config", "tokenizer_name_or_path")
-# The families of perturbations, by the config_class of a checkpoint's config.
-_FAMILIES: dict[str, type[PerturbConfig] | type[EditConfig]] = {
-    "PerturbConfig": PerturbConfig,
-    "EditConfig": EditConfig,
-}
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a checkpoint was saved over: enough to notice another model."""
+    """The base that a checkpoint was saved over: enough to notice another model."""
 
     model: str
     name: str
@@ -89,7 +82,7 @@ class Base:
         return f"{self.model}{name} with embeddings {self.embedding}, rms {self.embed_rms:.4g}"
 
     def check(self, here: Base, folder: Path) -> None:
-        """Refuse embeddings of another scale, and warn of other weights."""
+        """Raise on embeddings of another scale, and warn of other weights."""
         if not abs(here.embed_rms / self.embed_rms - 1) <= _RMS_TOLERANCE:
             raise ValueError(
                 f"{folder} was saved over {self}, and this is {here}: another base, whose "
@@ -110,7 +103,7 @@ class Checkpoint:
     """A folder whose files are those that were saved together."""
 
     folder: Path
-    config: PerturbConfig | EditConfig
+    config: Any  # a PerturbConfig, or the config of another perturbation
     embed_dim: int
     base: Base
     files: dict[str, str]  # the SHA-256 of every file
@@ -121,9 +114,10 @@ class Checkpoint:
         path = folder / CONFIG_NAME
         values = _read_manifest(path)
         try:
-            family = _FAMILIES[values.get("config_class", "PerturbConfig")]
-            config, embed_dim = family.from_dict(values["config"]), values["embed_dim"]
-            shapes = layout(config, embed_dim)
+            kind = PERTURBATIONS[values.get("config_class", "PerturbConfig")]
+            config_class: Any = kind.config_class
+            config, embed_dim = config_class.from_dict(values["config"]), values["embed_dim"]
+            shapes = kind.transform_shapes(config, embed_dim)
             base, files = Base(**values["base"]), values["files"]
             float(base.embed_rms)
             if set(files) not in ({TENSORS_NAME}, {TENSORS_NAME, *ADAPTER_NAMES}):
@@ -151,11 +145,11 @@ class Checkpoint:
     def has_adapter(self) -> bool:
         return ADAPTER_NAMES[0] in self.files
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The transform's state."""
+    def transform_tensors(self) -> dict[str, Tensor]:
+        """Read the transform's state."""
         path = self.folder / TENSORS_NAME
         tensors = read_tensors(path)
-        refuse_non_finite(tensors, f"{path} cannot be used")
+        reject_non_finite(tensors, f"{path} cannot be used")
         if tensors["embed_rms"] <= 0:
             raise ValueError(f"{path} holds embed_rms={tensors['embed_rms']}, not above 0")
         return tensors
@@ -167,12 +161,12 @@ class Checkpoint:
 def write_manifest(
     folder: Path,
     *,
-    config: PerturbConfig | EditConfig,
+    config: Any,
     embed_dim: int,
     base: Base,
     names: tuple[str, ...],
 ) -> None:
-    """Write the config that vouches for the other files of a folder."""
+    """Write the config that holds the digests of the folder's other files."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "fastperturb_version": __version__,
@@ -187,35 +181,10 @@ def write_manifest(
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def layout(config: PerturbConfig | EditConfig, embed_dim: int) -> dict[str, list[int]]:
-    """The shape of each tensor of a transform, from one that takes no memory."""
-    if isinstance(config, EditConfig):
-        return {"embed_rms": []}
-    with torch.device("meta"):
-        transform = make_transform(config, embed_dim)
-    return {name: list(value.shape) for name, value in transform.state_dict().items()}
-
-
-def refuse_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def reject_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{what}: {name} holds nan or inf; go back to an older checkpoint")
-
-
-def is_adapted(model: nn.Module) -> bool:
-    return type(model).__module__.startswith("peft.")
-
-
-def unadapted(model: Any) -> nn.Module:
-    return model.get_base_model() if is_adapted(model) else model
-
-
-@contextlib.contextmanager
-def without_peft_deprecations() -> Iterator[None]:
-    """Without a warning of an attribute that peft 0.21 reads: a user could do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        yield
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -242,7 +211,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
-    """Names, shapes and dtypes, before any tensor of theirs exists."""
+    """Check names, shapes and dtypes before any tensor is allocated."""
     require_file(path)
     data_bytes = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
     size, most = path.stat().st_size, data_bytes + _MOST_HEADER_BYTES
@@ -254,13 +223,13 @@ def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:
         )
     with open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+        stored = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     wanted = {name: ("F32", shape) for name, shape in shapes.items()}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
             raise ValueError(
                 f"{path} must hold {wanted.get(name, 'nothing')} as {name!r} and holds "
-                f"{found.get(name, 'nothing')}: it is not the file saved with {CONFIG_NAME}; "
+                f"{stored.get(name, 'nothing')}: it is not the file saved with {CONFIG_NAME}; "
                 "copy the whole checkpoint again"
             )
 

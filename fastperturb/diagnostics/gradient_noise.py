@@ -5,8 +5,8 @@ backward, and with the examples. Over a few seeds, on one batch, traces of varia
 
     latents    tr Var g_iwae
     draws      E |g_resample - g_iwae|^2 at the same seeds. g_iwae is the mean of g_resample over
-               its draws, so this adds to the latents' part. Draws are independent: measured with
-               one of them, and K have 1 / K of it.
+               the samples it draws, so this adds to the latents' part. They are drawn
+               independently: measured with K = 1, and K have 1 / K of it.
     data       E |g_A - g_B|^2 - latents, for random halves A and B of the batch's rows and
                g = g_A + g_B: rows are examples, drawn alike.
 
@@ -21,17 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastperturb import estimators, noise
-from fastperturb.engine import architectures, validate
+from fastperturb.engine import validate
+from fastperturb.engine.architectures import reject_dropout
 from fastperturb.engine.batch import IGNORED
-
-if TYPE_CHECKING:
-    from fastperturb.model import PerturbedLM
+from fastperturb.engine.protocol import WrappedModel
 
 PARAMETERS = ("transform", "trainable")
 
@@ -51,17 +50,17 @@ class Row(NamedTuple):
 
     @property
     def signal_to_noise(self) -> float:
-        """Of the batch's own gradient."""
+        """Return the ratio for the batch's own gradient."""
         return self.signal / self.variance if self.variance else math.inf
 
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """What `PerturbedLM.gradient_noise` returns; `str` of it is a table.
+    """The result of `PerturbedLM.gradient_noise`; `str` of it is a table.
 
     data_noise: the data's part of the variance, in units of iwae's latents; 0 if B = 1.
-    draw_noise: c, what resampling one draw adds, in units of latents and data together.
-    backward_samples: the best K for resample, sqrt(c M / 2).
+    draw_noise: c, what `resample` with K = 1 adds, in units of latents and data together.
+    backward_samples: the best K for `resample` at equal flops, sqrt(c M / 2).
     """
 
     rows: list[Row]
@@ -81,7 +80,7 @@ class GradientNoise:
 
 
 def gradient_noise(
-    lm: PerturbedLM,
+    lm: WrappedModel,
     inputs: dict[str, Any],
     *,
     repeats: int,
@@ -89,7 +88,7 @@ def gradient_noise(
     parameters: str,
     seed: int | Tensor | None,
 ) -> GradientNoise:
-    """`PerturbedLM.gradient_noise`, where the arguments are described."""
+    """Measure a batch's gradient noise; `PerturbedLM.gradient_noise` describes the arguments."""
     inputs = {name: value for name, value in inputs.items() if value is not None}
     _check(lm, inputs, repeats)
     M = inputs.get("num_samples") or lm.config.num_samples
@@ -98,20 +97,21 @@ def gradient_noise(
     equations = ["iwae", *others]
     moments = [_Moments() for _ in equations]
     iwae, draws, halves = moments[0], _Moments(), _Moments()
-    for number, half in _repeats(step, repeats, seed):
-        gradients, taken = zip(*(step.gradient(name, number) for name in equations))
-        for each, gradient in zip(moments, gradients):
-            each.add(gradient)
-        whole = gradients[0]
-        drawn, _ = step.gradient("resample", number, plan="resample", backward_samples=1)
-        draws.add(drawn - whole)
-        if step.size > 1:
-            part, _ = step.gradient("iwae", number, rows=half)
-            halves.add(2 * part - whole)
+    with lm.unsplit():
+        for number, half in _repeats(step, repeats, seed):
+            gradients, plans = zip(*(step.gradient(name, number) for name in equations))
+            for moment, gradient in zip(moments, gradients):
+                moment.add(gradient)
+            whole = gradients[0]
+            drawn, _ = step.gradient("resample", number, plan="resample", backward_samples=1)
+            draws.add(drawn - whole)
+            if step.size > 1:
+                part, _ = step.gradient("iwae", number, rows=half)
+                halves.add(2 * part - whole)
     latents = iwae.variance
     if latents == 0:
         raise ValueError(
-            "the gradient is the same for every seed: no labelled token follows one that moves"
+            "the gradient is the same for every seed: no labelled token follows a perturbed one"
         )
     data = _data_variance(step, iwae, halves)
 
@@ -124,8 +124,8 @@ def gradient_noise(
         return (latents + data) / total * 4 * M / cost if total else math.inf
 
     rows = []
-    for name, plan, each in zip(equations, taken, moments):
-        signal, variance, cost = each.signal, each.variance, _cost(name, plan, M)
+    for name, plan, moment in zip(equations, plans, moments):
+        signal, variance, cost = moment.signal, moment.variance, _cost(name, plan, M)
         gain = worth(signal, variance, cost)
         rows.append(Row(name, None, signal, variance, plan, cost, gain))
     for kept in (2**k for k in range(M.bit_length())):
@@ -143,7 +143,7 @@ def gradient_noise(
 class _Step:
     """A batch whose gradient is taken again and again."""
 
-    lm: PerturbedLM
+    lm: WrappedModel
     inputs: dict[str, Any]
     parameters: list[nn.Parameter]
 
@@ -154,7 +154,7 @@ class _Step:
     def gradient(
         self, estimator: Estimator, seed: int, *, rows: Tensor | None = None, **changes: Any
     ) -> tuple[Tensor, str]:
-        """The gradient [P] of the whole batch's loss, or of these rows' part; and the plan."""
+        """Return the gradient [P] of the batch's loss, or of these rows' part; and the plan."""
         lm, labels = self.lm, self.inputs["labels"]
         call = {"rows": torch.arange(self.size, device=labels.device), **self.inputs, "seed": seed}
         call.setdefault("num_items_in_batch", (labels[:, 1:] != IGNORED).sum())
@@ -164,21 +164,22 @@ class _Step:
                     call[name] = value[rows]
         if lm.config.plan == "resample":
             changes = {"plan": "auto", **changes}
-        before = lm._report
+        before = lm.state.report
         try:
-            with torch.enable_grad(), lm._configured(estimator=estimator, **changes):
+            with torch.enable_grad(), lm.overriding(estimator=estimator, **changes):
                 loss = lm(**call).loss
-                plan = lm.plan_report().plan
+                report = lm.state.report
         finally:
-            lm._report = before
-        found = torch.autograd.grad(
+            lm.state.report = before
+        assert report is not None
+        gradients = torch.autograd.grad(
             loss, self.parameters, allow_unused=True, materialize_grads=True
         )
-        return torch.cat([each.flatten().double() for each in found]), plan
+        return torch.cat([gradient.flatten().double() for gradient in gradients]), report.plan
 
 
 class _Moments:
-    """The first two moments of gradients, which themselves are not kept."""
+    """The first two moments of gradients, without keeping the gradients."""
 
     def __init__(self) -> None:
         self.count, self.squares = 0, 0.0
@@ -211,7 +212,7 @@ class _Moments:
 
 
 def _data_variance(step: _Step, iwae: _Moments, halves: _Moments) -> float:
-    """What the choice of examples adds to the variance, by the difference between halves."""
+    """Return what the choice of examples adds to the variance, from the halves' difference."""
     if step.size == 1:
         return 0.0
     # An odd batch has halves that differ by a row, and so by that share of the gradient.
@@ -221,60 +222,56 @@ def _data_variance(step: _Step, iwae: _Moments, halves: _Moments) -> float:
 
 
 def _repeats(step: _Step, repeats: int, seed: int | Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """A seed and a random half of the rows for every repeat; torch's generator is only read."""
+    """Yield a seed and a random half of the rows per repeat; only read torch's generator."""
     generator = torch.Generator()
     if seed is None:
         generator.set_state(torch.get_rng_state())
     else:
         generator.manual_seed(int(noise.seed_tensor(seed, torch.device("cpu"))))
     for _ in range(repeats):
-        number = int(torch.randint(2**63 - 1, (), generator=generator))
+        number = int(noise.drawn_seed(generator))
         order = torch.randperm(step.size, generator=generator)
         yield number, order[: (step.size + 1) // 2].to(step.inputs["labels"].device)
 
 
 def _cost(estimator: Estimator, plan: str, num_samples: int) -> float:
-    draws: float = num_samples
+    samples: float = num_samples
     if estimator in ("sumo", "mlmc"):
-        draws = estimators.Telescope(str(estimator), num_samples).expected_draws
-    return draws * (6 if plan == "chunked" else 4)
+        samples = estimators.Telescope(str(estimator), num_samples).expected_draws
+    return samples * (6 if plan == "chunked" else 4)
 
 
-def _check(lm: PerturbedLM, inputs: dict[str, Any], repeats: int) -> None:
+def _check(lm: WrappedModel, inputs: dict[str, Any], repeats: int) -> None:
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 2:
         raise ValueError(f"repeats must be an int of 2 or more, got {repeats!r}")
     if "labels" not in inputs:
         raise ValueError(f"labels must be given, got only {list(inputs)}")
     validate.tensor("labels", inputs["labels"], "[B, T]", (torch.int64,))
-    if lm._exact:
-        raise ValueError("lm.exact() moves nothing, so its gradient has no noise")
+    if lm.is_exact:
+        raise ValueError("lm.exact() perturbs nothing, so its gradient has no noise")
     if lm.config.deterministic:
-        raise ValueError("deterministic=True has no draws, so its gradient has no noise of them")
-    dropout = architectures.dropout_sources(lm.base)
-    if dropout:
-        raise ValueError(
-            f"dropout is active in {', '.join(dropout[:3])}, and would add its own noise: set it "
-            "to 0 or call lm.eval() first"
-        )
+        raise ValueError("deterministic=True has one latent, so its gradient has no noise")
+    reject_dropout(lm.base, "would add its own noise")
 
 
 def _compared(
-    lm: PerturbedLM, num_samples: int, asked: Sequence[Estimator] | None
+    lm: WrappedModel, num_samples: int, wanted: Sequence[Estimator] | None
 ) -> Sequence[Estimator]:
-    if isinstance(asked, str | Mapping):
-        raise TypeError(f"estimators must be a list of estimators or None, got {asked!r}")
-    if asked is not None:
-        return asked
+    """Return the estimators to compare with iwae: those wanted, or the config's and jvi_clip."""
+    if isinstance(wanted, str | Mapping):
+        raise TypeError(f"estimators must be a list of estimators or None, got {wanted!r}")
+    if wanted is not None:
+        return wanted
     own = lm.config.estimator
     paired = lm.config.antithetic or num_samples == 1
     return [own] if paired or own == "jvi_clip" else [own, "jvi_clip"]
 
 
-def _parameters(lm: PerturbedLM, parameters: str) -> list[nn.Parameter]:
+def _parameters(lm: WrappedModel, parameters: str) -> list[nn.Parameter]:
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters must be one of {PARAMETERS}, got {parameters!r}")
     owner = lm.transform if parameters == "transform" else lm
-    found = [value for value in owner.parameters() if value.requires_grad]
-    if not found:
+    trained = [value for value in owner.parameters() if value.requires_grad]
+    if not trained:
         raise ValueError(f"none of the {parameters!r} parameters requires a gradient")
-    return found
+    return trained

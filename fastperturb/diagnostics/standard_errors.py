@@ -9,11 +9,11 @@ over the labels of example i (a row of a batch). At the solution its covariance 
 `information` is the sandwich, right for any of the equations and whether or not the model is true;
 A is the observed information, by central differences of sum_i psi_i: 2P passes over the data.
 `outer` takes outer products for the information, which holds where the value is the log-likelihood
-of a true model: for iwae and jvi with many draws. One pass; with few draws it is too small.
+of a true model: for iwae and jvi with many samples. One pass; with few samples it is too small.
 
-The draws are held (one seed, examples numbered through), so what M draws add to psi counts as
+The samples are held (one seed, examples numbered through), so what M samples add to psi counts as
 variance. Training that draws anew every step averages some of it out, and errors here are then
-on the safe side; more draws close the gap. The base and its adapters are held at their values.
+on the safe side; more samples close the gap. The base and its adapters are held at their values.
 """
 
 from __future__ import annotations
@@ -21,26 +21,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastperturb import ops
+from fastperturb import noise, ops
 from fastperturb.config import suggestion
-from fastperturb.engine import architectures
-from fastperturb.engine.positions import moving_positions
-
-if TYPE_CHECKING:
-    from fastperturb.model import PerturbedLM
+from fastperturb.engine.architectures import reject_dropout, understand
+from fastperturb.engine.positions import perturbed_positions
+from fastperturb.engine.protocol import WrappedModel
 
 BREADS = ("auto", "information", "outer")
 # P x P in fp64: half a GB, and minutes for its eigenvalues.
 _MOST_PARAMETERS = 8192
 # Beyond this the 2P passes of the differences are not asked for by default.
 _MOST_DIFFERENCED = 256
-# A parameter moves by this share of its tensor's root mean square, or of 0.1 if that is larger.
+# A parameter changes by this share of its tensor's root mean square, or of 0.1 if that is larger.
 _STEP = 1e-2
 # Directions whose information is below this share of the largest are not identified.
 _IDENTIFIED = 1e-4
@@ -48,7 +46,7 @@ _IDENTIFIED = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class StandardErrors:
-    """What `PerturbedLM.standard_errors` returns, in fp64.
+    """The result of `PerturbedLM.standard_errors`, in fp64.
 
     errors: {parameter: its standard errors, shaped like it}.
     covariance: [P, P], the parameters flattened one after the other in the order of `errors`; a
@@ -66,14 +64,14 @@ class StandardErrors:
 
 
 def standard_errors(
-    lm: PerturbedLM,
+    lm: WrappedModel,
     dataloader: Iterable[Mapping[str, Tensor]],
     parameters: Sequence[str] | None,
     bread: str,
     num_samples: int | None,
     seed: int | Tensor | None,
 ) -> StandardErrors:
-    """`PerturbedLM.standard_errors`, where the arguments are described."""
+    """Compute standard errors; `PerturbedLM.standard_errors` describes the arguments."""
     chosen = _chosen(lm, parameters)
     count = sum(value.numel() for value in chosen.values())
     if count > _MOST_PARAMETERS:
@@ -88,8 +86,8 @@ def standard_errors(
     bread = _bread(bread, estimator, count)
     _check_model(lm)
     if seed is None:
-        seed = int(torch.randint(2**63 - 1, ()))
-    with lm._configured(estimator=estimator, plan="batched", chunk_size=None):
+        seed = int(noise.drawn_seed())
+    with lm.unsplit(), lm.overriding(estimator=estimator, plan="batched", chunk_size=None):
         batches = _numbered(dataloader, lm)
         equation = _Equation(lm, batches, chosen, num_samples, seed, bread)
         meat, total = equation.outer_products()
@@ -110,9 +108,9 @@ def standard_errors(
 
 @dataclass(frozen=True)
 class _Equation:
-    """The estimating equation over all the data, with its draws held."""
+    """The estimating equation over all the data, with its samples held."""
 
-    lm: PerturbedLM
+    lm: WrappedModel
     batches: list[dict[str, Tensor]]
     parameters: dict[str, nn.Parameter]
     num_samples: int | None
@@ -120,11 +118,11 @@ class _Equation:
     bread: str
 
     def total(self) -> Tensor:
-        """sum psi [P]."""
+        """Return sum psi [P]."""
         return torch.stack([self.psi(batch).sum(0) for batch in self.batches]).sum(0)
 
     def outer_products(self) -> tuple[Tensor, Tensor]:
-        """sum psi psi^T [P, P], and sum psi [P]."""
+        """Return sum psi psi^T [P, P], and sum psi [P]."""
         total = sum(value.numel() for value in self.parameters.values())
         device = self.lm.transform.embed_rms.device
         sums = torch.zeros(total + 1, total, dtype=torch.float64, device=device)
@@ -136,7 +134,7 @@ class _Equation:
 
     @torch.no_grad()
     def jacobian(self) -> Tensor:
-        """d sum psi / d theta [P, P], by central differences."""
+        """Return d sum psi / d theta [P, P], by central differences."""
         columns = []
         for value in self.parameters.values():
             step = _STEP * max(float(value.square().mean().sqrt()), 0.1)
@@ -154,35 +152,35 @@ class _Equation:
         return torch.stack(columns, dim=1)
 
     def psi(self, batch: dict[str, Tensor]) -> Tensor:
-        """Each row's gradient of its own value [B, P]: one backward to the moved embeddings."""
-        lm, parts = self.lm, architectures.understand(self.lm.base)
+        """Return each row's gradient of its own value [B, P], by one backward to the embeddings."""
+        lm, parts = self.lm, understand(self.lm.base)
         leaves: list[Tensor] = []
 
         def catch(trunk: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if self.bread == "information":
-                _refuse_rounding(kwargs["inputs_embeds"])
+                _reject_rounding(kwargs["inputs_embeds"])
             leaves.append(kwargs["inputs_embeds"].detach().requires_grad_())
             return args, {**kwargs, "inputs_embeds": leaves[-1]}
 
         hook = parts.trunk.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             with torch.enable_grad():
-                draws: dict[str, Any] = {"num_samples": self.num_samples, "seed": self.seed}
-                loss = lm(**batch, **draws, num_items_in_batch=1).loss
-                # The copies' pass is the last one; a prefix that nothing moves is encoded before.
+                sampling: dict[str, Any] = {"num_samples": self.num_samples, "seed": self.seed}
+                loss = lm(**batch, **sampling, num_items_in_batch=1).loss
+                # The samples' pass is the last one; a shared prefix is encoded before.
                 (upstream,) = torch.autograd.grad(-loss, leaves[-1])
         finally:
             hook.remove()
         embeddings = batch.get("inputs_embeds")
         if embeddings is None:
             embeddings = parts.embed(batch["input_ids"])
-        moving, positions = moving_positions(
+        perturbed, positions = perturbed_positions(
             *(batch.get(name) for name in ("attention_mask", "position_ids", "perturb_mask"))
         )
         upstream = upstream.unflatten(0, (-1, len(embeddings)))
-        still = embeddings.shape[1] - upstream.shape[2]
-        upstream = F.pad(upstream, (0, 0, still, 0))  # (M, B, T, D)
-        found = ops.perturb_embed_per_sample_grad(
+        prefix = embeddings.shape[1] - upstream.shape[2]
+        upstream = F.pad(upstream, (0, 0, prefix, 0))  # (M, B, T, D)
+        grads = ops.perturb_embed_per_sample_grad(
             upstream,
             embeddings,
             None,
@@ -192,13 +190,13 @@ class _Equation:
             rows=batch["rows"],
             positions=positions,
             antithetic=lm.config.antithetic,
-            perturb_mask=moving,
+            perturb_mask=perturbed,
         )
-        return torch.cat([found[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)
+        return torch.cat([grads[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)
 
 
 def _inverse(information: Tensor) -> Tensor:
-    """Of a symmetric matrix that ought to be positive; what is not identified is left out."""
+    """Return the inverse on the identified directions of a symmetric matrix."""
     values, vectors = torch.linalg.eigh(information)
     identified = values > _IDENTIFIED * values[-1]
     lost = int((~identified).sum())
@@ -214,7 +212,7 @@ def _inverse(information: Tensor) -> Tensor:
     return (vectors[:, identified] / values[identified]) @ vectors[:, identified].T
 
 
-def _chosen(lm: PerturbedLM, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
+def _chosen(lm: WrappedModel, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
     known = dict(lm.transform.named_parameters())
     if not known:
         raise ValueError("edits have no parameters, and so no standard errors")
@@ -248,18 +246,16 @@ def _bread(bread: str, estimator: str | Mapping[str, float], count: int) -> str:
     return "information" if count <= _MOST_DIFFERENCED else "outer"
 
 
-def _check_model(lm: PerturbedLM) -> None:
-    if lm._exact:
-        raise ValueError("lm.exact() moves nothing, so its transform has no standard errors")
+def _check_model(lm: WrappedModel) -> None:
+    if lm.is_exact:
+        raise ValueError("lm.exact() perturbs nothing, so its transform has no standard errors")
     if lm.config.deterministic:
-        raise ValueError("deterministic=True has no draws, which these standard errors are of")
-    dropout = architectures.dropout_sources(lm.base)
-    if dropout:
-        raise ValueError(f"dropout is active in {', '.join(dropout[:3])}: call lm.eval() first")
+        raise ValueError("deterministic=True has one latent, so its score has no randomness")
+    reject_dropout(lm.base, "would add its own noise")
 
 
-def _refuse_rounding(embeddings: Tensor) -> None:
-    """Asked inside the forward, where Accelerate's autocast is on too."""
+def _reject_rounding(embeddings: Tensor) -> None:
+    """Raise in half precision; called inside the forward, where Accelerate's autocast is on."""
     device, dtype = embeddings.device.type, embeddings.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -272,12 +268,12 @@ def _refuse_rounding(embeddings: Tensor) -> None:
 
 
 def _numbered(
-    dataloader: Iterable[Mapping[str, Tensor]], lm: PerturbedLM
+    dataloader: Iterable[Mapping[str, Tensor]], lm: WrappedModel
 ) -> list[dict[str, Tensor]]:
-    """The batches on the model's device, their rows numbered through where they are not."""
+    """Return the batches on the model's device, with row ids where they have none."""
     device, batches, start = lm.transform.embed_rms.device, [], 0
-    for given in dataloader:
-        batch = {name: value.to(device) for name, value in given.items()}
+    for inputs in dataloader:
+        batch = {name: value.to(device) for name, value in inputs.items()}
         if "labels" not in batch:
             raise ValueError(f"every batch needs labels, got a batch of {list(batch)}")
         size = len(batch["labels"])

@@ -1,1 +1,1 @@
-"""What happens inside one call of a wrapped model: embeddings, samples, trunk, loss."""
+"""One call of a wrapped model, from inputs to loss, and the parts that it is made of."""

@@ -1,9 +1,9 @@
-"""What the engine must know of a Hugging Face causal LM: its embedding, trunk and head.
+"""The parts of a Hugging Face causal LM that the engine uses: its embedding, trunk and head.
 
-The wrapper never calls the model's own forward. It moves what the embedding module puts out,
-gives that to the trunk as `inputs_embeds`, and turns the trunk's last hidden states into
-log-probs itself. So it must know exactly how that model makes logits of hidden states; a model
-that is not listed here, or was changed where the engine would not see it, is refused by name.
+The engine never calls the model's own forward. It perturbs the outputs of the embedding module,
+gives them to the trunk as `inputs_embeds`, and turns the trunk's last hidden states into log-probs
+itself. So it must know exactly how that model makes logits of hidden states. A model that is not
+listed here, or was changed where the engine would not see it, is rejected by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastperturb.engine.sharding import refuse_foreign
+from fastperturb.engine.sharding import is_shard, reject_foreign
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -34,13 +34,13 @@ class CausalLM:
     softcap: float | None = None
 
     def at_temperature(self, temperature: float) -> CausalLM:
-        """The same model, of logits / temperature: a soft cap c becomes c / temperature."""
+        """Return the same model with logits / temperature: a soft cap c becomes c / temperature."""
         softcap = None if self.softcap is None else self.softcap / temperature
         return replace(self, logit_scale=self.logit_scale / temperature, softcap=softcap)
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What the head ops take besides hidden, weight and target."""
+        """Return the head ops' arguments besides hidden, weight and target."""
         bias: Tensor | None = self.head.bias
         return {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
 
@@ -61,7 +61,7 @@ def _divided(model: Any) -> dict[str, Any]:
     return {"logit_scale": 1.0 / model.config.logits_scaling}
 
 
-# What each model's forward does to hidden W^T + b. All else that sets them apart lies in the
+# How each model's forward changes hidden W^T + b. All else that sets models apart lies in the
 # embedding module (Gemma's scale) or in the trunk after `inputs_embeds` come in (GPT-2's
 # positions, Granite's multiplier, embedding dropout), and runs as the model wrote it.
 _HEADS: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -84,10 +84,10 @@ _HEADS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def understand(model: nn.Module) -> CausalLM:
-    """The parts of a supported model, with or without PEFT adapters; others are refused."""
+    """Return the parts of a supported model, with or without PEFT adapters; reject others."""
     base = _without_adapters(model)
     known, name = _known_class(base), type(base).__name__
-    refuse_foreign(base.get_input_embeddings())
+    reject_foreign(base.get_input_embeddings())
     for outer in (model, base):
         if _is_hooked(outer):
             raise ValueError(
@@ -111,19 +111,42 @@ def understand(model: nn.Module) -> CausalLM:
     )
 
 
-def dropout_sources(model: nn.Module) -> list[str]:
-    """The modules that draw random numbers in their present mode, with their rates.
+@torch.no_grad()
+def embedding_rms(embed: Any) -> tuple[Tensor, int]:
+    """Return the root mean square of the embedding's outputs, scaling included, and their width."""
+    if embed.weight.is_meta:
+        raise ValueError("model is on the meta device: load its weights before wrapping it")
+    total, count, width = torch.zeros((), device=embed.weight.device), 0, 0
+    for ids in torch.arange(embed.weight.shape[0], device=embed.weight.device).split(4096):
+        chunk = embed(ids).float()
+        total += chunk.square().sum()
+        count += chunk.numel()
+        width = chunk.shape[-1]
+    return (total / count).sqrt(), width
 
-    Dropout (LoRA's too, and what attention applies as a function) and a router's jitter. Each
-    Monte-Carlo copy meets its own draws, as each row of a batch does; a plan that runs a pass
-    twice without the random state of the first must refuse them.
+
+def dropout_sources(model: nn.Module) -> list[str]:
+    """Return the modules that draw random numbers in their present mode, with their rates.
+
+    These are dropout (LoRA's too, and what attention applies as a function) and a router's jitter.
+    Each Monte-Carlo sample has its own, as each row of a batch does; a plan that runs a pass twice
+    without the random state of the first must reject them.
     """
-    found = []
+    sources = []
     for name, module in model.named_modules():
         rates = [f"{key}={rate:g}" for key, rate in _drop_rates(module) if rate > 0]
         if module.training and rates:
-            found.append(f"{name} ({', '.join(rates)})")
-    return found
+            sources.append(f"{name} ({', '.join(rates)})")
+    return sources
+
+
+def reject_dropout(model: nn.Module, why: str, *, remedy: str = "call lm.eval() first") -> None:
+    """Raise if any module draws random numbers in its present mode; `why` says what they harm."""
+    sources = dropout_sources(model)
+    if sources:
+        raise ValueError(
+            f"dropout is active in {', '.join(sources[:3])}, and {why}: set it to 0 or {remedy}"
+        )
 
 
 def _drop_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
@@ -149,8 +172,8 @@ def _known_class(base: nn.Module) -> Any:
         )
     raise ValueError(
         f"model {type(base).__name__} is not supported: how it turns hidden states into "
-        f"logits is not known; use one of {', '.join(_HEADS)} or a PEFT model of these, or say "
-        "what its forward does after the head in fastperturb/architectures.py"
+        f"logits is not known; use one of {', '.join(_HEADS)} or a PEFT model of these, or add "
+        "a line to the table of fastperturb/engine/architectures.py"
     )
 
 
@@ -181,7 +204,7 @@ def _without_adapters(model: Any) -> Any:
 
 
 def _runs_the_forward_of(known: Any, base: nn.Module) -> bool:
-    """No subclass overrides it, no instance hides it, and nothing was patched into its class."""
+    """Return whether no subclass, instance or patch replaces the known class's forward."""
     inherited = type(base).forward is known.forward and "forward" not in vars(base)
     return inherited and known.forward.__module__ == known.__module__
 
@@ -208,7 +231,7 @@ def _check_config(name: str, config: Any) -> None:
 def _check_embedding(name: str, embed: nn.Module) -> None:
     tables = list(embed.parameters())
     # Sharded tables are gathered by the embedding's own hooks, which run.
-    known = all(_is_plain(table) or _is_sharded(table) for table in tables)
+    known = all(_is_plain(table) or is_shard(table) for table in tables)
     if not tables or not known:
         raise ValueError(
             f"the input embedding of {name} is a {_type_name(embed)} of "
@@ -226,19 +249,19 @@ def _check_embedding(name: str, embed: nn.Module) -> None:
             )
 
 
-def _plain_head(name: str, given: Any) -> nn.Linear:
-    """The linear layer that runs as the head."""
-    what, head = f"the LM head of {name}", _trained_copy(given)
+def _plain_head(name: str, module: Any) -> nn.Linear:
+    """Return the linear layer that runs as the head."""
+    what, head = f"the LM head of {name}", _trained_copy(module)
     if type(head) is not nn.Linear:
         raise ValueError(
             f"{what} is a {_type_name(head)}, not a plain torch.nn.Linear; {_advice(head)}"
         )
-    if _is_hooked(given) or _is_hooked(head) or "forward" in vars(head):
+    if _is_hooked(module) or _is_hooked(head) or "forward" in vars(head):
         raise ValueError(
             f"{what} carries hooks or a forward of its own (of offloading, ZeRO-3 or a quantiser, "
             "for example), which the fused head would skip; remove them"
         )
-    if _is_sharded(head.weight):
+    if is_shard(head.weight):
         raise ValueError(
             f"{what} has a weight sharded by itself ({_describe(head.weight)}); shard the wrapper, "
             "which gathers the weights of its root unit, and make no unit of the head"
@@ -252,7 +275,7 @@ def _plain_head(name: str, given: Any) -> nn.Linear:
 
 
 def _trained_copy(head: Any) -> Any:
-    """The module that PEFT's modules_to_save runs in place of the head, if it does."""
+    """Return the module that PEFT's modules_to_save runs in place of the head, if it does."""
     if "peft" in sys.modules:
         from peft.utils import ModulesToSaveWrapper
 
@@ -277,12 +300,8 @@ def _advice(head: Any) -> str:
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether reading the weight gives its numbers: no quantised, sharded or other subclass."""
+    """Return whether the weight is a plain tensor: not quantised, sharded or another subclass."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    return type(weight).__name__ == "DTensor"
 
 
 def _describe(weight: Tensor) -> str:

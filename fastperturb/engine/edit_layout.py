@@ -1,6 +1,6 @@
 """Random edits of token ids, laid out so that every label is still predicted causally.
 
-In copy m of row b, position t has an edit with probability `rate`, of a kind drawn evenly:
+In sample m of row b, position t has an edit with probability `rate`, of a kind drawn evenly:
 
     edit      lays down               label t + 1 is predicted at
     (none)    x_t                     x_t
@@ -10,17 +10,17 @@ In copy m of row b, position t has an edit with probability `rate`, of a kind dr
     swap      x_{t+1}, then x_t       the token before, where x_t is missing; label t + 2 at x_t
 
 so what predicts label t + 1 has seen edits of x_0 .. x_t and nothing else. Position t + 1 of a
-swap has no edit of its own. If x_{t+1} may not move, the two keep their order, but label t + 1 is
-predicted at the token before all the same: where it is predicted must not tell what it is.
+swap has no edit of its own. If x_{t+1} may not be edited, the two keep their order, but label t + 1
+is predicted at the token before all the same: where it is predicted must not tell what it is.
 
 Special tokens are neither edited nor drawn, the first token of a document is neither deleted nor
 swapped, and documents do not mix. A document of n tokens has room for `max_positions` - n more:
 an insertion is dropped where the insertions drawn so far outnumber that room plus the deletions
-so far, so no copy has a position that the model has not. This alone looks ahead: at n, never at
+so far, so no sample has a position that the model has not. This alone looks ahead: at n, never at
 tokens.
 
-The draws are the words w of Philox (see `noise`) for counter (2^32 - 1, t, m, b), a block that no
-latent reaches: an edit if w0 < rate 2^32, of kind floor(w1 2^-32 #kinds), with token
+Edits are drawn by the words w of Philox (see `noise`) for counter (2^32 - 1, t, m, b), a block that
+no latent uses: an edit if w0 < rate 2^32, of kind floor(w1 2^-32 #kinds), with token
 floor(w2 2^-32 #tokens) of those that may come.
 """
 
@@ -46,16 +46,16 @@ _QUERIES, _ROWS = 64, 16384
 
 
 class Edited(NamedTuple):
-    """Copies of a batch, padded on the right to the longest."""
+    """Edited samples of a batch, padded on the right to the longest."""
 
     ids: Tensor  # [m, B, L]
     attention_mask: Tensor | None  # [m, B, L]
     position_ids: Tensor | None  # [m, B, L]
-    source: Tensor  # [m, B, T], the index in a copy at which label t + 1 is predicted
+    source: Tensor  # [m, B, T], the index in L at which label t + 1 is predicted
 
 
 class Edits(nn.Module):
-    """Draws the edits; nothing of it is learned.
+    """Draws edits and applies them; it has nothing to learn.
 
     special: bool [V], the tokens that are neither edited nor drawn.
     max_positions: of the model; None is no limit.
@@ -93,22 +93,22 @@ class Edits(nn.Module):
         samples: Tensor,  # [m] or [m, B]
         *,
         rows: Tensor,  # [B] or [B, T]
-        positions: Tensor | None,  # [B, T], what keys the draws
-        moving: Tensor | None,  # [B, T] bool, where edits are allowed
+        positions: Tensor | None,  # [B, T], which key the noise
+        editable: Tensor | None,  # [B, T] bool, where edits are allowed
         attention_mask: Tensor | None,  # [B, T]
-        position_ids: Tensor | None,  # [B, T], what the model is told; they restart with a document
+        position_ids: Tensor | None,  # [B, T], for the model; they restart with a document
     ) -> Edited:
-        """The copies with these sample numbers."""
+        """Return the samples with these numbers."""
         ids = ids.long()
-        editable = ~self.special[ids]
-        if moving is not None:
-            editable = editable & moving
-        real = torch.ones_like(editable) if attention_mask is None else attention_mask.bool()
+        allowed = ~self.special[ids]
+        if editable is not None:
+            allowed = allowed & editable
+        real = torch.ones_like(allowed) if attention_mask is None else attention_mask.bool()
         first, start = _documents(real, position_ids)
         words = self._words(ids, seed, samples, rows, positions)
-        action, second = self._actions(words, editable, first)  # [m, B, T]
+        action, second = self._actions(words, allowed, first)  # [m, B, T]
         action = self._with_room(action, real, start, position_ids)
-        tokens = self._tokens(table, ids, action, second & editable, words[2])
+        tokens = self._tokens(table, ids, action, second & allowed, words[2])
 
         is_laid = real.flip(1).cumsum(1).flip(1) > 0  # all but padding on the right
         inserted = action == _INSERT
@@ -119,7 +119,7 @@ class Edits(nn.Module):
         before = (end - 2).where(inserted, length)
 
         def laid(values: Tensor, extra: Tensor | int) -> Tensor:
-            """Each position's value [m, B, T] at its place in the copy, and those inserted."""
+            """Scatter each position's value [m, B, T] to its place in L, and those inserted."""
             out = values.new_zeros(*values.shape[:2], length + 1)  # the last takes what is not laid
             out.scatter_(2, at, values)
             extra = torch.as_tensor(extra, dtype=out.dtype, device=out.device)
@@ -138,7 +138,7 @@ class Edits(nn.Module):
     def _words(
         self, ids: Tensor, seed: Tensor, samples: Tensor, rows: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Philox's four words for each copy and position, each [m, B, T]."""
+        """Return Philox's four words for each sample and position, each [m, B, T]."""
         shape = (ids.shape[0], ids.shape[1])
         m, b, t = noise.counters(
             samples, rows, positions, shape, antithetic=False, device=ids.device
@@ -151,7 +151,7 @@ class Edits(nn.Module):
     def _actions(
         self, words: tuple[Tensor, ...], editable: Tensor, first: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The edit that each position has, and which positions are the second of a swap."""
+        """Return each position's edit, and which positions are the second of a swap."""
         kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], device=editable.device)
         is_edited = editable & (words[0] < round(self.rate * 2**32))
         action = _pick(words[1], kinds).where(is_edited, _KEEP)
@@ -167,7 +167,7 @@ class Edits(nn.Module):
     def _with_room(
         self, action: Tensor, real: Tensor, start: Tensor, position_ids: Tensor | None
     ) -> Tensor:
-        """Without the insertions that would take a document past the model's positions."""
+        """Drop the insertions that would take a document past the model's positions."""
         if self.max_positions is None:
             return action
         if position_ids is None:
@@ -183,7 +183,7 @@ class Edits(nn.Module):
     def _tokens(
         self, table: Tensor, ids: Tensor, action: Tensor, movable: Tensor, word: Tensor
     ) -> Tensor:
-        """What each position lays down itself [m, B, T]; movable: it may trade places with t-1."""
+        """Return each position's own token [m, B, T]; movable: it may trade places with t - 1."""
         tokens = ids.expand_as(action)
         traded = F.pad(movable[..., 1:], (0, 1))
         tokens = torch.where(traded, ids.roll(-1, 1), tokens)
@@ -200,26 +200,26 @@ class Edits(nn.Module):
 
 @torch.no_grad()
 def nearest(table: Tensor, tokens: Tensor, count: int, special: Tensor) -> Tensor:  # [U, count]
-    """The `count` other tokens of highest cosine similarity to each; never a special one.
+    """Return the `count` other tokens of highest cosine similarity to each; never a special one.
 
-    Looked up anew for the tokens asked [U], so it follows a table that trains; for each of them
-    that costs what the LM head costs for one position.
+    The tokens [U] are looked up anew at each call, so the result follows a table that trains. A
+    token costs what the LM head costs for one position.
     """
     count = min(count, int((~special).sum()) - 1)
-    found = []
-    # Neither autocast nor what else is looked up (blocks have one size) may change a similarity.
+    indices = []
+    # Neither autocast nor a call's other tokens (blocks have one size) may change a similarity.
     with torch.autocast(table.device.type, enabled=False):
         for block in F.pad(tokens, (0, -len(tokens) % _QUERIES)).split(_QUERIES):
             query = F.normalize(table[block].float(), dim=-1)
             parts = [query @ F.normalize(part.float(), dim=-1).T for part in table.split(_ROWS)]
             similarity = torch.cat(parts, dim=1).masked_fill_(special, -torch.inf)
             similarity.scatter_(1, block[:, None], -torch.inf)
-            found.append(similarity.topk(count).indices)
-    return torch.cat(found)[: len(tokens)]
+            indices.append(similarity.topk(count).indices)
+    return torch.cat(indices)[: len(tokens)]
 
 
 def _documents(real: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which tokens are the first of a document [B, T], and where each one's document starts."""
+    """Return which tokens are the first of a document [B, T], and each one's document's start."""
     if position_ids is None:
         first = real & (real.cumsum(1) == 1)
     else:
@@ -229,7 +229,7 @@ def _documents(real: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _so_far(events: Tensor, start: Tensor) -> Tensor:
-    """How many events [m, B, T] a document has had up to each position."""
+    """Count a document's events [m, B, T] up to each position."""
     total = events.cumsum(-1)
     return total - (total - events.long()).gather(2, start.expand_as(total))
 

@@ -1,14 +1,14 @@
 """Decoding under the noise, inside the model's own `generate`.
 
-    sequence   one draw for the whole sequence, z advancing with the position: samples of the
+    sequence   one sample for the whole sequence, z advancing with the position: text of the
                sequence marginal E_z prod_t pi(y_t | T(x_<t, z))
-    token      a fresh draw for the whole prefix at every step: samples of the token marginal
+    token      a fresh sample for the whole prefix at every step: text of the token marginal
                prod_t E_z pi(y_t | T(x_<t, z))
-    mixture    M draws side by side; the next token comes from the mean of their probabilities
+    mixture    M samples side by side; the next token comes from the mean of their probabilities
 
 transformers prepares what it always does (generation config, logits processors, stopping
 criteria, cache) and then runs the loop below, which differs from its own in where logits come
-from. Of the S sequences returned for a row, number s takes sample s of the noise (sequence),
+from. Of the S sequences returned for a row, number s takes sample s (sequence),
 sample k S + s at step k (token), or samples s M .. s M + M - 1 (mixture).
 """
 
@@ -16,21 +16,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from fastperturb import noise
 from fastperturb.config import check_draws, suggestion
 from fastperturb.engine import validate
-from fastperturb.engine.positions import real_positions
-
-if TYPE_CHECKING:
-    from fastperturb.model import PerturbedLM
+from fastperturb.engine.protocol import WrappedModel
+from fastperturb.engine.sequences import Sequences
 
 MODES = ("sequence", "token", "mixture")
 
@@ -52,7 +49,7 @@ _SETTINGS = {
 
 
 def generate(
-    lm: PerturbedLM,
+    lm: WrappedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     *,
@@ -76,11 +73,11 @@ def generate(
     validate.like(input_ids, "attention_mask", attention_mask, validate.MASKS)
     validate.like(input_ids, "perturb_mask", perturb_mask, (torch.bool,))
     if seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-    decoder = lm.decoder(
+        seed = noise.drawn_seed()
+    decoder = Decoder(
         lm,
-        draws=_draws(lm, mode, num_samples),
-        redrawn=mode == "token",
+        samples=_sample_count(lm, mode, num_samples),
+        fresh_samples=mode == "token",
         seed=noise.seed_tensor(seed, input_ids.device),
         rows=_rows(rows, input_ids),
         perturb_mask=perturb_mask,
@@ -94,46 +91,24 @@ def generate(
     )
 
 
-class Sequences(NamedTuple):
-    """What is decoded so far and what keys its noise, for N = B S sequences."""
-
-    ids: Tensor  # [N, T]
-    mask: Tensor  # [N, T], 1 where there is a token
-    moves: Tensor  # [N, T] bool, where the embedding is perturbed
-    rows: Tensor  # [N]
-    samples: Tensor  # [N, M], the numbers of its draws
-
-    def append(self, tokens: Tensor) -> Sequences:
-        return self._replace(
-            ids=torch.cat([self.ids, tokens[:, None]], dim=1),
-            mask=F.pad(self.mask, (0, 1), value=1),
-            moves=F.pad(self.moves, (0, 1), value=True),
-        )
-
-    def select(self, kept: Tensor) -> Sequences:
-        return Sequences(*(tensor[kept] for tensor in self))
-
-
 @dataclass(frozen=True)
 class Decoder:
     """The decoding loop, as the `custom_generate` callable that transformers runs."""
 
-    lm: PerturbedLM
-    draws: int  # M
-    redrawn: bool  # whether each step has a draw of its own
+    lm: WrappedModel
+    samples: int  # M
+    fresh_samples: bool  # each step has samples of its own
     seed: Tensor
     rows: Tensor  # [B]
     perturb_mask: Tensor | None  # [B, T]
     streamer: Any
-
-    caches: ClassVar[bool] = True  # whether an encoded prefix stays as it is
 
     # An argument with a name that transformers' own loop has not would be kept from `generate`,
     # so the mask and the cache are taken from **model_kwargs.
     def __call__(
         self,
         model: Any,
-        input_ids: Tensor,  # [N, T], a row's S copies side by side
+        input_ids: Tensor,  # [N, T], a row's S sequences side by side
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
@@ -142,12 +117,13 @@ class Decoder:
         _check_settings(generation_config)
         copies = len(input_ids) // len(self.rows)
         sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), copies)
-        cached = model_kwargs["use_cache"] and self.caches and not self.redrawn
+        keeps_prefix = self.lm.perturbation.keeps_prefix and not self.fresh_samples
+        cached = model_kwargs["use_cache"] and keeps_prefix
         cache = model_kwargs["past_key_values"] if cached else None
-        if self.draws > 1 and isinstance(cache, StaticCache):
+        if self.samples > 1 and isinstance(cache, StaticCache):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} has no room for "
-                f"the {self.draws} streams of mode='mixture'; leave it None"
+                f"the {self.samples} streams of mode='mixture'; leave it None"
             )
         pad = _padding(generation_config, stopping_criteria)
         unfinished = torch.ones_like(sequences.rows, dtype=torch.bool)
@@ -157,9 +133,9 @@ class Decoder:
                 logits = self._next_logits(model, sequences, cache)
             else:  # what will be padding need not be encoded
                 live = unfinished | (pad is None)
-                found = self._next_logits(model, sequences.select(live))
-                logits = found.new_zeros(len(live), found.shape[-1])
-                logits[live] = found
+                live_logits = self._next_logits(model, sequences.select(live))
+                logits = live_logits.new_zeros(len(live), live_logits.shape[-1])
+                logits[live] = live_logits
             scores = logits_processor(sequences.ids, logits)
             if generation_config.do_sample:
                 tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
@@ -169,7 +145,7 @@ class Decoder:
                 tokens = tokens.where(unfinished, pad)
             self._stream(tokens)
             sequences = sequences.append(tokens)
-            if self.redrawn:
+            if self.fresh_samples:
                 sequences = sequences._replace(samples=sequences.samples + copies)
             unfinished = unfinished & ~stopping_criteria(sequences.ids, None)
         if self.streamer is not None:
@@ -183,71 +159,44 @@ class Decoder:
                 "attention_mask must pad on the left, so that every row ends in its last real "
                 "token; set the tokenizer's padding_side='left'"
             )
-        moves = mask.bool()
+        perturbed = mask.bool()
         if self.perturb_mask is not None:
-            moves = moves & self.perturb_mask.repeat_interleave(copies, 0)
-        samples = torch.arange(copies * self.draws, device=ids.device).view(copies, self.draws)
+            perturbed = perturbed & self.perturb_mask.repeat_interleave(copies, 0)
+        numbers = torch.arange(copies * self.samples, device=ids.device)
         return Sequences(
             ids,
             mask,
-            moves,
+            perturbed,
             rows=self.rows.repeat_interleave(copies),
-            samples=samples.repeat(len(self.rows), 1),
+            samples=numbers.view(copies, self.samples).repeat(len(self.rows), 1),
         )
 
     def _next_logits(self, model: Any, sequences: Sequences, cache: Any = None) -> Tensor:
-        """The model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
-        logits = self._logits(model, sequences, cache).float()
-        if self.draws == 1:
+        """Return the model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
+        logits = self.lm.perturbation.next_logits(self.lm, model, sequences, self.seed, cache)
+        logits = logits.float()
+        if self.samples == 1:
             return logits
-        log_probs = logits.log_softmax(-1).unflatten(0, (self.draws, -1))
-        return log_probs.logsumexp(0) - math.log(self.draws)
-
-    def _logits(self, model: Any, sequences: Sequences, cache: Any) -> Tensor:  # [M N, V]
-        start = 0 if cache is None else int(cache.get_seq_length())
-        positions = real_positions(sequences.mask)[:, start:]
-        moved = self.lm._moved(
-            model.get_input_embeddings()(sequences.ids[:, start:]),
-            self.seed,
-            sequences.samples.T,
-            rows=sequences.rows,
-            positions=positions,
-            # Only draws that are averaged come in pairs: steps and copies are independent.
-            antithetic=self.lm.config.antithetic and self.draws > 1,
-            perturb_mask=sequences.moves[:, start:],
-        )  # (M, N, L, D)
-        output = model(
-            inputs_embeds=moved.flatten(0, 1),
-            attention_mask=sequences.mask.repeat(self.draws, 1),
-            position_ids=positions.repeat(self.draws, 1),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=1,
-        )
-        if cache is not None and cache.get_seq_length() == start:
-            raise RuntimeError(
-                "the model filled no cache, as under gradient checkpointing in training mode; "
-                "call lm.eval() first or generate with use_cache=False"
-            )
-        return output.logits[:, -1]
+        log_probs = logits.log_softmax(-1).unflatten(0, (self.samples, -1))
+        return log_probs.logsumexp(0) - math.log(self.samples)
 
     def _stream(self, tokens: Tensor) -> None:
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())
 
 
-def _draws(lm: PerturbedLM, mode: str, num_samples: int | None) -> int:
-    """M."""
+def _sample_count(lm: WrappedModel, mode: str, num_samples: int | None) -> int:
+    """Return M, which only the mixture has more than one of."""
     if mode != "mixture":
         if num_samples is not None:
             raise ValueError(
-                f"num_samples is what mode='mixture' averages, and mode={mode!r} takes one draw; "
+                f"num_samples is what mode='mixture' averages, and mode={mode!r} takes one sample; "
                 "leave it None"
             )
         return 1
-    draws = lm.config.num_samples if num_samples is None else num_samples
-    check_draws("iwae", draws, antithetic=lm.config.antithetic)
-    return draws
+    count = lm.config.num_samples if num_samples is None else num_samples
+    check_draws("iwae", count, antithetic=lm.config.antithetic)
+    return count
 
 
 def _rows(rows: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -263,7 +212,7 @@ def _rows(rows: Tensor | None, input_ids: Tensor) -> Tensor:
 
 
 def _with_stop_strings(base: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with their stop strings as a stopping criterion.
+    """Return the options with their stop strings as a stopping criterion.
 
     transformers drops the tokenizer that it needs for them when the loop is not its own.
     """
@@ -271,9 +220,9 @@ def _with_stop_strings(base: Any, options: dict[str, Any]) -> dict[str, Any]:
     configs = (options.get("generation_config"), base.generation_config)
     asked = (
         options.get("stop_strings"),
-        *(getattr(each, "stop_strings", None) for each in configs),
+        *(getattr(config, "stop_strings", None) for config in configs),
     )
-    strings = next((each for each in asked if each is not None), None)
+    strings = next((value for value in asked if value is not None), None)
     if strings is None:
         return options
     if tokenizer is None:
@@ -298,8 +247,8 @@ def _check_settings(config: Any) -> None:
 
 
 def _padding(config: Any, criteria: Any) -> int | None:
-    """What follows the end of a finished sequence, chosen as transformers does."""
-    if not any(hasattr(each, "eos_token_id") for each in criteria):
+    """Return the token that fills finished sequences, chosen as transformers does."""
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
         return None
     if config.pad_token_id is not None:
         return config.pad_token_id

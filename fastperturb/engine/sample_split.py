@@ -1,17 +1,17 @@
 """The Monte-Carlo axis over processes: each runs its share of the samples, and all weigh them.
 
-Samples meet only where their weights are formed, from log-probs [M, B, T-1]. So those are all that
-processes exchange (and one [B, T] for the shift); the quadratic equation, which couples the
-samples' whole distributions, needs their last hidden states [M, B, T, D] everywhere, and its head
-runs on all of them in every process.
+Samples meet only where their weights are formed, from log-probs [M, B, T-1]. So log-probs are all
+that processes exchange (and one [B, T] for the shift). The quadratic estimator couples the samples'
+whole distributions: it needs their last hidden states [M, B, T, D] everywhere, and its head runs on
+all of them in every process.
 
 Every process then has the same loss, and sends it backward through its own samples. The gradients
 add up to the whole one over the processes of the axis, but DDP and FSDP2 average over processes:
-what goes backward into a process's samples is therefore multiplied by their number. What each
-computes from gathered hidden states, the gradient of the quadratic equation's head, is whole
+what goes backward into a process's samples is therefore multiplied by their number. The gradient
+of the quadratic estimator's head, computed from gathered hidden states, is whole in each process
 already, and an average leaves it so. There is no collective in the backward, nor inside a
-checkpointed region, that FSDP2's own could come out of order with; and as FSDP2 wants it, all run
-the trunk equally often, if need be on a sample that does not count.
+checkpointed region, that FSDP2's own could come out of order with. FSDP2 also wants all processes
+to run the trunk equally often: a process without samples runs one that does not count.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastperturb.engine import plans
+from fastperturb.engine.passes import Pass, Run
 
 
 @dataclass(frozen=True)
-class Split:
-    """Which of a call's samples this process runs: all, unless they are split over a group."""
+class SampleSplit:
+    """The samples that this process runs: all, unless they are split over a group."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def over(cls, group: DeviceMesh | dist.ProcessGroup) -> Split:
+    def over(cls, group: DeviceMesh | dist.ProcessGroup) -> SampleSplit:
+        """Split samples over the processes of a one-dimensional mesh, or of a group."""
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 raise ValueError(
@@ -50,58 +51,52 @@ class Split:
             )
         return cls(group.rank(), group.size(), group)
 
-    def most(self, count: int) -> int:
-        """The samples of the process that runs most of `count`."""
+    def largest_share(self, count: int) -> int:
+        """Return the samples of the process that runs most of `count`."""
         return -(-count // self.size)
 
     def share(self, samples: Tensor) -> Tensor:
-        """This process's part of what has all samples along its first dimension."""
+        """Return this process's part of a tensor with all samples along its first dimension."""
         return samples.tensor_split(self.size)[self.rank]
 
     def agreed(self, value: Tensor) -> Tensor:
-        """What the group's first process drew or measured, for all of them."""
+        """Return the value of the group's first process in all of them."""
         if self.group is not None:
             dist.broadcast(value, group=self.group, group_src=0)
         return value
 
-    def run(self, run: plans.Run, samples: Tensor, size: int | None = None) -> plans.Pass:
-        """What samples [M] or [M, B] yield, of which each process runs its share.
+    def never_idle(self, run: Run) -> Run:
+        """Return `run`, but such that a process without samples runs the trunk all the same."""
+        return run if self.group is None else _never_idle(run)
 
-        size: how many at a time, each chunk a checkpointed region; None is all at once.
-        """
-        share, each = self.share(samples), run if self.group is None else _never_idle(run)
-        if size is None:
-            return self._joined(each(share), len(samples))
-        passes = -(-self.most(len(samples)) // size)
-        return self._joined(plans.chunked(each, share, passes), len(samples))
-
-    def _joined(self, own: plans.Pass, count: int) -> plans.Pass:
+    def gathered(self, own: Pass, count: int) -> Pass:
+        """Return the pass of all `count` samples from each process's own."""
         if self.group is None:
             return own
-        travelled = own.travelled.clone()
-        dist.all_reduce(travelled, group=self.group)
+        shift_norms = own.shift_norms.clone()
+        dist.all_reduce(shift_norms, group=self.group)
 
-        def gathered(value: Tensor | None, count: int) -> Tensor | None:
+        def gather(value: Tensor | None, count: int) -> Tensor | None:
             return None if value is None else _Gathered.apply(value, self, count)
 
-        log_sums = gathered(own.log_sum[None], self.size) if own.log_sum is not None else None
-        return plans.Pass(
-            travelled,
-            gathered(own.log_probs, count),
-            gathered(own.hidden, count),
+        log_sums = gather(own.log_sum[None], self.size) if own.log_sum is not None else None
+        return Pass(
+            shift_norms,
+            gather(own.log_probs, count),
+            gather(own.hidden, count),
             None if log_sums is None else log_sums.logsumexp(0),
         )
 
 
-def _never_idle(run: plans.Run) -> plans.Run:
-    """For no samples, the trunk runs on one all the same, in the backward too."""
+def _never_idle(run: Run) -> Run:
+    """For no samples, run the trunk on one all the same, in the backward too."""
 
-    def run_some(samples: Tensor) -> plans.Pass:
+    def run_some(samples: Tensor) -> Pass:
         if len(samples):
             return run(samples)
         idle = run(samples.new_zeros(1, *samples.shape[1:]))
-        return plans.Pass(
-            torch.zeros_like(idle.travelled),
+        return Pass(
+            torch.zeros_like(idle.shift_norms),
             None if idle.log_probs is None else idle.log_probs[:0],
             None if idle.hidden is None else idle.hidden[:0],
             None if idle.log_sum is None else torch.full_like(idle.log_sum, -torch.inf),
@@ -111,14 +106,13 @@ def _never_idle(run: plans.Run) -> plans.Run:
 
 
 class _Gathered(torch.autograd.Function):
-    """All processes' samples [count, ...] in order; see above for what comes back."""
+    """All processes' samples [count, ...] in order; the module docstring states the backward."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, split: Split, count: int) -> Tensor:
+    def forward(ctx: Any, own: Tensor, split: SampleSplit, count: int) -> Tensor:
         ctx.split = split
-        most = split.most(count)
-        padding = own.new_zeros(most - len(own), *own.shape[1:])
-        parts = list(own.new_empty(split.size, most, *own.shape[1:]))
+        padding = own.new_zeros(split.largest_share(count) - len(own), *own.shape[1:])
+        parts = list(own.new_empty(split.size, split.largest_share(count), *own.shape[1:]))
         dist.all_gather(parts, torch.cat([own, padding]), group=split.group)
         lengths = [len(numbers) for numbers in torch.arange(count).tensor_split(split.size)]
         return torch.cat([part[:length] for part, length in zip(parts, lengths)])

@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes: FSDP2's shards, made whole; others', refused.
+"""Parameters that are sharded over processes: gather FSDP2 shards; reject other sharded tensors.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard` of the wrapper) is what is supported. FSDP1 has no
 answer to frozen and trained weights of different dtypes and leaves nothing to tell shards by;
@@ -15,17 +15,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def _shards(module: nn.Module) -> list[Any]:
-    return [value for value in module.parameters() if hasattr(value, "full_tensor")]
+def is_shard(value: Any) -> bool:
+    """Return whether a tensor is FSDP2's shard of a whole one, without importing DTensor."""
+    return hasattr(value, "full_tensor")
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 spread parameters over processes, which then gather them together."""
+    """Return whether FSDP2 sharded parameters, which processes then gather together."""
     return bool(_shards(module))
 
 
+def _shards(module: nn.Module) -> list[Any]:
+    return [value for value in module.parameters() if is_shard(value)]
+
+
 def agreed(module: nn.Module, value: Tensor) -> Tensor:
-    """What the first of the processes that share FSDP2's shards has, for all of them."""
+    """Return the value of the first of the processes that share FSDP2's shards."""
     shards = _shards(module)
     if not shards:
         return value
@@ -36,8 +41,8 @@ def agreed(module: nn.Module, value: Tensor) -> Tensor:
 
 
 def whole(value: Any) -> Tensor:
-    """A tensor's entries, those of other processes too, which all call this together."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    """Gather a tensor's entries from all processes, which call this together."""
+    return value.full_tensor() if is_shard(value) else value
 
 
 def reshard(module: nn.Module) -> None:
@@ -52,7 +57,7 @@ def reshard(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
-    """Within it all parameters are whole, on the CPU, in the processes that say `here`.
+    """Make all parameters whole, on the CPU, in the processes with `here` set, for the body.
 
     All processes enter it together; the others take part in the gathering and keep their shards.
     """
@@ -61,14 +66,14 @@ def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
         (owner, name, value)
         for owner in module.modules()
         for name, value in owner._parameters.items()
-        if value is not None and hasattr(value, "full_tensor")
+        if value is not None and is_shard(value)
     ]
     once = {id(value): value for _, _, value in places}  # however often one is tied
     gathered: dict[int, nn.Parameter] = {}
     for key, value in once.items():
-        found = whole(value.detach())
+        entries = whole(value.detach())
         if here:
-            gathered[key] = nn.Parameter(found.cpu(), value.requires_grad)
+            gathered[key] = nn.Parameter(entries.cpu(), value.requires_grad)
     # A buffer, such as an embedding's scale, meets its module's parameters on the CPU.
     buffers = [(owner, dict(owner._buffers)) for owner in {owner for owner, _, _ in places}]
     try:
@@ -85,8 +90,8 @@ def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
             owner._buffers.update(held)
 
 
-def refuse_foreign(embed: nn.Module) -> None:
-    """Refuse by name an embedding whose weights FSDP1 or ZeRO-3 manages."""
+def reject_foreign(embed: nn.Module) -> None:
+    """Raise on an embedding whose weights FSDP1 or ZeRO-3 manages."""
     instead = "use FSDP2: fully_shard of the wrapper, or accelerate's fsdp_version: 2"
     if any(hasattr(value, "ds_id") for value in embed.parameters()):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Positions before the first one that moves (a fixed system prompt, say): encoded once for all M.
+"""Positions before the first perturbed one (a fixed system prompt, say): encoded once for all M.
 
-No sample's noise reaches them, so their keys, values and last hidden states serve every sample,
+No sample's noise reaches them. So their keys, values and last hidden states serve every sample,
 and so does one backward through them.
 """
 
@@ -20,22 +20,22 @@ _LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """What the trunk made of the first positions of each row."""
+class SharedPrefix:
+    """The trunk's keys, values and hidden states at the first positions of each row."""
 
     hidden: Tensor  # [B, P, D]
     keys_values: list[tuple[Tensor, Tensor]]  # of each layer, [B, heads, P, head_dim]
 
     @classmethod
-    def of(
-        cls, trunk: Any, embeddings: Tensor, attention_mask: Tensor | None, moving: Tensor
-    ) -> Prefix | None:
-        """The prefix in which nothing moves [B, T], if there is one and the cache can hold it."""
+    def encode(
+        cls, trunk: Any, embeddings: Tensor, attention_mask: Tensor | None, perturb_mask: Tensor
+    ) -> SharedPrefix | None:
+        """Encode the prefix without perturbed positions [B, T], if there is one worth caching."""
         if not _cacheable(trunk):
             return None
-        still = ~moving.any(0)
-        length = int(still.long().cumprod(0).sum())
-        if length == len(still) or length < _LEAST_SHARE * len(still):
+        exact = ~perturb_mask.any(0)
+        length = int(exact.long().cumprod(0).sum())
+        if length == len(exact) or length < _LEAST_SHARE * len(exact):
             return None
         mask = None if attention_mask is None else attention_mask[:, :length]
         out = trunk(
@@ -46,20 +46,20 @@ class Prefix:
             use_cache=True,
             return_dict=True,
         )
-        kept = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
-        return cls(out.last_hidden_state, kept)
+        keys_values = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        return cls(out.last_hidden_state, keys_values)
 
     def hidden_states(
-        self, trunk: Any, moved: Tensor, attention_mask: Tensor | None
+        self, trunk: Any, perturbed: Tensor, attention_mask: Tensor | None
     ) -> Tensor:  # [m B, T, D]
-        """The trunk on moved embeddings [m, B, T, D], from the end of the prefix on."""
-        count, length = len(moved), self.hidden.shape[1]
+        """Run the trunk on perturbed embeddings [m, B, T, D], from the end of the prefix on."""
+        count, length = len(perturbed), self.hidden.shape[1]
         cache = DynamicCache()
         for index, pair in enumerate(self.keys_values):
             cache.update(*(value.repeat(count, 1, 1, 1) for value in pair), index)
         positions = own_positions(attention_mask, None)
         rest = trunk(
-            inputs_embeds=moved[:, :, length:].flatten(0, 1),
+            inputs_embeds=perturbed[:, :, length:].flatten(0, 1),
             attention_mask=attention_mask,
             position_ids=None if positions is None else positions[:, length:],
             past_key_values=cache,
@@ -70,7 +70,7 @@ class Prefix:
 
 
 def _cacheable(trunk: Any) -> bool:
-    """Whether the trunk attends to all of a plain cache, and takes one as it is now.
+    """Return whether the trunk attends to all of a plain cache, and fills one in its present mode.
 
     Rotary angles that depend on a pass's length ("dynamic", "longrope") would differ between the
     prefix and the rest.
@@ -82,5 +82,5 @@ def _cacheable(trunk: Any) -> bool:
     is_whole = all(kind == "full_attention" for kind in kinds) and not (
         getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     )
-    checkpoints = any(getattr(each, "gradient_checkpointing", False) for each in trunk.modules())
+    checkpoints = any(getattr(part, "gradient_checkpointing", False) for part in trunk.modules())
     return is_whole and not (checkpoints and trunk.training)

@@ -1,4 +1,4 @@
-"""What the wrapper refuses at its door: errors name the argument, what came and what is wanted."""
+"""Validation of a call's tensors: errors name the argument, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32)
 
 
 def tensor(name: str, value: object, layout: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless `value` is a tensor of this layout, as "[B, T]", and one of these dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
     if value.ndim != layout.count(",") + 1 or value.dtype not in dtypes:
@@ -21,7 +22,7 @@ def tensor(name: str, value: object, layout: str, dtypes: tuple[torch.dtype, ...
 
 
 def like(embeddings: Tensor, name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuse what does not lie [B, T] beside the embeddings."""
+    """Raise unless `value` is None or lies [B, T] beside the embeddings."""
     if value is None:
         return
     tensor(name, value, "[B, T]", dtypes)
@@ -34,7 +35,7 @@ def like(embeddings: Tensor, name: str, value: object, dtypes: tuple[torch.dtype
 
 
 def range(name: str, numbers: Tensor, size: int, also: str = "") -> None:
-    """Refuse numbers of no word, where looking at them costs no sync."""
+    """Raise if numbers lie outside [0, size), where looking at them costs no synchronisation."""
     if numbers.device.type != "cpu" or numbers.numel() == 0:
         return
     wrong = numbers[(numbers < 0) | (numbers >= size)]

@@ -27,8 +27,7 @@ from fastperturb.data.domains import Domain
 from fastperturb.data.packing import Block, collate
 from fastperturb.diagnostics.score import Score
 from fastperturb.engine.batch import IGNORED
-from fastperturb.model import PerturbedLM
-from fastperturb.model.edits import EditedLM
+from fastperturb.model import EditedLM, PerturbedLM
 
 # Among which a temperature is sought.
 TEMPERATURES = (0.5, 2.0)
@@ -194,7 +193,7 @@ def measured_as_is(lm: PerturbedLM) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if not moves(lm):
                 stack.enter_context(lm.exact())
-            stack.enter_context(lm._configured(marginal="token"))
+            stack.enter_context(lm.overriding(marginal="token"))
             yield
     finally:
         lm.train(was_training)

@@ -16,8 +16,7 @@ from fastperturb import runs
 from fastperturb.checkpoint.format import CONFIG_NAME, Checkpoint
 from fastperturb.config import PerturbConfig
 from fastperturb.data.documents import DocumentTokenizer
-from fastperturb.model import PerturbedLM
-from fastperturb.model.edits import EditConfig
+from fastperturb.model import EditConfig, PerturbedLM
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ import transformers
 from torch import Tensor, nn
 
 from fastperturb import noise
-from fastperturb.checkpoint.format import Checkpoint, is_adapted
+from fastperturb.checkpoint.format import Checkpoint
+from fastperturb.engine.adapters import is_adapted
 from fastperturb.engine.batch import IGNORED
 from fastperturb.engine.positions import document_starts
 from fastperturb.model import PerturbedLM
@@ -188,7 +189,7 @@ class PerturbTrainer(transformers.Trainer):
         _number(inputs, self._place(len(self._evaluated)) * self.args.eval_batch_size)
         seed = noise.fold_in(self.args.seed, EVALUATION)
         plan = {"estimator": "iwae", "plan": "chunked", "chunk_size": self.lm.samples_at_once()}
-        with torch.no_grad(), self.lm._configured(**plan):
+        with torch.no_grad(), self.lm.overriding(**plan):
             found = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)  # [B]
         nll = -found.log_marginal.reshape(len(tokens), -1).sum(1)
@@ -283,7 +284,7 @@ def restore(lm: PerturbedLM, folder: str | os.PathLike[str]) -> None:
             f"{'with' if is_adapted(base) else 'without'} one; make the model as it was, or "
             "start from fastperturb.load(base, folder, is_trainable=True)"
         )
-    lm.transform.load_state_dict(saved.tensors())
+    lm.transform.load_state_dict(saved.transform_tensors())
     if saved.has_adapter:
         from peft import set_peft_model_state_dict
 

@@ -30,8 +30,8 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastperturb import runs
-from fastperturb.checkpoint.format import unadapted
 from fastperturb.engine import sharding
+from fastperturb.engine.adapters import unadapted
 from fastperturb.model import PerturbedLM
 
 KINDS = ("ddp", "fsdp")

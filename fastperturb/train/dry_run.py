@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastperturb.engine import plans, sharding
+from fastperturb.engine import memory, planner, sharding
+from fastperturb.engine.planner import PlanReport
 
 if TYPE_CHECKING:
     from fastperturb.train.loop import Loop
@@ -77,7 +78,7 @@ def estimate(loop: Loop) -> Estimate:
     )
 
 
-def _largest_step(loop: Loop) -> tuple[plans.PlanReport, int]:
+def _largest_step(loop: Loop) -> tuple[PlanReport, int]:
     """The plan that the run will take, and the peak of a forward and backward under it."""
     lm, processes = loop.lm, loop.world.mc_size
     count = -(-lm.config.num_samples // processes)
@@ -88,15 +89,15 @@ def _largest_step(loop: Loop) -> tuple[plans.PlanReport, int]:
         for n in (_FEW, _MORE)
     )
     each = max(1, (more - few) // (_MORE - _FEW))
-    report = plans.PlanReport("batched", count, "as configured")
+    report = PlanReport("batched", count, "as configured")
     if lm.config.plan == "auto" and not sharding.is_sharded(lm):  # which are always batched
-        report = plans.fitting(count, each, plans.spare_bytes(lm, loop.world.device))
+        report = planner.fitting(count, each, memory.spare_bytes(lm, loop.world.device))
     if report.plan == "chunked":
         return _run_whole(loop, plan="chunked", chunk_size=report.chunk_size)
     return report, few + (count - _FEW) * each
 
 
-def _run_whole(loop: Loop, **changes: Any) -> tuple[plans.PlanReport, int]:
+def _run_whole(loop: Loop, **changes: Any) -> tuple[PlanReport, int]:
     peak = _peak(loop, functools.partial(_step, **changes))
     return loop.lm.plan_report(), peak
 
@@ -124,7 +125,7 @@ def _peak(loop: Loop, run: Callable[[Loop], None]) -> int:
 def _step(loop: Loop, *, num_samples: int | None = None, **changes: Any) -> None:
     """The first forward and backward of a step, under a changed config."""
     part = loop.share(loop.data.next_blocks(loop.options.batch_size))[0]
-    with loop.lm._configured(**changes), loop.autocast():
+    with loop.lm.overriding(**changes), loop.autocast():
         loop.module(**part, num_samples=num_samples).loss.backward()
     loop.optimizer.zero_grad()
 

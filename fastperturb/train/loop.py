@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from fastperturb import noise
-from fastperturb.checkpoint.format import unadapted
 from fastperturb.data.options import Block, TrainingData, collate
+from fastperturb.engine.adapters import unadapted
 from fastperturb.engine.batch import IGNORED
 from fastperturb.model import PerturbedLM
 from fastperturb.train import distributed, methods, state

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastperturb.checkpoint.format import without_peft_deprecations
 from fastperturb.config import PerturbConfig
 from fastperturb.engine import sharding
+from fastperturb.engine.adapters import without_peft_deprecations
 from fastperturb.model import PerturbedLM, wrap
 from fastperturb.train.options import TrainOptions
 
@@ -124,7 +124,7 @@ def _isotropic(base: nn.Module, options: TrainOptions) -> PerturbedLM:
 
 
 def _edited(base: nn.Module, options: TrainOptions) -> PerturbedLM:
-    from fastperturb.model.edits import EditConfig, edit
+    from fastperturb.model import EditConfig, edit
 
     shared = {field.name for field in dataclasses.fields(EditConfig)}
     given = {k: v for k, v in options.perturb.to_dict().items() if k in shared}

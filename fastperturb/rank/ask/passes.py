@@ -22,8 +22,7 @@ from fastperturb.config import check_draws
 from fastperturb.engine import architectures
 from fastperturb.engine.architectures import CausalLM
 from fastperturb.engine.positions import real_positions
-from fastperturb.model import PerturbedLM
-from fastperturb.model.edits import EditedLM
+from fastperturb.model import EditedLM, PerturbedLM
 from fastperturb.rank.ask.oracle import Tokens
 
 
@@ -108,10 +107,10 @@ class Passes:
     ) -> tuple[Tensor, Any]:
         """Each draw's logits [m, N, K, V], or last hidden states [m, N, K, D]; and the cache."""
         lm, draws = self._lm, len(samples)
-        if lm is None or lm._exact:
+        if lm is None or lm.is_exact:
             inputs = {"input_ids": ids}
         else:
-            moved = lm._moved(
+            moved = lm.perturb(
                 self._model.get_input_embeddings()(ids),
                 self._seed.to(ids.device),
                 samples,

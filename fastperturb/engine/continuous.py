@@ -1,0 +1,125 @@
+"""Continuous perturbations: a learned random transform T(e, z) of each embedding."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastperturb import ops
+from fastperturb.config import PerturbConfig
+from fastperturb.engine import validate
+from fastperturb.engine.architectures import CausalLM, embedding_rms
+from fastperturb.engine.batch import Batch
+from fastperturb.engine.positions import real_positions
+from fastperturb.engine.protocol import Perturbation, WrappedModel
+from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.trunk import TrunkInputs, repeated
+from fastperturb.transforms import Transform, make_transform
+
+# A shift below this share of its start is a collapse; how often a GPU's shift is looked at.
+_COLLAPSED, _WATCHED_STEPS = 0.01, 100
+
+
+class Continuous(Perturbation):
+    """Perturbs embeddings by `lm.transform`, in fp32 beside the embedding."""
+
+    config_class = PerturbConfig
+    described_by = ("latent", "scope", "min_scale")
+    keeps_prefix = True
+
+    def make_transform(self, parts: CausalLM, config: Any) -> Transform:
+        if not isinstance(config, PerturbConfig):
+            raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
+        rms, embed_dim = embedding_rms(parts.embed)
+        return make_transform(config, embed_dim, embed_rms=rms).to(rms.device)
+
+    def transform_shapes(self, config: PerturbConfig, embed_dim: int) -> dict[str, list[int]]:
+        with torch.device("meta"):
+            transform: nn.Module = make_transform(config, embed_dim)
+        return {name: list(value.shape) for name, value in transform.state_dict().items()}
+
+    def check_inputs(
+        self, lm: WrappedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> None:
+        if inputs_embeds is None:
+            return
+        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        validate.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", floats)
+        if inputs_embeds.shape[-1] != lm.transform.embed_dim:
+            raise ValueError(
+                f"inputs_embeds must be {lm.transform.embed_dim} wide, as the model's "
+                f"embeddings are, got {list(inputs_embeds.shape)}"
+            )
+
+    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+        perturbed = lm.perturb(
+            batch.embeddings,
+            batch.sampling.seed,
+            samples,
+            rows=batch.sampling.rows,
+            positions=batch.positions,
+            perturb_mask=batch.perturb_mask,
+        )
+        count = len(samples)
+        return TrunkInputs(
+            perturbed, repeated(batch.attention_mask, count), repeated(batch.positions, count)
+        )
+
+    def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
+        if lm.config.deterministic:  # one latent for all
+            zeros = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+            keys = {key: torch.zeros_like(noise[key]) for key in ("seed", "samples", "rows")}
+            noise = {**noise, **keys, "positions": zeros}
+        return ops.perturb_embed(embeddings, None, lm.transform, **noise)
+
+    def next_logits(
+        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+    ) -> Tensor:  # [M N, V]
+        start = 0 if cache is None else int(cache.get_seq_length())
+        positions = real_positions(sequences.mask)[:, start:]
+        count = sequences.samples.shape[1]
+        perturbed = lm.perturb(
+            model.get_input_embeddings()(sequences.ids[:, start:]),
+            seed,
+            sequences.samples.T,
+            rows=sequences.rows,
+            positions=positions,
+            # Only samples that are averaged come in pairs: steps and sequences are independent.
+            antithetic=lm.config.antithetic and count > 1,
+            perturb_mask=sequences.perturb_mask[:, start:],
+        )  # (M, N, L, D)
+        output = model(
+            inputs_embeds=perturbed.flatten(0, 1),
+            attention_mask=sequences.mask.repeat(count, 1),
+            position_ids=positions.repeat(count, 1),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        )
+        if cache is not None and cache.get_seq_length() == start:
+            raise RuntimeError(
+                "the model filled no cache, as under gradient checkpointing in training mode; "
+                "call lm.eval() first or generate with use_cache=False"
+            )
+        return output.logits[:, -1]
+
+    def watch(self, lm: WrappedModel, shift: Tensor) -> None:
+        """Warn, once, when training has all but stopped perturbing."""
+        if lm.is_exact or not lm.training or lm.state.collapsed:
+            return
+        lm.state.training_steps += 1
+        if shift.device.type != "cpu" and lm.state.training_steps % _WATCHED_STEPS:
+            return  # to look at it costs a GPU a synchronisation
+        lm.state.collapsed = bool(0 < shift < _COLLAPSED * lm.config.init_scale)
+        if lm.state.collapsed:
+            warnings.warn(
+                f"the perturbation has collapsed: embeddings shift by {float(shift):.1e} of their "
+                f"length, below {_COLLAPSED:.0%} of init_scale={lm.config.init_scale}, which is "
+                "exact-prefix training again; use more samples, an estimator that is unbiased with "
+                "few (quadratic, jvi_clip), or a floor (min_scale)",
+                RuntimeWarning,
+                stacklevel=6,
+            )

@@ -1,0 +1,220 @@
+"""Discrete perturbations: each sample is the prefix with random edits of its tokens.
+
+Our reconstruction of a published idea (arXiv 2605.04344): the prefix gives way to a random
+neighbour of it, at training and at inference alike. Tokens are replaced, inserted, deleted and
+swapped as `edit_layout` draws them. Marginals, estimators, plans, scoring, decoding and saving are
+those of continuous perturbations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastperturb.config import PerturbConfig, suggestion
+from fastperturb.engine.architectures import CausalLM, embedding_rms, understand
+from fastperturb.engine.batch import Batch
+from fastperturb.engine.edit_layout import KINDS, Edits
+from fastperturb.engine.protocol import Perturbation, WrappedModel
+from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.sharding import is_shard
+from fastperturb.engine.trunk import TrunkInputs
+from fastperturb.ops import reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Configuration of random token edits and of the estimation of the marginal.
+
+    The distribution of the edits is in `edit_layout`.
+    """
+
+    rate: float = 0.1
+    """Probability that a token is edited."""
+
+    kinds: Sequence[str] = KINDS
+    """Kinds of edit, each as likely as the others: replace, insert, delete, swap."""
+
+    neighbors: int = 10
+    """Number of most similar tokens (cosine of embeddings) from which a replacement is drawn."""
+
+    marginal: str = "token"
+    """Marginal to estimate: token averages each token's probability over samples, sequence the
+    probability of the whole sequence."""
+
+    estimator: str | Mapping[str, float] = "iwae"
+    """Estimator of the marginal, or a mixture: names and their weights in the loss."""
+
+    num_samples: int = 8
+    """Number of Monte-Carlo samples M."""
+
+    backward_samples: int | None = None
+    """Number of samples K that resample sends backward; None is round(sqrt(M / 2))."""
+
+    plan: str = "auto"
+    """Plan by which samples go through the trunk: auto, batched, chunked or resample."""
+
+    chunk_size: int | None = None
+    """Number of samples at a time under plan chunked."""
+
+    antithetic: ClassVar[bool] = False  # an edit has no mirror image
+    deterministic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        estimation = self._estimation()
+        object.__setattr__(self, "estimator", estimation.estimator)
+        rate = self.rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+            raise ValueError(f"rate must be a probability from 0 to 1, got {rate!r}")
+        if isinstance(self.kinds, str) or not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"kinds must be one or more of {KINDS}, got {self.kinds!r}")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                hint = suggestion(str(kind), KINDS)
+                raise ValueError(f"kinds must be of {KINDS}, got {kind!r}{hint}")
+        object.__setattr__(self, "kinds", tuple(self.kinds))
+        count = self.neighbors
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"neighbors must be a positive int, got {count!r}")
+
+    def _estimation(self) -> PerturbConfig:
+        """Return the keys that PerturbConfig has too, as it validates them."""
+        own = {field.name for field in dataclasses.fields(self)}
+        shared = [field.name for field in dataclasses.fields(PerturbConfig) if field.name in own]
+        return PerturbConfig(**{name: getattr(self, name) for name in shared})
+
+    @property
+    def equations(self) -> dict[str, float]:
+        """The estimators and their weights in the loss."""
+        return self._estimation().equations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `from_dict` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
+        """Return a config from plain data; raise on an unknown key."""
+        return cls(**values)
+
+
+class TokenEdits(Perturbation):
+    """Edits token ids; `lm.transform` draws the edits and has nothing to learn.
+
+    A call needs input_ids; its perturb_mask says which tokens may be edited. Entries of the output
+    are about the labels as given. The shift compares, in embeddings, the token at which a label is
+    predicted with the one that precedes it: an insertion alone is no shift.
+    """
+
+    config_class = EditConfig
+    described_by = ("rate", "kinds", "neighbors")
+    keeps_prefix = False  # any edit shifts all that follows
+
+    def make_transform(self, parts: CausalLM, config: Any) -> Edits:
+        if not isinstance(config, EditConfig):
+            raise TypeError(f"config must be an EditConfig, got {type(config).__name__}")
+        rms, embed_dim = embedding_rms(parts.embed)
+        return Edits(
+            rate=config.rate,
+            kinds=config.kinds,
+            neighbors=config.neighbors,
+            special=_special_tokens(parts),
+            max_positions=getattr(_trunk_config(parts), "max_position_embeddings", None),
+            embed_dim=embed_dim,
+            embed_rms=rms,
+        )
+
+    def transform_shapes(self, config: EditConfig, embed_dim: int) -> dict[str, list[int]]:
+        return {"embed_rms": []}
+
+    def check_inputs(
+        self, lm: WrappedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> None:
+        if inputs_embeds is not None:
+            raise ValueError("inputs_embeds holds no tokens to edit: give input_ids")
+
+    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+        assert batch.input_ids is not None
+        return _edited(
+            lm,
+            batch.parts,
+            batch.input_ids,
+            batch.sampling.seed,
+            samples,
+            rows=batch.sampling.rows,
+            positions=batch.positions,
+            editable=batch.perturb_mask,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.positions,
+        )
+
+    def next_logits(
+        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+    ) -> Tensor:  # [M N, V]
+        parts = understand(lm.base)
+        # There is no cache to append to: with padding on the right, positions are indices.
+        length = sequences.mask.sum(1, keepdim=True)  # (N, 1)
+        total = sequences.mask.shape[1]
+        index = (torch.arange(total, device=length.device) - length) % total
+        ids, mask, editable = (values.gather(1, index) for values in sequences[:3])
+        inputs = _edited(
+            lm,
+            parts,
+            ids,
+            seed,
+            sequences.samples.T,
+            rows=sequences.rows,
+            positions=None,
+            editable=editable,
+            attention_mask=mask,
+            position_ids=None,
+        )
+        assert inputs.source is not None
+        count = sequences.samples.shape[1]
+        last = inputs.source.gather(2, (length - 1).expand(count, -1, -1))
+        hidden = dataclasses.replace(inputs, source=last).hidden_states(parts.trunk)
+        return reference.logits(hidden.flatten(0, 2), parts.head.weight, **parts.head_options)
+
+
+def _edited(
+    lm: WrappedModel, parts: CausalLM, ids: Tensor, seed: Tensor, samples: Tensor, **layout: Any
+) -> TrunkInputs:
+    """Return the trunk's inputs for the edited samples of ids [B, T]."""
+    table: Any = parts.embed.weight
+    if is_shard(table):
+        raise ValueError(
+            "the input embedding is sharded by itself, and edits compare all of its rows; "
+            "shard the wrapper and make no unit of the embedding"
+        )
+    edited = lm.transform(table, ids, seed, samples, **layout)
+    mask, places = edited.attention_mask, edited.position_ids
+    return TrunkInputs(
+        parts.embed(edited.ids),
+        None if mask is None else mask.flatten(0, 1),
+        None if places is None else places.flatten(0, 1),
+        edited.source,
+    )
+
+
+def _special_tokens(parts: CausalLM) -> Tensor:
+    """Return bool [V]: the tokens that the model's config names as begin, end and padding."""
+    table: Any = parts.embed.weight
+    special = torch.zeros(table.shape[0], dtype=torch.bool, device=table.device)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(_trunk_config(parts), name, None)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is not None and 0 <= token < len(special):
+                special[token] = True
+    if len(special) - int(special.sum()) < 2:
+        raise ValueError("edits need a vocabulary of two or more tokens that are not special")
+    return special
+
+
+def _trunk_config(parts: CausalLM) -> Any:
+    trunk: Any = parts.trunk
+    return trunk.config

@@ -1,0 +1,149 @@
+"""The inputs of a call: validated, copied, and laid out as a Batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastperturb import estimators, noise
+from fastperturb.config import check_draws
+from fastperturb.engine import architectures, sharding, validate
+from fastperturb.engine.architectures import CausalLM, understand
+from fastperturb.engine.batch import IGNORED, Batch
+from fastperturb.engine.positions import documents_apart, perturbed_positions
+from fastperturb.engine.protocol import WrappedModel
+from fastperturb.engine.sampling import Sampling
+from fastperturb.engine.shared_prefix import SharedPrefix
+
+
+def lay_out(
+    lm: WrappedModel,
+    *,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    labels: Tensor | None,
+    perturb_mask: Tensor | None,
+    num_samples: int | None,
+    rows: Tensor | None,
+    seed: int | Tensor | None,
+    return_logits: bool,
+) -> Batch:
+    """Validate the arguments of `PerturbedLM.forward` and return them as a Batch."""
+    parts = understand(lm.base).at_temperature(lm.state.temperature)
+    embeddings = _exact_embeddings(lm, parts.embed, input_ids, inputs_embeds)
+    validate.like(embeddings, "attention_mask", attention_mask, validate.MASKS)
+    validate.like(embeddings, "position_ids", position_ids, (torch.int64,))
+    validate.like(embeddings, "labels", labels, (torch.int64,))
+    validate.like(embeddings, "perturb_mask", perturb_mask, (torch.bool,))
+    if labels is not None and labels.device.type == "cpu":  # where looking at them costs no sync
+        real = labels[labels != IGNORED]
+        vocab = parts.head.weight.shape[0]
+        validate.range("labels", real, vocab, f"be {IGNORED} (no label) or ")
+    # Clone the inputs: a recomputed chunk must see the values of the first pass.
+    attention_mask, position_ids, labels, perturb_mask, rows, input_ids = (
+        None if value is None else value.clone()
+        for value in (attention_mask, position_ids, labels, perturb_mask, rows, input_ids)
+    )
+    marginal = lm.config.marginal
+    attention_mask = documents_apart(attention_mask, position_ids, rows, marginal)
+    sampling = _sampling(lm, embeddings, seed=seed, rows=rows, num_samples=num_samples)
+    perturbed, positions = perturbed_positions(attention_mask, position_ids, perturb_mask)
+    prefix = None
+    if perturb_mask is not None and perturbed is not None and position_ids is None:
+        prefix = _shared_prefix(lm, parts, embeddings, attention_mask, perturbed, sampling)
+    return Batch(
+        parts=parts,
+        embeddings=embeddings,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        perturb_mask=perturbed,
+        positions=positions,
+        labels=labels,
+        sampling=sampling,
+        exact=lm.is_exact,
+        return_logits=return_logits,
+        marginal=marginal,
+        prefix=prefix,
+    )
+
+
+def _exact_embeddings(
+    lm: WrappedModel, embed: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"give either input_ids or inputs_embeds, got {got}")
+    lm.perturbation.check_inputs(lm, input_ids, inputs_embeds)
+    if inputs_embeds is not None:
+        return inputs_embeds.clone()
+    assert input_ids is not None
+    table = embed.weight
+    assert isinstance(table, Tensor)
+    validate.tensor("input_ids", input_ids, "[B, T]", (torch.int64, torch.int32))
+    validate.range("input_ids", input_ids, table.shape[0])
+    return embed(input_ids)
+
+
+def _sampling(
+    lm: WrappedModel,
+    embeddings: Tensor,
+    *,
+    seed: int | Tensor | None,
+    rows: Tensor | None,
+    num_samples: int | None,
+) -> Sampling:
+    """Return the sampling of a call, with a seed where none was given."""
+    config = lm.config
+    equations = {"iwae": 1.0} if lm.has_one_draw else config.equations
+    if "jvi" in equations and lm.training and torch.is_grad_enabled():
+        raise ValueError(
+            "estimator='jvi' is for evaluation: its weights can be negative and training "
+            "with them diverged; use estimator='jvi_clip', whose weights are clipped"
+        )
+    device = embeddings.device
+    if seed is None:
+        seed = lm.state.split.agreed(noise.drawn_seed().to(device, non_blocking=True))
+    seed = noise.seed_tensor(seed, device).clone()  # the caller may change his tensor
+    if rows is None:
+        rows = torch.arange(len(embeddings), device=device)
+    if lm.has_one_draw:
+        return Sampling(seed=seed, rows=rows, count=1, equations=equations)
+    count = config.num_samples if num_samples is None else num_samples
+    for name in equations:
+        check_draws(name, count, antithetic=config.antithetic)
+    telescope = level = None
+    first = next(iter(equations))
+    if first in ("sumo", "mlmc"):
+        telescope = estimators.Telescope(first, count)
+        # One level for the whole step: every row and micro-batch agrees on it, and every rank
+        # whose passes gather the shards of the others.
+        one_row = torch.zeros(1, dtype=torch.int64, device=device)
+        uniform = noise.auxiliary_uniforms(sharding.agreed(lm, seed), 1, one_row)
+        level = telescope.sample(uniform.reshape(()))
+        count = int(telescope.draws(level))
+    return Sampling(
+        seed=seed,
+        rows=rows,
+        count=count,
+        equations=equations,
+        telescope=telescope,
+        level=level,
+    )
+
+
+def _shared_prefix(
+    lm: WrappedModel,
+    parts: CausalLM,
+    embeddings: Tensor,
+    attention_mask: Tensor | None,
+    perturb_mask: Tensor,
+    sampling: Sampling,
+) -> SharedPrefix | None:
+    """Encode the leading exact positions, unless dropout would tie the samples there."""
+    # Where parameters are sharded, all processes must run the trunk equally often.
+    dropout = architectures.dropout_sources(lm.base)
+    if sampling.count == 1 or dropout or sharding.is_sharded(lm):
+        return None
+    return SharedPrefix.encode(parts.trunk, embeddings, attention_mask, perturb_mask)

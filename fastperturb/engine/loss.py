@@ -1,0 +1,89 @@
+"""The loss of a batch, and statistics of its samples, from their log-probs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastperturb import ops
+from fastperturb.engine.batch import Batch
+from fastperturb.engine.passes import Pass
+from fastperturb.engine.plans import Rerun
+from fastperturb.ops.combine import COMBINABLE
+
+
+def estimate(
+    batch: Batch,
+    scored: Pass,
+    rerun: Rerun | None,
+    config: Any,
+    num_items_in_batch: int | Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the loss and what `PerturbedOutput` tells of the samples."""
+    sampling, mask = batch.sampling, batch.token_mask()
+    values = {}
+    log_probs = scored.log_probs
+    if scored.hidden is not None:
+        values["quadratic"], quadratic_log_probs = _quadratic(batch, scored.hidden)
+        if log_probs is None:
+            log_probs = quadratic_log_probs
+    assert log_probs is not None
+    combined = {
+        name: ops.combine(log_probs, mask, name, marginal=batch.marginal)
+        for name in sampling.equations
+        if name in COMBINABLE
+    }
+    values |= {name: result.value for name, result in combined.items()}
+    labelled = batch.marginal_mask()
+    if rerun is not None:
+        assert rerun.result.log_probs is not None
+        value = rerun.resampled.estimate(batch.marginal_log_probs(rerun.result.log_probs))
+        values = dict.fromkeys(sampling.equations, value)
+    elif "resample" in sampling.equations or sampling.telescope is not None:
+        (name,) = sampling.equations
+        values[name] = sampling.combine(batch.marginal_log_probs(log_probs), labelled, config)
+    terms = [weight * values[name].sum() for name, weight in sampling.equations.items()]
+    total = torch.stack(terms).sum()
+    iwae = combined.get("iwae") or ops.combine(
+        log_probs.detach(), mask, "iwae", marginal=batch.marginal
+    )
+    return {
+        "loss": -total.to(log_probs.dtype) / label_count(mask, num_items_in_batch),
+        "log_marginal": iwae.log_marginal,
+        "log_probs": log_probs,
+        "log_prob_variance": _variance(batch.marginal_log_probs(log_probs), labelled),
+        "ess": iwae.effective_samples.sum() / labelled.sum().clamp_min(1),
+    }
+
+
+def label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor | int:
+    """Return the divisor of the loss, at least 1: a batch without labels has a loss of 0."""
+    if num_items_in_batch is None:
+        return mask.sum().clamp_min(1)
+    if isinstance(num_items_in_batch, int):  # to put it on a GPU would wait for the whole forward
+        return max(1, num_items_in_batch)
+    count = torch.as_tensor(num_items_in_batch, device=mask.device)
+    if count.numel() != 1 or count.is_complex():
+        raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")
+    return count.reshape(()).clamp_min(1)
+
+
+def _quadratic(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the quadratic estimator's value [B T] and each sample's log-probs [M, B, T-1]."""
+    value, log_probs = ops.linear_quadratic(
+        hidden.flatten(1, 2),
+        batch.parts.head.weight,
+        batch.target(),
+        **batch.parts.head_options,
+        return_log_probs=True,
+    )
+    return value, log_probs.detach().view(hidden.shape[:-1])[:, :, :-1].contiguous()
+
+
+@torch.no_grad()
+def _variance(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return the variance over samples [M, ...], averaged where the mask is set."""
+    variance = log_probs.float().var(0, correction=min(1, len(log_probs) - 1))
+    return variance.where(mask, 0.0).sum() / mask.sum().clamp_min(1)

@@ -1,0 +1,11 @@
+"""The kinds of perturbation, by the name of their config's class."""
+
+from __future__ import annotations
+
+from fastperturb.engine.continuous import Continuous
+from fastperturb.engine.edits import TokenEdits
+from fastperturb.engine.protocol import Perturbation
+
+PERTURBATIONS: dict[str, Perturbation] = {
+    kind.config_class.__name__: kind for kind in (Continuous(), TokenEdits())
+}

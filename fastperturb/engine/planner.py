@@ -1,0 +1,95 @@
+"""The choice between `batched` and `chunked`: as the config says, or by what fits the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastperturb.engine import memory, sharding
+from fastperturb.engine.passes import Run
+
+# What of the free memory auto plans for, and what a sample may need beyond what was measured.
+_SHARE, _MARGIN = 0.7, 1.2
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Which plan a forward took and why."""
+
+    plan: str
+    chunk_size: int  # samples at a time
+    reason: str
+    bytes_per_sample: int | None = None  # of activations kept for the backward, where measured
+    free_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return f"plan {self.plan!r}, {self.chunk_size} samples at a time: {self.reason}"
+
+
+class Planner:
+    """Plan `auto`: measures the bytes a sample keeps for the backward, and fits the free memory."""
+
+    def __init__(self) -> None:
+        self._measured: dict[Hashable, int] = {}  # bytes a sample
+        self._chosen: dict[Hashable, PlanReport] = {}
+        self._most: int | None = None  # samples at a time, once memory ran out
+
+    def step_down(self, last: PlanReport) -> bool:
+        """Halve the samples at a time after memory ran out; return False at one sample."""
+        if last.chunk_size > 1:
+            self._most = last.chunk_size // 2
+        return last.chunk_size > 1
+
+    def limited(self, size: int) -> int:
+        """Return `size`, or fewer samples at a time where so many ran out of memory."""
+        return size if self._most is None else min(size, self._most)
+
+    def choose(
+        self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module, device: torch.device
+    ) -> PlanReport:
+        """Return `batched` if all samples fit, else `chunked` with the largest chunk that does.
+
+        kind: everything that a sample's activations depend on.
+        owner: the module whose weights are not activations.
+
+        A kind of batch is measured once, by a forward of one sample, and keeps its plan: the same
+        forward run again, in a checkpointed region of the caller's, must take the same.
+        """
+        count = len(samples)
+        if count == 1:
+            return PlanReport("batched", 1, "there is one sample")
+        if not torch.is_grad_enabled():
+            if self.limited(count) < count:
+                return PlanReport("chunked", self.limited(count), "memory ran out with more")
+            return PlanReport("batched", count, "nothing is kept without a gradient")
+        if sharding.is_sharded(owner):
+            # Ranks must gather the shards equally often, and what each could hold differs.
+            return PlanReport("batched", count, "sharded parameters: set plan='chunked' if need be")
+        if (kind, count) not in self._chosen:
+            if kind not in self._measured:
+                self._measured[kind] = memory.kept_bytes(run, samples[:1], owner)
+            free = memory.spare_bytes(owner, device)
+            self._chosen[kind, count] = fitting(count, self._measured[kind], free)
+        chosen = self._chosen[kind, count]
+        size = self.limited(chosen.chunk_size)
+        if size < chosen.chunk_size:
+            reason = f"memory ran out with more; planned were {chosen.chunk_size}: {chosen.reason}"
+            return dataclasses.replace(chosen, plan="chunked", chunk_size=size, reason=reason)
+        return chosen
+
+
+def fitting(count: int, per_sample: int, free: int) -> PlanReport:
+    """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do."""
+    fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
+    sizes = {"bytes_per_sample": per_sample, "free_bytes": free}
+    facts = f"a sample keeps {memory.as_text(per_sample)} and {memory.as_text(free)} are free"
+    if fit >= count:
+        return PlanReport("batched", count, f"all {count} samples fit: {facts}", **sizes)
+    # Even chunks: the last one is no smaller than need be.
+    chunks = -(-count // max(1, fit))
+    size = -(-count // chunks)
+    return PlanReport("chunked", size, f"{count} samples at once would not fit: {facts}", **sizes)

@@ -1,0 +1,152 @@
+"""The two sides of a wrapped model: the module, and the perturbation that it is given.
+
+`WrappedModel` is what the engine, the diagnostics and checkpoints use of a wrapper; people call
+`model.PerturbedLM`, which adds the public methods. A kind of perturbation is one file with one
+subclass of `Perturbation`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastperturb.engine.architectures import CausalLM, understand
+from fastperturb.engine.batch import Batch
+from fastperturb.engine.sample_split import SampleSplit
+from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.state import CallState
+from fastperturb.engine.trunk import TrunkInputs
+
+
+class Perturbation(ABC):
+    """One kind of perturbation: how samples of a prefix differ from it."""
+
+    config_class: ClassVar[type]
+    # Keys of the config that describe the transform, beside the shapes of its parameters.
+    described_by: ClassVar[tuple[str, ...]]
+    # Whether the encoding of a prefix stays as it is when tokens are appended.
+    keeps_prefix: ClassVar[bool]
+
+    @abstractmethod
+    def make_transform(self, parts: CausalLM, config: Any) -> nn.Module:
+        """Return the module with the perturbation's parameters, which becomes `lm.transform`."""
+
+    @abstractmethod
+    def transform_shapes(self, config: Any, embed_dim: int) -> dict[str, list[int]]:
+        """Return the shape of each tensor of the transform's state, allocating nothing."""
+
+    @abstractmethod
+    def check_inputs(
+        self, lm: WrappedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
+    ) -> None:
+        """Raise on inputs of a call that this kind of perturbation cannot take."""
+
+    @abstractmethod
+    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+        """Return the trunk's inputs for the samples with these numbers, [m] or [m, B]."""
+
+    @abstractmethod
+    def next_logits(
+        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+    ) -> Tensor:  # [M N, V]
+        """Return each sample's logits of the next token; the cache takes what is encoded."""
+
+    def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
+        """Return perturbed embeddings [M, B, T, D], where the perturbation is of embeddings."""
+        raise TypeError(f"{type(self).__name__} perturbs tokens, not embeddings")
+
+    def watch(self, lm: WrappedModel, shift: Tensor) -> None:
+        """Look at the shift of a training step, and warn if the perturbation is lost."""
+        return  # what is not learned cannot be lost
+
+
+class WrappedModel(nn.Module):
+    """A base model, a config, a perturbation and what is remembered between calls."""
+
+    base: nn.Module
+    transform: Any  # a Transform, or the module of another perturbation
+
+    def __init__(self, model: nn.Module, config: Any, perturbation: Perturbation) -> None:
+        super().__init__()
+        parts = understand(model)
+        self.base = model
+        self.config: Any = config
+        self.perturbation = perturbation
+        self.transform = perturbation.make_transform(parts, config)
+        self.state = CallState()
+
+    @property
+    def is_exact(self) -> bool:
+        """True within `exact()`: nothing is perturbed."""
+        return self.state.exact
+
+    @property
+    def has_one_draw(self) -> bool:
+        """True if all samples would be the same."""
+        return self.state.exact or self.config.deterministic
+
+    @contextlib.contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Divide every sample's logits by a temperature within the body."""
+        before, self.state.temperature = self.state.temperature, temperature
+        try:
+            yield
+        finally:
+            self.state.temperature = before
+
+    @contextlib.contextmanager
+    def overriding(self, **changes: Any) -> Iterator[None]:
+        """Replace these keys of the config within the body."""
+        before, self.config = self.config, dataclasses.replace(self.config, **changes)
+        try:
+            yield
+        finally:
+            self.config = before
+
+    @contextlib.contextmanager
+    def unsplit(self) -> Iterator[None]:
+        """Run all samples in this process within the body."""
+        before, self.state.split = self.state.split, SampleSplit()
+        try:
+            yield
+        finally:
+            self.state.split = before
+
+    def perturb(
+        self,
+        embeddings: Tensor,
+        seed: Tensor,
+        samples: Tensor | int,
+        *,
+        rows: Tensor,
+        positions: Tensor | None = None,
+        antithetic: bool | None = None,
+        perturb_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the samples with these numbers of embeddings [B, T, D]: [M, B, T, D].
+
+        antithetic: whether samples come in pairs; default as the config says.
+        The other arguments are those of `ops.perturb_embed`.
+        """
+        return self.perturbation.perturb(
+            self,
+            embeddings,
+            seed=seed,
+            samples=samples,
+            rows=rows,
+            positions=positions,
+            antithetic=self.config.antithetic if antithetic is None else antithetic,
+            perturb_mask=perturb_mask,
+        )
+
+    def samples_at_once(self) -> int:
+        """Return how many samples a pass without gradient runs at a time, as in training."""
+        config = self.config
+        if config.chunk_size is not None:
+            return config.chunk_size
+        return self.state.planner.limited(1 if config.plan == "chunked" else config.num_samples)
