@@ -1,4 +1,4 @@
-"""combine: M log-probs of every label to the estimator's value and weights, as one op.
+"""combine: M log-probs to the estimator's value and weights, as one op.
 
 With w = softmax(l), L = log mean exp l, and a the largest of the M log-probs l:
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from fastperturb.config import MARGINALS, check_draws
 from fastperturb.ops import dispatch, reference
 
-# The estimators whose weights depend on a label's M log-probs alone.
+# The estimators whose weights depend on one token's, or one sequence's, M log-probs alone.
 COMBINABLE = ("jensen", "iwae", "jvi", "jvi_clip")
 
 
@@ -41,7 +41,7 @@ class Combined(NamedTuple):
 def combine(
     log_probs: Tensor, mask: Tensor, estimator: str, *, marginal: str = "token"
 ) -> Combined:
-    """Return the estimator's value for each label, and the weights and statistics of its samples.
+    """Return the estimator's values, and the weights and statistics of the samples.
 
     log_probs: [M, B, T]. mask: bool [B, T], the labelled positions.
     marginal: "token" combines each (b, t); "sequence" each b, its labelled log-probs summed first.
