@@ -197,7 +197,7 @@ def _logprob_rows(
         share = running.other_sum / sums  # 1 - p_y
         if head.softcap is not None:
             share = share * (1 - (running.target_logit / head.softcap).square())
-        at_target = head.weight[_in_range(target, head.valid_vocab)].to(total.dtype)
+        at_target = head.weight[target.clamp(0, head.valid_vocab - 1)].to(total.dtype)
         total = (at_target * share[:, None]).sub_(total.div_(sums[:, None]))
         grad_hidden = total.mul_(head.logit_scale).to(hidden.dtype)
     if running.entropy_sum is not None:
@@ -242,7 +242,7 @@ def linear_quadratic(
     log_probs, dot = torch.empty_like(lse[0]), torch.empty_like(lse[0])
     values = torch.empty_like(lse[0, 0])
     grad_hidden = inputs.new_empty(inputs.shape) if want_grad_hidden else None
-    r = _row_weights(row_weights, labels, lse)
+    r = labels.row_weights(row_weights, lse[0])
     # Replaced one by one, so that each takes the memory of the one before: freed all at once, it
     # would go back to the system, to be faulted in again.
     held: list[Tensor] = []
@@ -319,7 +319,7 @@ def linear_quadratic_backward(
 ) -> list[Tensor | None]:
     """Return the gradients of [hidden, weight, bias] that are wanted."""
     labels = Labels.of(target, head.ignore_index)
-    r = _row_weights(row_weights, labels, lse)
+    r = labels.row_weights(row_weights, lse[0])
     inputs, dot = labels.select(hidden, dim=1), labels.select(dot, dim=1)
     upstream, lse = labels.select(grad.to(lse), dim=0), labels.select(lse, dim=2)
     upstream, lse = labels.mask_gradient(upstream, lse, head.valid_vocab)
@@ -379,21 +379,10 @@ def _for_gemm(products: Tensor, dtype: torch.dtype) -> Tensor:
     return products if products.dtype == dtype else torch.empty_like(products, dtype=dtype)
 
 
-def _row_weights(row_weights: Tensor | None, labels: Labels, lse: Tensor) -> Tensor:
-    like = lse[0]
-    if row_weights is None:
-        return like.new_ones(like.shape[0], len(labels.target))
-    return labels.select(row_weights.to(like), dim=1)
-
-
 def _rounded_sum(peak: Tensor, log_sums: Tensor) -> Tensor:
     """Return peak + log_sums and its rounding error, [2, ...]."""
     total = peak + log_sums
     return torch.stack([total, peak - total + log_sums])
-
-
-def _in_range(target: Tensor, valid_vocab: int) -> Tensor:
-    return target.clamp(0, valid_vocab - 1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

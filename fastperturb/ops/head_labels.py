@@ -34,6 +34,12 @@ class Labels:
         """Return the values of the tokens worked on, which lie in dimension `dim`."""
         return values if self.chosen is None else values.index_select(dim, self.chosen)
 
+    def row_weights(self, row_weights: Tensor | None, like: Tensor) -> Tensor:
+        """Return each sample's weights of the tokens worked on, [M, n]; 1 by default."""
+        if row_weights is None:
+            return like.new_ones(like.shape[0], len(self.target))
+        return self.select(row_weights.to(like), dim=1)
+
     def scatter(self, values: Tensor, *, dim: int) -> Tensor:
         """Undo `select`: return values for all tokens, 0 for ignored ones."""
         if self.ignored is None:
