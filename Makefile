@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.fastperturb-installed
 .PHONY: help demo test lint docs docs-serve docs-check bench gpu clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s  %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(INSTALLED)  ## watch a learned perturbation beat exact-prefix training out of support
 	$(VENV)/bin/fastperturb demo --output-dir runs/demo --overwrite
@@ -32,6 +32,10 @@ docs: $(INSTALLED)  ## build the documentation into site/; a broken link is an e
 
 docs-serve: $(INSTALLED)  ## show the documentation in a browser, rebuilt as files change
 	$(RUN) -m mkdocs serve
+
+docs-check: $(INSTALLED)  ## fail when a table of a page and its JSON disagree, or a diagram and its code
+	$(RUN) -m docs.tables
+	$(RUN) -m docs.diagrams
 
 bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
 	$(RUN) -m bench.run --output-dir runs/bench --overwrite

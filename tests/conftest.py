@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Datasets that a file's tests read are cached in a folder of their own."""
+    """Cache the datasets that a file's tests read in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
@@ -34,7 +35,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(params=["torch", "cpp"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every op runs by each of a CPU's implementations; C++ needs a compiler."""
+    """Run every op by each of a CPU's implementations; C++ needs a compiler."""
     from fastperturb.ops import dispatch
     from fastperturb.ops.cpp import build
 
@@ -44,9 +45,18 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_process_mesh() -> Iterator[DeviceMesh]:
+    """Start a process group of this process alone and give its mesh."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """Real text and a tiny model, which are not part of the repository."""
+    """Find the real text and a tiny model, which are not part of the repository."""
     folder = Path(os.environ.get("FASTPERTURB_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}: set FASTPERTURB_DATA")

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import transformers
+from torch import nn
+
+from fastperturb import PerturbConfig, wrap
 
 SMALL = {
     "vocab_size": 97,
@@ -58,12 +61,12 @@ LORA_TARGETS = {"GPT2": ["c_attn"], "GPTNeoX": ["query_key_value"], "Phi3": ["qk
 
 
 def class_name(architecture):
-    """The transformers class of this architecture."""
+    """Return the name of the transformers class of this architecture."""
     return "GPT2LMHeadModel" if architecture == "GPT2" else f"{architecture}ForCausalLM"
 
 
 def base_model(architecture="Llama", *, seed=0, **changes):
-    """A random model of this architecture, in eval mode; `changes` are options of its config."""
+    """Return a random model in eval mode; `changes` are options of its config."""
     torch.manual_seed(seed)
     kind = "Gemma3Text" if architecture == "Gemma3" else architecture
     config = getattr(transformers, f"{kind}Config")(**{**CONFIGS[architecture], **changes})
@@ -71,17 +74,30 @@ def base_model(architecture="Llama", *, seed=0, **changes):
 
 
 def llama(**changes):
-    """A random Llama of two layers, 32 wide, in eval mode."""
+    """Return a random Llama of two layers, 32 wide, in eval mode."""
     return base_model("Llama", **changes)
 
 
 def gpt2(**changes):
-    """A random GPT-2 of two layers, 32 wide, without dropout, in eval mode."""
+    """Return a random GPT-2 of two layers, 32 wide, without dropout, in eval mode."""
     return base_model("GPT2", **changes)
 
 
-def with_lora(model, architecture="Llama", **changes):
-    """The model with a random LoRA of rank 4 on its attention; `changes` are of LoraConfig."""
+def perturbed(model, *, seed=2, **options):
+    """Wrap a model with a random transform; `options` are those of PerturbConfig."""
+    torch.manual_seed(seed)
+    return wrap(model, PerturbConfig(**options))
+
+
+class Doubled(nn.Module):
+    """A parametrization that doubles a weight."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def with_lora(model, architecture="Llama", *, adapter_name="default", **changes):
+    """Put a random LoRA of rank 4 on the attention; `changes` are options of LoraConfig."""
     peft = pytest.importorskip("peft", reason="LoRA tests need peft")
     targets = LORA_TARGETS.get(architecture, ["q_proj", "v_proj"])
     config = {
@@ -91,4 +107,4 @@ def with_lora(model, architecture="Llama", **changes):
         "init_lora_weights": False,
         **changes,
     }
-    return peft.get_peft_model(model, peft.LoraConfig(**config))
+    return peft.get_peft_model(model, peft.LoraConfig(**config), adapter_name=adapter_name)

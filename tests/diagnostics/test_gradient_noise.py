@@ -1,75 +1,72 @@
-"""Gradient noise against enumeration of all latents and draws, and what it decides."""
+"""Gradient noise against enumeration of all latents and resampled ones, and what it decides."""
 
+import dataclasses
 import itertools
 import math
 
-import peft
+import batches
 import pytest
+import tiny
 import torch
-import transformers
+from batches import labelled, row_of
 
 from fastperturb import PerturbConfig, estimators, wrap
 
 V, B, T = 23, 3, 5
 
 
-def llama(*, layers=1, hidden=8):
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=V,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            initializer_range=0.5,
-        )
+def llama(*, layers=1):
+    return tiny.llama(
+        vocab_size=V,
+        hidden_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        head_dim=4,
+        initializer_range=0.5,
+        pad_token_id=None,  # else the embedding of token 0 is zero, and its gradient huge
     )
 
 
 def perturbed(base=None, **options):
-    torch.manual_seed(1)
     options = {"latent_dim": 2, "num_samples": 4, "plan": "batched", "init_scale": 0.5, **options}
-    return wrap(llama() if base is None else base, PerturbConfig(**options))
+    return tiny.perturbed(llama() if base is None else base, seed=1, **options)
 
 
 def batch(rows=B):
-    torch.manual_seed(2)
-    ids = torch.randint(V, (rows, T))
-    labels = ids.clone()
-    labels[0, :3] = -100
-    return {"input_ids": ids, "labels": labels}
+    inputs = batches.batch(rows, T, vocab=V, lowest=0, right=0, unlabelled=3, seed=2)
+    return {"input_ids": inputs["input_ids"], "labels": inputs["labels"]}
 
 
-def by_name(found):
-    return {(row.estimator, row.backward_samples): row for row in found.rows}
+def by_name(report):
+    """Return the rows of a report by estimator and K."""
+    return {(row.estimator, row.backward_samples): row for row in report.rows}
 
 
 def enumerated(lm, inputs):
-    """Exact latents', draws' (K = 1) and data's variance, and the squared mean, of iwae.
+    """Return the exact variances from latents, resampling (K = 1) and data, and the squared mean.
 
-    For one sign a sequence and M = 2: a row has four equally likely pairs of latents.
+    They are those of iwae with one sign a sequence and M = 2, where a row has four equally likely
+    pairs of latents.
     """
     (U,) = lm.transform.parameters()
-    count = (inputs["labels"][:, 1:] != -100).sum()
+    count = labelled(inputs).sum()
     means, latents, draws = [], 0.0, 0.0
     for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
         e = lm.base.get_input_embeddings()(ids[None])
         rows = []
         for pair in itertools.product((-1.0, 1.0), repeat=2):
-            moved = [lm.transform(e, torch.tensor([z])) for z in pair]
+            embeddings = [lm.transform(e, torch.tensor([z])) for z in pair]
             with lm.exact():
-                found = [lm(inputs_embeds=each, labels=labels[None]).log_probs for each in moved]
-            log_probs = torch.cat(found)  # (M, 1, T - 1)
+                log_probs = [lm(inputs_embeds=x, labels=labels[None]).log_probs for x in embeddings]
+            log_probs = torch.cat(log_probs)  # (M, 1, T - 1)
             mask = labels[None, 1:] != -100
             _, weights = estimators.combine(log_probs, "iwae", mask=mask)
             parts = (weights * log_probs).sum((1, 2)) / count
             grads = [torch.autograd.grad(part, U, retain_graph=True)[0] for part in parts]
-            law = 0.9 * (weights * mask).sum((1, 2)) / mask.sum() + 0.1 / 2
+            probabilities = 0.9 * (weights * mask).sum((1, 2)) / mask.sum() + 0.1 / 2
             whole = sum(grads)
-            drawn = sum(g.square().sum() / q for g, q in zip(grads, law, strict=True))
-            draws += (drawn - whole.square().sum()) / 4
+            resampled = sum(g.square().sum() / q for g, q in zip(grads, probabilities, strict=True))
+            draws += (resampled - whole.square().sum()) / 4
             rows.append(whole)
         rows = torch.stack(rows)
         latents += rows.var(0, correction=0).sum()
@@ -89,55 +86,55 @@ def two_valued(**options):
     return perturbed(llama(layers=0), num_samples=2, **options)
 
 
-def test_every_part_is_what_enumeration_of_latents_and_draws_gives():
+def test_every_variance_matches_enumeration():
     lm, inputs = two_valued(), batch()
     exact = enumerated(lm, inputs)
-    found = lm.gradient_noise(**inputs, repeats=300, estimators=[], seed=1)
+    report = lm.gradient_noise(**inputs, repeats=300, estimators=[], seed=1)
     latents, draws, data = exact["latents"], exact["draws"], exact["data"]
-    table, close = by_name(found), {"rel": 0.15}
+    table, close = by_name(report), {"rel": 0.15}
     iwae = table["iwae", None]
     assert iwae.variance == pytest.approx(latents, **close)
     assert iwae.signal == pytest.approx(exact["signal"], **close)
-    assert 1 + found.data_noise == pytest.approx(1 + data / latents, **close)
-    assert found.draw_noise == pytest.approx(draws / (latents + data), **close)
+    assert 1 + report.data_noise == pytest.approx(1 + data / latents, **close)
+    assert report.draw_noise == pytest.approx(draws / (latents + data), **close)
     for kept in (1, 2):
         drawn = table["resample", kept].variance - iwae.variance
         assert drawn == pytest.approx(draws / kept, **close)
 
 
 @pytest.mark.parametrize("rows", [3, 4])
-def test_halves_of_the_batch_show_the_variance_between_its_rows(rows):
+def test_data_noise_is_the_variance_between_batch_rows(rows):
     inputs = batch(rows)
     lm = perturbed(init_scale=1e-3)  # the latents hardly matter
-    found = lm.gradient_noise(**inputs, repeats=40, parameters="trainable", seed=1)
-    count = (inputs["labels"][:, 1:] != -100).sum()
+    report = lm.gradient_noise(**inputs, repeats=40, parameters="trainable", seed=1)
+    count = labelled(inputs).sum()
     parameters = [value for value in lm.parameters() if value.requires_grad]
     per_row = []
     for row in range(rows):
-        part = {name: value[row : row + 1] for name, value in inputs.items()}
+        part = row_of(inputs, row)
         with lm.exact():
             loss = lm(**part, num_items_in_batch=count).loss
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         per_row.append(torch.cat([grad.flatten() for grad in grads]))
     expected = rows * torch.stack(per_row).var(0).sum()
-    assert found.data_noise * found.rows[0].variance == pytest.approx(expected.item(), rel=0.1)
-    assert found.data_noise > 10 and found.backward_samples == 1
+    assert report.data_noise * report.rows[0].variance == pytest.approx(expected.item(), rel=0.1)
+    assert report.data_noise > 10 and report.backward_samples == 1
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
-def test_draws_add_to_the_latents_variance_like_one_over_k(marginal):
+def test_resampling_k_samples_adds_variance_like_one_over_k(marginal):
     inputs, lm = batch(), perturbed(backward_samples=2, marginal=marginal)
     split = by_name(lm.gradient_noise(**inputs, repeats=150, estimators=[], seed=4))
-    drawn = wrap(lm.base, PerturbConfig(**{**lm.config.to_dict(), "estimator": "resample"}))
-    drawn.load_state_dict(lm.state_dict())
+    resampling = wrap(lm.base, PerturbConfig(**{**lm.config.to_dict(), "estimator": "resample"}))
+    resampling.load_state_dict(lm.state_dict())
     ours, resampled = (
         torch.stack(
             [
-                torch.autograd.grad(each(**inputs, seed=seed).loss, each.transform.U)[0]
+                torch.autograd.grad(model(**inputs, seed=seed).loss, model.transform.U)[0]
                 for seed in range(200)
             ]
         )
-        for each in (lm, drawn)
+        for model in (lm, resampling)
     )
     added = (resampled - ours).square().sum((1, 2)).mean().item()
     whole = ours.var(0).sum().item() + added
@@ -147,25 +144,25 @@ def test_draws_add_to_the_latents_variance_like_one_over_k(marginal):
 
 
 def test_costs_follow_the_plan_and_gains_follow_the_costs():
-    found = perturbed(num_samples=8).gradient_noise(
+    report = perturbed(num_samples=8).gradient_noise(
         **batch(), repeats=4, estimators=["sumo", {"iwae": 1.0, "quadratic": 2.0}], seed=5
     )
-    costs = [row.cost for row in found.rows]
+    costs = [row.cost for row in report.rows]
     telescope = estimators.Telescope("sumo", 8)
     assert costs == pytest.approx([32, 4 * telescope.expected_draws, 32, 20, 24, 32, 48])
-    iwae, *_ = found.rows
+    iwae, *_ = report.rows
     assert iwae.at_equal_flops == 1 and iwae.plan == "batched"
-    data = found.data_noise * iwae.variance
-    assert found.rows[2].signal > 0
-    for row in found.rows[2:]:
+    data = report.data_noise * iwae.variance
+    assert report.rows[2].signal > 0
+    for row in report.rows[2:]:
         noise = row.variance * iwae.signal / row.signal + data
         expected = (iwae.variance + data) / noise * 32 / row.cost
         assert row.at_equal_flops == pytest.approx(expected)
         assert row.signal_to_noise == row.signal / row.variance
-    assert "resample K=8" in str(found) and len(str(found).splitlines()) == 8
+    assert "resample K=8" in str(report) and len(str(report).splitlines()) == 8
 
 
-def test_a_chunked_model_pays_for_its_chunks_and_has_the_same_noise():
+def test_chunked_plan_costs_more_and_has_the_same_variance():
     plain, chunked = perturbed(), perturbed(plan="chunked", chunk_size=2)
     tables = [by_name(lm.gradient_noise(**batch(), repeats=3, seed=6)) for lm in (plain, chunked)]
     assert tables[0].keys() == tables[1].keys()
@@ -176,48 +173,50 @@ def test_a_chunked_model_pays_for_its_chunks_and_has_the_same_noise():
     assert [tables[1]["resample", kept].cost for kept in (1, 2, 4)] == [12, 16, 8 + 6 * 4]
 
 
-def test_equal_samples_make_drawing_one_of_m_cost_m_minus_1_times_the_noise():
+def test_near_equal_weights_have_draw_noise_of_m_minus_1():
     lm = perturbed(num_samples=8, init_scale=1e-3, latent_dim=4)
-    found = lm.gradient_noise(**batch(1), repeats=60, estimators=[], seed=7)
-    assert found.data_noise == 0
-    assert found.draw_noise == pytest.approx(7, rel=0.2)
-    assert found.backward_samples == 5
+    report = lm.gradient_noise(**batch(1), repeats=60, estimators=[], seed=7)
+    assert report.data_noise == 0
+    assert report.draw_noise == pytest.approx(7, rel=0.2)
+    assert report.backward_samples == 5
 
 
 @pytest.mark.parametrize("noise, kept", [(0.0, 1), (0.1, 1), (1.0, 4), (4.0, 8), (100.0, 32)])
-def test_k_is_the_best_at_equal_flops_and_no_more_than_m(noise, kept):
+def test_default_k_is_the_best_at_equal_flops_and_at_most_m(noise, kept):
     assert estimators.default_backward_samples(32, None, noise) == kept
     costs = {K: (2 * 32 + 4 * K) * (1 + noise / K) for K in range(1, 33)}
     assert costs[kept] <= 1.01 * min(costs.values())
     assert estimators.default_backward_samples(32, 3, noise) == 3
 
 
-def test_resample_takes_the_measured_k_and_says_so():
+def test_measured_k_changes_nothing_until_it_is_configured():
     lm = perturbed(num_samples=8, estimator="resample", plan="auto", init_scale=1e-3)
     lm(**batch(1))
-    assert "2 of them" in lm.plan_report().reason and "measured" not in lm.plan_report().reason
     before = lm.plan_report()
-    found = lm.gradient_noise(**batch(1), repeats=20, seed=8)
-    assert lm.plan_report() is before and found.backward_samples > 3
+    measured = lm.gradient_noise(**batch(1), repeats=20, seed=8).backward_samples
+    assert measured > 3 and lm.plan_report() is before
     lm(**batch(1))
-    reason = lm.plan_report().reason
-    assert f"{found.backward_samples} of them" in reason and "measured gradient noise" in reason
-    whole = wrap(lm.base, PerturbConfig(**{**lm.config.to_dict(), "plan": "batched"}))
+    assert "2 of them" in before.reason and "2 of them" in lm.plan_report().reason
+    lm.config = dataclasses.replace(lm.config, backward_samples=measured)
+    lm(**batch(1))
+    assert f"{measured} of them" in lm.plan_report().reason
+    whole = wrap(lm.base, dataclasses.replace(lm.config, plan="batched"))
     whole.load_state_dict(lm.state_dict())
-    whole.gradient_noise(**batch(1), repeats=20, seed=8)
     grads = [
-        torch.autograd.grad(each(**batch(), seed=9).loss, each.transform.U)[0]
-        for each in (lm, whole)
+        torch.autograd.grad(model(**batch(), seed=9).loss, model.transform.U)[0]
+        for model in (lm, whole)
     ]
     torch.testing.assert_close(*grads)
-    asked = perturbed(num_samples=8, plan="resample", backward_samples=1)
-    asked.gradient_noise(**batch(1), repeats=2)
-    asked(**batch(1))
-    assert "1 of them" in asked.plan_report().reason
-    assert "measured" not in asked.plan_report().reason
 
 
-def test_gradients_and_the_random_state_are_left_as_they_were():
+def test_configured_k_stays_after_a_measurement():
+    lm = perturbed(num_samples=8, plan="resample", backward_samples=1)
+    lm.gradient_noise(**batch(1), repeats=2)
+    lm(**batch(1))
+    assert "1 of them" in lm.plan_report().reason
+
+
+def test_gradients_and_the_random_state_stay_unchanged():
     lm, inputs = perturbed(), batch()
     lm(**inputs, seed=1).loss.backward()
     before = {name: value.grad.clone() for name, value in lm.named_parameters()}
@@ -237,23 +236,21 @@ def test_gradients_and_the_random_state_are_left_as_they_were():
     assert held != lm.gradient_noise(**options, seed=3, rows=torch.arange(B) + 1)
 
 
-def test_trainable_parameters_add_their_own_signal():
-    base = llama().requires_grad_(False)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    lm = perturbed(peft.get_peft_model(base, config))
+def test_trainable_parameters_add_their_own_variance():
+    lm = perturbed(tiny.with_lora(llama(), r=2, target_modules=["q_proj"]))
     options = {**batch(), "repeats": 3, "estimators": [], "seed": 3}
-    moved, all_of_it = (
+    transform, trainable = (
         lm.gradient_noise(**options, parameters=name).rows[0] for name in ("transform", "trainable")
     )
-    assert all_of_it.variance > 1.01 * moved.variance
+    assert trainable.variance > 1.01 * transform.variance
     lm.transform.requires_grad_(False)
     adapter = lm.gradient_noise(**options, parameters="trainable").rows[0]
-    assert adapter.variance + moved.variance == pytest.approx(all_of_it.variance)
+    assert adapter.variance + transform.variance == pytest.approx(trainable.variance)
     with pytest.raises(ValueError, match="none of the 'transform' parameters requires a gradient"):
         lm.gradient_noise(**options)
 
 
-def test_what_cannot_be_compared_is_left_out_by_default_and_refused_on_request():
+def test_incomparable_estimators_are_left_out_by_default_and_rejected_on_request():
     lm = perturbed(antithetic=True, estimator="jensen")
     names = [row.estimator for row in lm.gradient_noise(**batch(), repeats=2).rows]
     assert names == ["iwae", "jensen", *["resample"] * 3]
@@ -266,7 +263,7 @@ def test_what_cannot_be_compared_is_left_out_by_default_and_refused_on_request()
     assert one.draw_noise == 0 and [row.cost for row in one.rows] == [4, 6]
 
 
-def test_errors_name_what_is_wrong():
+def test_bad_gradient_noise_argument_is_rejected_by_name():
     lm, inputs = perturbed(), batch()
     with pytest.raises(ValueError, match="repeats must be an int of 2 or more, got 1"):
         lm.gradient_noise(**inputs, repeats=1)
@@ -278,7 +275,7 @@ def test_errors_name_what_is_wrong():
         lm.gradient_noise(**inputs, parameters="lora")
     with pytest.raises(ValueError, match="the gradient is the same for every seed"):
         lm.gradient_noise(**inputs, perturb_mask=torch.zeros(B, T, dtype=torch.bool))
-    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) moves nothing"):
+    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) perturbs nothing"):
         lm.gradient_noise(**inputs)
     base = llama()
     base.config.attention_dropout = base.model.layers[0].self_attn.attention_dropout = 0.1

@@ -2,52 +2,45 @@
 
 import math
 
+import batches
 import pytest
+import tiny
 import torch
-import transformers
+from batches import IGNORED, labelled
 
 from fastperturb import PerturbConfig, wrap
 from fastperturb.diagnostics.score import summarise
 
-IGNORED = -100
+V = 31
 
 
-def llama(*, layers=2, hidden=16, vocab=31, **options):
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            **options,
-        )
-    ).eval()
+def llama(**changes):
+    return tiny.llama(vocab_size=V, initializer_range=0.3, pad_token_id=None, **changes)
 
 
 def batch():
-    torch.manual_seed(1)
-    ids = torch.randint(0, 31, (3, 7))
-    mask = torch.ones_like(ids)
-    mask[1, -2:] = 0
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[0, :4] = IGNORED
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return batches.batch(length=7, vocab=V, lowest=0, right=2, unlabelled=4)
 
 
-def four_valued(*, scale=0.6):
-    """No layers and one z of two signs a sequence: a marginal that is a sum of four terms."""
+def four_valued(**options):
+    """Return a model without layers and one z of two signs a sequence.
+
+    Its marginal is a mean of four terms.
+    """
     config = PerturbConfig(
-        latent="rademacher", latent_dim=2, scope="sequence", init_scale=scale, num_samples=8
+        latent="rademacher",
+        latent_dim=2,
+        scope="sequence",
+        init_scale=0.6,
+        num_samples=8,
+        **options,
     )
-    return wrap(llama(layers=0, hidden=4), config)
+    return wrap(llama(num_hidden_layers=0, hidden_size=4), config)
 
 
 @torch.no_grad()
 def exact_marginal(lm, ids):
+    """Return the log marginal [B, T - 1], all four latents enumerated."""
     e = lm.base.get_input_embeddings()(ids)
     signs = torch.tensor([[i, j] for i in (-1.0, 1.0) for j in (-1.0, 1.0)])
     with lm.exact():
@@ -58,31 +51,31 @@ def exact_marginal(lm, ids):
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, 100])
-def test_any_chunk_size_gives_the_log_marginal_of_one_forward(chunk_size, marginal, antithetic):
+def test_any_chunk_size_has_the_log_marginal_of_one_forward(chunk_size, marginal, antithetic):
     lm = wrap(llama(), PerturbConfig(marginal=marginal, antithetic=antithetic))
     score = lm.score(**batch(), num_samples=8, chunk_size=chunk_size, seed=5)
     out = lm(**batch(), num_samples=8, seed=5)
     expected = out.log_marginal.detach().to(score.log_marginal.dtype)
     torch.testing.assert_close(score.log_marginal, expected, rtol=1e-4, atol=1e-5)
-    assert score.count == (batch()["labels"][:, 1:] != IGNORED).sum()
+    assert score.count == labelled(batch()).sum()
     assert score.nll.item() == pytest.approx((-expected.sum() / score.count).item(), rel=1e-4)
     assert score.perplexity.item() == pytest.approx(score.nll.exp().item())
-    outcomes = (out.log_marginal != 0).sum()
-    assert (score.ess.sum() / outcomes).item() == pytest.approx(out.ess.item(), rel=1e-4)
+    count = (out.log_marginal != 0).sum()
+    assert (score.ess.sum() / count).item() == pytest.approx(out.ess.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("estimator", ["jensen", "quadratic", "sumo", "resample"])
-def test_the_score_is_the_same_whatever_the_model_is_trained_by(estimator):
+def test_score_does_not_depend_on_the_training_estimator(estimator):
     config = PerturbConfig(estimator=estimator, plan="auto")
     lm = wrap(llama(), config)
     expected = wrap(llama(), PerturbConfig())
     expected.load_state_dict(lm.state_dict())
-    ours, theirs = (each.score(**batch(), seed=5, num_samples=6) for each in (lm, expected))
+    ours, theirs = (model.score(**batch(), seed=5, num_samples=6) for model in (lm, expected))
     assert ours.nll == theirs.nll
     assert lm.config is config
 
 
-def test_labels_are_by_default_the_tokens_that_follow_one_of_their_document():
+def test_default_labels_are_the_tokens_with_a_prefix_in_their_document():
     lm = wrap(llama(), PerturbConfig())
     ids = batch()["input_ids"]
     masks = torch.ones_like(ids)
@@ -95,11 +88,11 @@ def test_labels_are_by_default_the_tokens_that_follow_one_of_their_document():
     assert ours.nll == theirs.nll
     for start in (0, 7):  # of the second document, which may be cut off from its beginning
         packed = torch.tensor([[0, 1, 2, *range(start, start + 4)]]).expand(3, -1)
-        found = lm.score(ids, position_ids=packed).log_marginal
-        assert (found == 0).tolist() == [[False, False, True, False, False, False]] * 3
+        log_marginal = lm.score(ids, position_ids=packed).log_marginal
+        assert (log_marginal == 0).tolist() == [[False, False, True, False, False, False]] * 3
 
 
-def test_outcomes_without_a_label_count_for_nothing():
+def test_ignored_labels_do_not_count():
     lm = wrap(llama(), PerturbConfig())
     ids = batch()["input_ids"]
     some = ids.clone()
@@ -127,7 +120,7 @@ def log_mean_exp(log_p):
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 @pytest.mark.parametrize(("num_samples", "sizes"), [(8, [1, 2, 4, 8]), (6, [1, 2, 4, 6])])
-def test_the_curve_is_the_mean_over_disjoint_groups_of_the_same_draws(num_samples, sizes, marginal):
+def test_curve_is_the_mean_over_disjoint_groups_of_the_same_samples(num_samples, sizes, marginal):
     lm = wrap(llama(), PerturbConfig(marginal=marginal))
     score = lm.score(**batch(), num_samples=num_samples, seed=5)
     log_p = lm(**batch(), num_samples=num_samples, seed=5).log_probs.detach().double()
@@ -148,14 +141,16 @@ def test_the_curve_is_the_mean_over_disjoint_groups_of_the_same_draws(num_sample
     )
 
 
-def test_the_jackknife_takes_away_the_bias_of_few_draws():
+def test_jackknife_removes_the_bias_of_few_samples():
     lm = four_valued()
     ids = batch()["input_ids"][:1]
-    exact, copies = exact_marginal(lm, ids), 20_000
-    few = lm.score(ids.expand(copies, -1), num_samples=4, seed=5)
-    many = lm.score(ids.expand(copies, -1), num_samples=16, seed=6)
+    exact, count = exact_marginal(lm, ids), 20_000
+    few = lm.score(ids.expand(count, -1), num_samples=4, seed=5)
+    many = lm.score(ids.expand(count, -1), num_samples=16, seed=6)
     for score in (few, many):
-        bias, left = ((each - exact).mean() for each in (score.log_marginal, score.jackknife))
+        bias, left = (
+            (estimate - exact).mean() for estimate in (score.log_marginal, score.jackknife)
+        )
         predicted = -score.standard_error.square().mean() / 2
         assert bias.item() == pytest.approx(predicted.item(), rel=0.25)
         assert left.abs() < bias.abs() / 4
@@ -163,16 +158,15 @@ def test_the_jackknife_takes_away_the_bias_of_few_draws():
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_standard_errors_of_outcomes_are_calibrated(antithetic):
-    lm = four_valued()
+def test_standard_errors_of_log_marginals_are_calibrated(antithetic):
+    lm = four_valued(antithetic=antithetic)
     ids = batch()["input_ids"][:1]
-    with lm._configured(antithetic=antithetic):
-        score = lm.score(ids.expand(2000, -1), num_samples=128, seed=5)
+    score = lm.score(ids.expand(2000, -1), num_samples=128, seed=5)
     z = (score.jackknife - exact_marginal(lm, ids)) / score.standard_error
     assert (z.square().mean(0).sqrt() - 1).abs().max() < 0.1
 
 
-def test_the_standard_error_of_the_nll_is_calibrated_where_tokens_share_draws():
+def test_nll_standard_error_is_calibrated_where_tokens_share_latents():
     lm = four_valued()
     ids = batch()["input_ids"][:2]
     exact = exact_marginal(lm, ids).mean()
@@ -184,7 +178,7 @@ def test_the_standard_error_of_the_nll_is_calibrated_where_tokens_share_draws():
     assert not 0.8 < (naive / ours).mean() < 1.25  # or the test could not tell
 
 
-def test_rows_of_one_number_share_draws_and_rows_of_two_do_not():
+def test_equal_row_ids_share_latents_and_different_ones_do_not():
     lm = four_valued()
     ids = batch()["input_ids"][:1]
     one = lm.score(ids, seed=5, num_samples=64).nll_standard_error
@@ -201,7 +195,7 @@ def test_rows_of_one_number_share_draws_and_rows_of_two_do_not():
     )
 
 
-def test_the_standard_error_is_the_delta_methods():
+def test_standard_error_is_that_of_the_delta_method():
     torch.manual_seed(0)
     log_p = torch.randn(10, 1, 2) - 3
     labels = torch.zeros(1, 3, dtype=torch.long)
@@ -212,7 +206,7 @@ def test_the_standard_error_is_the_delta_methods():
     assert score.nll_standard_error.item() == pytest.approx(both.item(), rel=1e-5)
 
 
-def test_antithetic_pairs_count_as_one_draw():
+def test_antithetic_pair_counts_as_one_sample():
     torch.manual_seed(0)
     log_p = torch.randn(8, 1, 2) - 3
     labels, rows = torch.zeros(1, 3, dtype=torch.long), torch.arange(1)
@@ -235,7 +229,7 @@ def test_long_sequences_are_scored_in_log_space():
     assert score.standard_error.item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_one_draw_has_neither_error_nor_jackknife():
+def test_one_sample_has_neither_standard_error_nor_jackknife():
     lm = wrap(llama(), PerturbConfig())
     with lm.exact():
         exact = lm.score(**batch())
@@ -246,7 +240,7 @@ def test_one_draw_has_neither_error_nor_jackknife():
 
 
 def peak_bytes(run):
-    """The most memory held at once during a call, beyond what was held before."""
+    """Return the most memory held at once during a call, beyond what was held before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
@@ -258,7 +252,7 @@ def peak_bytes(run):
     return peak
 
 
-def test_memory_grows_with_draws_by_their_log_probs_alone():
+def test_memory_grows_by_the_log_probs_of_each_sample_only():
     lm = wrap(llama(), PerturbConfig())
     ids = torch.randint(0, 31, (4, 32))
     few, many = (
@@ -271,10 +265,10 @@ def test_memory_grows_with_draws_by_their_log_probs_alone():
     assert all_at_once > 5 * many
 
 
-def test_dropout_is_refused_and_training_mode_without_it_is_not():
+def test_dropout_is_rejected_and_train_mode_without_dropout_is_not():
     model = llama(attention_dropout=0.1)
     lm = wrap(model, PerturbConfig()).train()
-    with pytest.raises(ValueError, match=r"dropout is active in .*: call lm.eval\(\) to score"):
+    with pytest.raises(ValueError, match=r"dropout is active in .* call lm.eval\(\) first"):
         lm.score(**batch())
     assert lm.eval().score(**batch(), seed=5).nll.isfinite()
     assert wrap(llama(), PerturbConfig()).train().score(**batch(), seed=5).nll.isfinite()
@@ -291,7 +285,7 @@ def test_dropout_is_refused_and_training_mode_without_it_is_not():
         ({"rows": torch.arange(2)}, "rows must be int64"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(changes, message):
+def test_bad_score_argument_is_rejected_by_name(changes, message):
     config = PerturbConfig()
     lm = wrap(llama(), config)
     with pytest.raises(ValueError, match=message):
@@ -301,24 +295,10 @@ def test_bad_arguments_are_refused_by_name(changes, message):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Cohere", "Granite"])
-def test_a_temperature_divides_the_logits_whatever_the_head_does_to_them(family, temperature):
-    options = {"Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 4}}.get(family, {})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(
-        getattr(transformers, f"{family}Config")(
-            vocab_size=12,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            initializer_range=0.8,
-            pad_token_id=0,
-            **options,
-        )
-    ).eval()
+def test_temperature_divides_the_final_logits_of_any_head(family, temperature):
+    model = tiny.base_model(family, initializer_range=0.8)
     lm = wrap(model, PerturbConfig())
-    ids = batch()["input_ids"] % 12
+    ids = batch()["input_ids"]
     with lm.exact():
         ours = lm.score(ids, temperature=temperature)
         log_probs = (model(ids).logits[:, :-1] / temperature).log_softmax(-1)
@@ -329,19 +309,19 @@ def test_a_temperature_divides_the_logits_whatever_the_head_does_to_them(family,
         torch.testing.assert_close(lm.score(ids).nll.item(), lm(ids, labels=ids).loss.item())
 
 
-def test_a_temperature_is_of_each_draw_and_not_of_the_mean():
+def test_temperature_applies_to_each_sample_and_not_to_the_mean():
     lm = four_valued()
     ids = batch()["input_ids"]
-    found = lm.score(ids, num_samples=64, seed=1, temperature=1.7)
+    tempered = lm.score(ids, num_samples=64, seed=1, temperature=1.7)
     plain = lm.score(ids, num_samples=64, seed=1)
     with torch.no_grad():
         lm.base.lm_head.weight.div_(1.7)
         expected = lm.score(ids, num_samples=64, seed=1)
-    torch.testing.assert_close(found.log_marginal, expected.log_marginal, rtol=1e-4, atol=1e-5)
-    assert (found.nll - plain.nll).abs() > 1e-3
+    torch.testing.assert_close(tempered.log_marginal, expected.log_marginal, rtol=1e-4, atol=1e-5)
+    assert (tempered.nll - plain.nll).abs() > 1e-3
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
-def test_a_temperature_that_is_no_positive_number_is_refused(temperature):
+def test_temperature_that_is_no_positive_number_is_rejected(temperature):
     with pytest.raises(ValueError, match="temperature must be a number above 0"):
         wrap(llama(), PerturbConfig()).score(**batch(), temperature=temperature)

@@ -1,65 +1,76 @@
 """Standard errors against closed forms, against autograd row by row, and against replications."""
 
 import pytest
+import tiny
 import torch
-import transformers
+from batches import IGNORED, row_of
+from oracles import without_shared_prefix
 
 from fastperturb import PerturbConfig, noise, wrap
-from fastperturb.engine import shared_prefix
 
-WORDS, DIM, IGNORED = 12, 3, -100
+VOCAB, DIM = 12, 3
 TRUTH = torch.tensor([[0.4, 0.84, -0.72]], dtype=torch.float64)
 
 
-def llama(*, layers, hidden, vocab, **options):
-    torch.manual_seed(3)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=1,
-            max_position_embeddings=64,
-            initializer_range=1.0 if layers == 0 else 0.3,
-            **options,
-        )
-    ).eval()
+def one_layer(**changes):
+    return tiny.llama(
+        seed=3,
+        vocab_size=31,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=4,
+        initializer_range=0.3,
+        pad_token_id=None,
+        **changes,
+    )
 
 
 def one_sign(**options):
-    """No layers, z of one sign: p(y | x) = mean over +-U of softmax(norm(e +- rho U) W^T)[y].
+    """Return a model without layers whose z is one sign.
 
-    Two antithetic draws are the whole law of z, so the model has no Monte-Carlo noise.
+    Its p(y | x) is the mean over +-U of softmax(norm(e +- rho U) W^T)[y]. Two antithetic samples
+    are the whole distribution of z, so the model has no Monte-Carlo noise.
     """
     defaults = {"antithetic": True, "num_samples": 2, "latent": "rademacher", "latent_dim": 1}
-    model = llama(layers=0, hidden=DIM, vocab=WORDS, tie_word_embeddings=False)
+    model = tiny.llama(
+        seed=3,
+        vocab_size=VOCAB,
+        hidden_size=DIM,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=DIM,
+        initializer_range=1.0,
+        pad_token_id=None,  # else the embedding of token 0 is zero
+    )
     return wrap(model.requires_grad_(False), PerturbConfig(**{**defaults, **options}))
 
 
 def log_prob(lm, U, x, z):
-    """log p(. | x, z) in fp64: x [...] and z [..., 1] to [..., V]."""
+    """Return log p(. | x, z) in fp64: x [...] and z [..., 1] to [..., V]."""
     rho, table = lm.transform.embed_rms.double(), lm.base.model.embed_tokens.weight.double()
-    moved = table[x] + rho * z * U[0]
-    scale = torch.rsqrt(moved.square().mean(-1, keepdim=True) + lm.base.config.rms_norm_eps)
-    return (moved * scale @ lm.base.lm_head.weight.double().T).log_softmax(-1)
+    perturbed = table[x] + rho * z * U[0]
+    scale = torch.rsqrt(perturbed.square().mean(-1, keepdim=True) + lm.base.config.rms_norm_eps)
+    return (perturbed * scale @ lm.base.lm_head.weight.double().T).log_softmax(-1)
 
 
 def exact(lm, U, x):
-    """log p(. | x), the two signs summed out."""
+    """Return log p(. | x), the two signs summed out."""
     both = torch.stack([log_prob(lm, U, x, z * torch.ones(1)) for z in (-1.0, 1.0)])
     return both.logsumexp(0) - torch.log(torch.tensor(2.0))
 
 
 def sampled(lm, examples, *, seed=0):
-    """Prefixes and continuations from the model at TRUTH."""
+    """Draw prefixes and continuations from the model at TRUTH."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(WORDS, (examples,), generator=generator)
+    x = torch.randint(VOCAB, (examples,), generator=generator)
     return x, torch.multinomial(exact(lm, TRUTH, x).exp(), 1, generator=generator)[:, 0]
 
 
 def rows_of(x, y, *, times=1):
-    """Each (x, y) a row, or that twice in it."""
+    """Return a batch with each (x, y) as a row, or `times` times in it."""
     ids = torch.stack([x, y], dim=1).repeat(1, times)
     labels = ids.clone()
     labels[:, ::2] = IGNORED
@@ -67,12 +78,13 @@ def rows_of(x, y, *, times=1):
 
 
 def loader(batch, size):
+    """Return the batch in parts of `size` rows."""
     parts = [value.split(size) for value in batch.values()]
     return [dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True)]
 
 
 def solve(values, *, steps=8):
-    """Newton's method for the sum of values(U), each row's own, from TRUTH."""
+    """Maximise the sum over rows of values(U) by Newton's method from TRUTH."""
     U = TRUTH.clone()
     for _ in range(steps):
         slope = torch.func.jacrev(lambda U: values(U).sum())(U).flatten()
@@ -82,7 +94,7 @@ def solve(values, *, steps=8):
 
 
 def sandwich(values, U):
-    """The closed form: per-row scores and the Hessian by autograd."""
+    """Return the covariances by sandwich and by outer products, from autograd row by row."""
     psi = torch.func.jacrev(values)(U).flatten(1)
     A = -torch.func.hessian(lambda U: values(U).sum())(U).view(DIM, DIM)
     B = psi.T @ psi
@@ -90,12 +102,13 @@ def sandwich(values, U):
 
 
 def at(lm, U):
+    """Set the parameters of a model and return it."""
     with torch.no_grad():
         lm.transform.U.copy_(U)
     return lm
 
 
-def test_both_breads_are_the_closed_form_where_the_marginal_is_known():
+def test_both_breads_match_the_closed_form_of_a_known_marginal():
     lm = one_sign()
     x, y = sampled(lm, 300)
 
@@ -105,19 +118,19 @@ def test_both_breads_are_the_closed_form_where_the_marginal_is_known():
     U = solve(values)
     expected, outer = sandwich(values, U)
     before = at(lm, U).transform.U.clone()
-    found = lm.standard_errors(loader(rows_of(x, y), 64), seed=1)
-    assert (found.bread, found.examples) == ("information", 300)
-    torch.testing.assert_close(found.covariance, expected, rtol=5e-3, atol=1e-6)
+    result = lm.standard_errors(loader(rows_of(x, y), 64), seed=1)
+    assert (result.bread, result.examples) == ("information", 300)
+    torch.testing.assert_close(result.covariance, expected, rtol=5e-3, atol=1e-6)
     torch.testing.assert_close(
-        found.errors["U"], expected.diagonal().sqrt().view(1, DIM), rtol=3e-3, atol=0.0
+        result.errors["U"], expected.diagonal().sqrt().view(1, DIM), rtol=3e-3, atol=0.0
     )
-    assert found.newton_step < 0.01
+    assert result.newton_step < 0.01
     assert torch.equal(lm.transform.U, before)
     by_outer = lm.standard_errors(loader(rows_of(x, y), 100), bread="outer", seed=2)
     torch.testing.assert_close(by_outer.covariance, outer, rtol=1e-3, atol=1e-6)
 
 
-def test_outcomes_counted_twice_in_their_row_change_the_outer_products_alone():
+def test_labels_repeated_in_their_row_change_the_outer_bread_only():
     lm = one_sign()
     x, y = sampled(lm, 300)
     at(lm, solve(lambda U: exact(lm, U, x).gather(1, y[:, None])[:, 0]))
@@ -139,33 +152,33 @@ def quadratic(log_p, y):
     return 2 * hit - cross / (M * (M - 1))
 
 
-@pytest.mark.parametrize("equation", [iwae, quadratic])
-def test_the_sandwich_is_that_of_the_equation_at_its_own_draws(equation):
-    lm = one_sign(antithetic=False, num_samples=6, estimator=equation.__name__)
+@pytest.mark.parametrize("estimator", [iwae, quadratic])
+def test_sandwich_is_that_of_the_estimator_at_its_own_samples(estimator):
+    lm = one_sign(antithetic=False, num_samples=6, estimator=estimator.__name__)
     x, y = sampled(lm, 400)
     z = noise.latent(5, (6, 400, 2, 1), latent="rademacher")[:, :, 0].double()
 
     def values(U):
-        return equation(log_prob(lm, U, x.expand(6, -1), z), y)
+        return estimator(log_prob(lm, U, x.expand(6, -1), z), y)
 
     U = solve(values)
     expected, _ = sandwich(values, U)
-    found = at(lm, U).standard_errors(loader(rows_of(x, y), 128), seed=5)
-    torch.testing.assert_close(found.covariance, expected, rtol=1e-2, atol=1e-5)
-    assert found.newton_step < 0.05
+    result = at(lm, U).standard_errors(loader(rows_of(x, y), 128), seed=5)
+    torch.testing.assert_close(result.covariance, expected, rtol=1e-2, atol=1e-5)
+    assert result.newton_step < 0.05
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_errors_match_the_spread_of_estimates_over_replications(times):
     lm, examples, replications = one_sign(), 1000, 300
-    words = torch.arange(WORDS)
+    entries = torch.arange(VOCAB)
     estimates, errors = [], []
     for seed in range(replications):
         x, y = sampled(lm, examples, seed=seed)
-        counts = torch.zeros(WORDS, WORDS, dtype=torch.float64)
+        counts = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
         counts.index_put_((x, y), torch.ones(examples, dtype=torch.float64), accumulate=True)
-        U = solve(lambda U, counts=counts: counts * exact(lm, U, words))
+        U = solve(lambda U, counts=counts: counts * exact(lm, U, entries))
         estimates.append(U)
         if seed < 40:
             data = [rows_of(x, y, times=times)]
@@ -176,22 +189,21 @@ def test_errors_match_the_spread_of_estimates_over_replications(times):
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 @pytest.mark.parametrize("min_scale", [0.0, 1.0])
-@pytest.mark.parametrize("still", [0, 2])
-def test_scores_of_rows_are_their_own_gradients(marginal, min_scale, still):
+@pytest.mark.parametrize("unperturbed_prefix", [0, 2])
+def test_scores_of_batch_rows_are_their_own_gradients(marginal, min_scale, unperturbed_prefix):
     config = PerturbConfig(
         transform="diagonal", min_scale=min_scale, marginal=marginal, estimator="jvi_clip"
     )
-    lm = wrap(llama(layers=1, hidden=4, vocab=31), config)
+    lm = wrap(one_layer(), config)
     torch.manual_seed(1)
     batch = {"input_ids": torch.randint(31, (12, 6)), "attention_mask": torch.ones(12, 6)}
     batch["attention_mask"][::2, :2] = 0
     batch["perturb_mask"] = torch.rand(12, 6) < 0.7
-    batch["perturb_mask"][:, :still] = False
+    batch["perturb_mask"][:, :unperturbed_prefix] = False
     batch["labels"] = batch["input_ids"].where(torch.rand(12, 6) < 0.8, IGNORED)
     psi = []
     for row in range(12):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
-        loss = lm(**one, rows=torch.tensor([row]), seed=5, num_items_in_batch=1).loss
+        loss = lm(**row_of(batch, row), rows=torch.tensor([row]), seed=5, num_items_in_batch=1).loss
         psi.append(-torch.autograd.grad(loss, lm.transform.s)[0].double())
     psi = torch.stack(psi)
     # The floor takes the direction of s out of its gradient.
@@ -199,38 +211,38 @@ def test_scores_of_rows_are_their_own_gradients(marginal, min_scale, still):
     lm.transform.requires_grad_(False)
     if min_scale:
         with pytest.warns(UserWarning, match="1 of 4 directions"):
-            found = lm.standard_errors(loader(batch, 5), bread="outer", seed=5)
+            result = lm.standard_errors(loader(batch, 5), bread="outer", seed=5)
     else:
-        found = lm.standard_errors(loader(batch, 5), bread="outer", seed=5)
-    torch.testing.assert_close(found.covariance, expected, rtol=1e-2, atol=1e-3)
+        result = lm.standard_errors(loader(batch, 5), bread="outer", seed=5)
+    torch.testing.assert_close(result.covariance, expected, rtol=1e-2, atol=1e-3)
 
 
-def test_a_prefix_encoded_once_changes_no_error(monkeypatch):
-    lm = wrap(llama(layers=1, hidden=4, vocab=31), PerturbConfig(transform="diagonal"))
+def test_shared_prefix_changes_no_standard_error(monkeypatch):
+    lm = wrap(one_layer(), PerturbConfig(transform="diagonal"))
     torch.manual_seed(1)
     ids = torch.randint(31, (40, 8))
     data = [{"input_ids": ids, "labels": ids, "perturb_mask": torch.arange(8).expand(40, 8) >= 3}]
     once = lm.standard_errors(data, bread="outer", seed=5)
-    monkeypatch.setattr(shared_prefix, "_cacheable", lambda trunk: False)
-    each = lm.standard_errors(data, bread="outer", seed=5)
-    torch.testing.assert_close(once.covariance, each.covariance, rtol=1e-3, atol=1e-6)
+    without_shared_prefix(monkeypatch)
+    expected = lm.standard_errors(data, bread="outer", seed=5)
+    torch.testing.assert_close(once.covariance, expected.covariance, rtol=1e-3, atol=1e-6)
 
 
-def test_the_equation_of_a_randomised_estimator_is_iwae():
+def test_randomised_estimators_have_the_errors_of_iwae():
     x, y = sampled(one_sign(), 50)
-    found = [
+    models = [
         one_sign(estimator=estimator, antithetic=False, num_samples=4)
         for estimator in ("iwae", "resample", "sumo", "mlmc")
     ]
     first, *others = (
         at(lm, TRUTH).standard_errors([rows_of(x, y)], bread="outer", seed=5).covariance
-        for lm in found
+        for lm in models
     )
     for other in others:
         assert torch.equal(other, first)
 
 
-def test_examples_keep_their_draws_in_any_order_and_as_embeddings():
+def test_examples_keep_their_latents_in_any_order_and_as_embeddings():
     lm = at(one_sign(antithetic=False, num_samples=4), TRUTH)
     data = rows_of(*sampled(lm, 60))
     expected = lm.standard_errors(loader(data, 7), bread="outer", seed=5).covariance
@@ -240,11 +252,11 @@ def test_examples_keep_their_draws_in_any_order_and_as_embeddings():
         "labels": data["labels"][order],
         "rows": order,
     }
-    found = lm.standard_errors(loader(shuffled, 25), bread="outer", seed=5).covariance
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    result = lm.standard_errors(loader(shuffled, 25), bread="outer", seed=5).covariance
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_some_parameters_may_be_chosen_and_the_rest_is_held():
+def test_chosen_parameters_have_the_errors_with_the_others_held_fixed():
     lm = one_sign(transform="affine")
     x, y = sampled(lm, 300)
     both = lm.standard_errors([rows_of(x, y)], bread="outer")
@@ -252,24 +264,24 @@ def test_some_parameters_may_be_chosen_and_the_rest_is_held():
     assert both.covariance.shape == (2 * DIM, 2 * DIM)
     one = lm.standard_errors([rows_of(x, y)], bread="outer", parameters=["Ub"])
     assert one.errors["Ub"].shape == (1, DIM)
-    # Held parameters are known ones: the block of the information, inverted by itself.
+    # With the others known, the covariance inverts one block of the information.
     block = both.covariance.inverse()[DIM:, DIM:].inverse()
     torch.testing.assert_close(one.covariance, block, rtol=1e-3, atol=1e-5)
 
 
-def test_directions_that_the_data_cannot_tell_are_left_out_with_a_warning():
+def test_directions_without_information_are_left_out_with_a_warning():
     lm = one_sign()
     x, y = sampled(lm, 2)
     with pytest.warns(UserWarning, match="about 1 of 3 directions .* fewer examples than param"):
-        found = at(lm, TRUTH).standard_errors([rows_of(x, y)], bread="outer")
-    assert torch.linalg.matrix_rank(found.covariance) == 2
+        result = at(lm, TRUTH).standard_errors([rows_of(x, y)], bread="outer")
+    assert torch.linalg.matrix_rank(result.covariance) == 2
 
 
-def test_away_from_a_solution_newtons_step_tells():
+def test_newton_step_is_large_away_from_a_solution():
     lm = one_sign()
     x, y = sampled(lm, 300)
-    found = at(lm, TRUTH + 0.3).standard_errors([rows_of(x, y)], bread="outer")
-    assert found.newton_step > 1
+    result = at(lm, TRUTH + 0.3).standard_errors([rows_of(x, y)], bread="outer")
+    assert result.newton_step > 1
 
 
 @pytest.mark.parametrize(
@@ -286,27 +298,25 @@ def test_away_from_a_solution_newtons_step_tells():
         ({}, {"dataloader": [{"input_ids": torch.zeros(1, 2).long()}]}, "every batch needs labels"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(config, changes, message):
+def test_bad_standard_errors_argument_is_rejected_by_name(config, changes, message):
     data = [rows_of(torch.tensor([1]), torch.tensor([2]))]
     with pytest.raises(ValueError, match=message):
         one_sign(**config).standard_errors(**{"dataloader": data, **changes})
 
 
-def test_models_whose_errors_would_mean_nothing_are_refused():
+def test_exact_bf16_and_dropout_models_are_rejected():
     data = [rows_of(torch.tensor([1]), torch.tensor([2]))]
     lm = one_sign()
-    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) moves nothing"):
+    with lm.exact(), pytest.raises(ValueError, match=r"lm.exact\(\) perturbs nothing"):
         lm.standard_errors(data)
     with pytest.raises(ValueError, match="drown in the rounding of torch.bfloat16"):
         lm.bfloat16().standard_errors(data)
-    dropping = wrap(
-        llama(layers=1, hidden=4, vocab=9, attention_dropout=0.1).train(), PerturbConfig()
-    )
+    dropping = wrap(one_layer(attention_dropout=0.1).train(), PerturbConfig())
     with pytest.raises(ValueError, match=r"dropout is active in .* call lm.eval\(\)"):
         dropping.standard_errors(data)
 
 
-def test_differences_are_refused_under_autocast_wherever_it_is_switched_on():
+def test_autocast_is_rejected_wherever_it_is_switched_on():
     lm, data = one_sign(), [rows_of(torch.tensor([1]), torch.tensor([2]))]
     autocast = torch.autocast("cpu", torch.bfloat16)
     with autocast, pytest.raises(ValueError, match="bfloat16: .* outside of torch.autocast"):

@@ -1,0 +1,1 @@
+"""Tables of measured numbers in README.md and docs/, written from the JSON under bench/results."""
