@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastperturb.engine import sharding
-from fastperturb.ops import head
+from fastperturb.ops import head_op
 
 # What of the free memory auto plans for, and what a sample may need beyond what was measured.
 _SHARE, _MARGIN = 0.7, 1.2
@@ -75,7 +75,7 @@ def chunked(run: Run, samples: Tensor, passes: int) -> Pass:
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return head.without_pull(), contextlib.nullcontext()
+    return head_op.without_grad_hidden(), contextlib.nullcontext()
 
 
 def _joined(parts: list[Pass]) -> Pass:

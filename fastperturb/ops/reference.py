@@ -14,7 +14,7 @@ from fastperturb import noise
 from fastperturb.transforms import Transform
 
 
-def accumulate(*tensors: Tensor | None) -> torch.dtype:
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype to compute in: the widest given, and never less than fp32."""
     dtype = torch.float32
     for tensor in tensors:
@@ -36,7 +36,7 @@ def perturb_embed(
     perturb_mask: Tensor | None = None,
 ) -> Tensor:  # [M, B, T, D]
     embeddings = ids if table is None else F.embedding(ids, table)
-    dtype = accumulate(embeddings)
+    dtype = accumulation_dtype(embeddings)
     num_samples = samples if isinstance(samples, int) else samples.shape[0]
     z = noise.latent(
         noise.seed_tensor(seed, embeddings.device),
@@ -66,7 +66,7 @@ def logits(
     softcap: float | None = None,
     valid_vocab: int | None = None,
 ) -> Tensor:  # [..., valid vocabulary]
-    dtype = accumulate(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     scores = hidden.to(dtype) @ weight[:valid_vocab].to(dtype).T
     if bias is not None:
         scores = scores + bias[:valid_vocab].to(dtype)

@@ -237,9 +237,9 @@ def test_the_first_pass_of_a_chunk_skips_the_heads_second_gemm(monkeypatch):
     wanted = []
     run = head_blocks.linear_logprob
 
-    def recorded(*given, want_pull, **options):
-        wanted.append(want_pull)
-        return run(*given, want_pull=want_pull, **options)
+    def recorded(*given, want_grad_hidden, **options):
+        wanted.append(want_grad_hidden)
+        return run(*given, want_grad_hidden=want_grad_hidden, **options)
 
     monkeypatch.setattr(head_blocks, "linear_logprob", recorded)
     loss_and_gradients(wrap(adapted(), config("chunked", chunk_size=3)))

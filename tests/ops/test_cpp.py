@@ -19,7 +19,7 @@ from fastperturb.config import LATENTS, PerturbConfig
 from fastperturb.ops import dispatch, reference
 from fastperturb.ops.cpp import build
 from fastperturb.ops.cpp import embed as cpp_embed
-from fastperturb.ops.embed import EmbedCall
+from fastperturb.ops.calls import EmbedCall
 from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import FAMILIES, Transform, make_transform
 
@@ -335,7 +335,7 @@ from fastperturb import noise
 from fastperturb.ops import dispatch
 from fastperturb.ops.cpp import build
 from fastperturb.ops.torch import embed as torch_embed
-from fastperturb.ops.embed import EmbedCall
+from fastperturb.ops.calls import EmbedCall
 torch.set_num_threads(1)
 before = build.availability()
 numbers = noise.counters(2, None, None, (1, 3), antithetic=False, device=torch.device("cpu"))

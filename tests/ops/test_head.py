@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastperturb import ops
 from fastperturb.ops import head_blocks, reference
+from fastperturb.ops.calls import HeadCall
 from fastperturb.ops.torch import rows as torch_rows
 
 HEADS = {"logprob": "linear_logprob", "quadratic": "linear_quadratic"}
@@ -360,10 +361,10 @@ def test_logits_exist_a_block_at_a_time_and_a_frozen_head_makes_nothing_of_its_s
     metrics = {"want_entropy": True} if kind == "logprob" else {}
     with budget(16, 128), Largest() as seen:
         head_blocks.HELD_BYTES["cpu"] = 4 * words * samples
-        found = run(head, hidden, target, *rows, want_pull=frozen, **metrics)
+        found = run(head, hidden, target, *rows, want_grad_hidden=frozen, **metrics)
         assert seen.elements < words * dim
         if not frozen:
-            saved = (found.lse,) if kind == "logprob" else (*rows, found.lse, found.dots)
+            saved = (found.lse,) if kind == "logprob" else (*rows, found.lse, found.dot)
             backward = getattr(head_blocks, HEADS[kind] + "_backward")
             backward(head, torch.randn(tokens), hidden, target, *saved, (True, True, True))
             assert seen.elements == words * dim
@@ -397,17 +398,18 @@ def test_autocast_outside_does_not_lower_the_precision_inside(kind):
     assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "transposed"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_registration_passes_opcheck(kind, frozen):
+def test_the_registration_passes_opcheck(kind, frozen, layout):
     hidden, weight, bias, target = head_inputs(kind, tokens=9, frozen=frozen)
-    given = [hidden, weight, target, bias]
-    if kind == "quadratic":
-        given.append(torch.rand(M, 9, dtype=torch.float64))
-    given += [0.7, 5.0, 143, -100, frozen]
-    if kind == "logprob":
-        given.append(True)
-    torch.library.opcheck(getattr(torch.ops.fastperturb, HEADS[kind]).default, tuple(given))
+    if layout == "transposed":
+        hidden = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    call = HeadCall(hidden, weight, target, bias, 0.7, 5.0, 143, -100)
+    row_weights = torch.rand(M, 9, dtype=torch.float64) if layout == "dense" else None
+    want_entropy = layout == "dense"
+    others = (frozen, want_entropy) if kind == "logprob" else (row_weights, frozen)
+    torch.library.opcheck(getattr(torch.ops.fastperturb, HEADS[kind]).default, (*call, *others))
 
 
 @pytest.mark.slow
@@ -497,14 +499,3 @@ def test_an_infinite_upstream_gradient_does_not_reach_ignored_rows(kind, frozen)
     upstream = torch.where(target == -100, torch.inf, 1.0).double()
     (grad,) = torch.autograd.grad(value, hidden, upstream)
     assert torch.isfinite(grad).all() and (grad[..., target == -100, :] == 0).all()
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("kind", HEADS)
-def test_the_registration_passes_opcheck_on_a_transposed_hidden(kind, frozen):
-    hidden, weight, bias, target = head_inputs(kind, tokens=9, frozen=frozen)
-    hidden = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    rows = [None] if kind == "quadratic" else []
-    metrics = [False] if kind == "logprob" else []
-    given = (hidden, weight, target, bias, *rows, 0.7, 5.0, 143, -100, frozen, *metrics)
-    torch.library.opcheck(getattr(torch.ops.fastperturb, HEADS[kind]).default, given)
