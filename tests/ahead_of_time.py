@@ -63,7 +63,7 @@ def assert_fits(rows: list[dict[str, Any]], *, warps_per_sm: int, stack: int = 0
 
 @contextlib.contextmanager
 def recorded(cc: int) -> Iterator[list[Launch]]:
-    """Collect the launches of the block instead of making them, as for a device of capability cc."""
+    """Collect launches instead of making them, as for a device of compute capability cc."""
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: Any, arguments: dict[str, Any], **options: int) -> None:

@@ -1,6 +1,6 @@
 """Where the kernel tests run, and how they judge a kernel by the error of naive torch.
 
-They run on a GPU, or with TRITON_INTERPRET=1 on the CPU (see kernels/test_interpreter.py), where the
+They run on a GPU, or with TRITON_INTERPRET=1 on the CPU (by kernels/test_interpreter.py). There the
 16-bit dtype is fp16: the interpreter truncates bf16.
 """
 

@@ -1,4 +1,4 @@
-"""The Triton combine against `fastperturb.estimators` in fp64, judged by the error of naive torch."""
+"""The Triton combine against `fastperturb.estimators` in fp64, judged by naive torch's error."""
 
 import pytest
 import torch

@@ -77,9 +77,7 @@ def launches(dtype, v, samples, everything, cc):
     products, sample_products = empty(n, v), empty(samples, tokens, v)
     sample_row = empty(samples, tokens)
     with ahead_of_time.recorded(cc) as recorded:
-        head_rows.online_softmax(
-            products, options, target, running, out_of(products), empty(n, D)
-        )
+        head_rows.online_softmax(products, options, target, running, out_of(products), empty(n, D))
         head_rows.grad_logits(products, options, target, row, row, out_of(products))
         head_rows.quadratic_dot(sample_products, options, sample_row, sample_row, sample_row)
         head_rows.quadratic_grad_logits(
@@ -105,9 +103,7 @@ def main():
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     for head, cc in itertools.product(options.heads, options.cc):
-        for launched in launches(
-            dtype, options.columns, options.samples, head == "everything", cc
-        ):
+        for launched in launches(dtype, options.columns, options.samples, head == "everything", cc):
             tile = [launched.arguments.get("BM", 1), launched.arguments["BV"]]
             ahead_of_time.print_resources(launched, cc, head=head, tile=tile)
 
