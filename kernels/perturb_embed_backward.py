@@ -284,6 +284,17 @@ def tile_sizes(
     return BT, BD, BR, BH, warps
 
 
+def partial_shapes(layout: Layout, ND: int, parts: int) -> dict[str, tuple[int, ...]]:
+    """The partial sums of the parameters whose gradients this kernel makes, by role."""
+    family, D, R, H = layout.family, layout.D, layout.R, layout.H
+    shapes: dict[str, tuple[int, ...]] = {"U": (1, R, D), "V": (1, R, D), "C": (parts, H, D)}
+    if family == "diagonal":
+        shapes["U"] = (1, D)
+    if family == "mlp":
+        shapes["U"] = (ND, R, H)
+    return {role: shapes[role] for role in ROLES[family] if role in shapes}
+
+
 def backward(
     layout: Layout,
     grad: Tensor,  # [M, B, T, D]
@@ -293,27 +304,20 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """The embeddings' gradient [N, D], and the parameters' [groups, segments, ...] in fp32.
 
-    Per sample there is a group for each sample and a segment for each batch row, else one of each.
+    `per_sample` makes a group of each sample and a segment of each batch row.
     """
     family, N, D, R, H = layout.family, layout.N, layout.D, layout.R, layout.H
     major = launch.capability(layout.table.device)
     BT, BD, BR, BH, num_warps = tile_sizes(family, want_table, layout.half, R, H, major)
     BD = launch.block(D, BD)
     ND, NR, NH = triton.cdiv(D, BD), triton.cdiv(R, BR), triton.cdiv(H, BH)
-    segments = layout.segments(per_sample=per_sample)
-    groups = segments.groups
-    slab_tokens, slabs = segments.slabs(BT, ND, _PROGRAMS[family])
+    sums = layout.sums(per_sample=per_sample)
+    groups = sums.groups
+    slab_tokens, slabs = sums.slabs(BT, ND, _PROGRAMS[family])
     parts = NR if family in ("gated", "affine") else 1
-
-    shapes: dict[str, tuple[int, ...]] = {"U": (1, R, D), "V": (1, R, D), "C": (parts, H, D)}
-    if family == "diagonal":
-        shapes["U"] = (1, D)
-    if family == "mlp":
-        shapes["U"] = (ND, R, H)
     partial = {
-        role: layout.fp32(groups, segments.count, slabs, *shapes[role])
-        for role in ROLES[family]
-        if role in shapes
+        role: layout.fp32(groups, sums.segments, slabs, *shape)
+        for role, shape in partial_shapes(layout, ND, parts).items()
     }
     grad_projected = None if layout.A is None else layout.fp32(parts * ND, groups, N, H)
     grad_e = None
@@ -323,7 +327,7 @@ def backward(
         grad_e = layout.fp32(parts if layout.A is None else 1, N, D)
     launch.start(
         backward_kernel,
-        (segments.count * slabs * ND, groups, NR * NH),
+        (sums.segments * slabs * ND, groups, NR * NH),
         {
             **layout.source,
             **layout.noise,
@@ -336,7 +340,7 @@ def backward(
             "grad_projected_ptr": grad_projected,
             "projected_ptr": perturb_embed_projection.project(layout),
             "M": layout.M // groups if layout.M else 0,
-            "segment_tokens": segments.tokens,
+            "segment_tokens": sums.segment_tokens,
             "slab_tokens": slab_tokens,
             "FAMILY": family,
             "BT": BT,
@@ -351,9 +355,9 @@ def backward(
     grads = {role: value.sum((2, 3)) for role, value in partial.items()}
     if grad_projected is not None:
         grad_projected = grad_projected.sum(0)
-        grads["b"] = grad_projected.view(groups, segments.count, segments.tokens, H).sum(2)
+        grads["b"] = grad_projected.view(groups, sums.segments, sums.segment_tokens, H).sum(2)
         grads["A"], grad_e = perturb_embed_projection.project_backward(
-            layout, grad_projected, grad_e, segments
+            layout, grad_projected, grad_e, sums
         )
     elif grad_e is not None:
         grad_e = grad_e[0] if parts == 1 else grad_e.sum(0).to(layout.table.dtype)

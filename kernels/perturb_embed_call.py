@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 ROLES = {"diagonal": "U", "lowrank": "U", "gated": "UAC", "affine": "UV", "mlp": "AUbC"}
 
 
-class Segments(NamedTuple):
-    """The sums that parameter gradients are: one for each group of samples and segment of tokens.
+class Sums(NamedTuple):
+    """The shape of a parameter's gradient: a sum for each group of samples and segment of tokens.
 
-    A gradient is one group of all samples and one segment of all tokens; per-sample gradients have
-    a group for each sample and a segment for each batch row.
+    The gradient proper is one group of all samples and one segment of all tokens. Per-sample
+    gradients have a group for each sample and a segment for each batch row.
     """
 
     groups: int
-    count: int
-    tokens: int  # of one segment
+    segments: int
+    segment_tokens: int
 
-    def slabs(self, BT: int, programs: int, wanted: int) -> tuple[int, int]:
-        """Tokens of one program, a multiple of BT, and how many such slabs make a segment.
+    def slabs(self, BT: int, column_blocks: int, wanted: int) -> tuple[int, int]:
+        """Cut a segment into slabs of whole tiles, for about `wanted` programs in all.
 
-        `programs` for each slab of each sum should come to about `wanted`.
+        Return the tokens of a slab and the number of slabs.
         """
-        programs *= self.groups * self.count
-        tiles = triton.cdiv(triton.cdiv(self.tokens, BT), triton.cdiv(wanted, max(1, programs)))
+        programs = max(1, column_blocks * self.groups * self.segments)  # with one slab a segment
+        tiles = triton.cdiv(triton.cdiv(self.segment_tokens, BT), triton.cdiv(wanted, programs))
         slab_tokens = BT * max(1, tiles)
-        return slab_tokens, triton.cdiv(self.tokens, slab_tokens)
+        return slab_tokens, triton.cdiv(self.segment_tokens, slab_tokens)
 
 
 class Layout:
@@ -99,8 +99,8 @@ class Layout:
         }
         self.parameters = {"U_ptr": U, "V_ptr": roles.get("V"), "C_ptr": C}
 
-    def segments(self, *, per_sample: bool) -> Segments:
-        return Segments(self.M, self.B, self.T) if per_sample else Segments(1, 1, self.N)
+    def sums(self, *, per_sample: bool) -> Sums:
+        return Sums(self.M, self.B, self.T) if per_sample else Sums(1, 1, self.N)
 
     def fp32(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.table.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastperturb.kernels import launch, maths
 from fastperturb.kernels import perturb_embed_tiles as tiles
-from fastperturb.kernels.perturb_embed_call import Layout, Segments
+from fastperturb.kernels.perturb_embed_call import Layout, Sums
 
 
 @triton.jit(do_not_specialize=launch.VARYING)
@@ -139,18 +139,18 @@ def project_backward(
     layout: Layout,
     grad_projected: Tensor,  # [groups, N, H]
     grad_sum: Tensor | None,  # sum_m g [1, N, D]
-    segments: Segments,
+    sums: Sums,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of A [groups, segments, D, H] and, given sum_m g, of e [N, D]."""
     BT = 32 if layout.H <= 64 else 16
     BD, BH = launch.block(layout.D, 64), launch.block(layout.H, 64)
     ND = triton.cdiv(layout.D, BD)
-    slab_tokens, slabs = segments.slabs(BT, ND, 512)
-    grad_A = layout.fp32(*segments[:2], slabs, layout.D, layout.H)
+    slab_tokens, slabs = sums.slabs(BT, ND, 512)
+    grad_A = layout.fp32(*sums[:2], slabs, layout.D, layout.H)
     grad_e = None if grad_sum is None else layout.table.new_empty((layout.N, layout.D))
     launch.start(
         project_backward_kernel,
-        (segments.count * slabs * ND, segments.groups, triton.cdiv(layout.H, BH)),
+        (sums.segments * slabs * ND, sums.groups, triton.cdiv(layout.H, BH)),
         {
             **layout.source,
             "grad_A_ptr": grad_A,
@@ -158,7 +158,7 @@ def project_backward(
             "grad_sum_ptr": grad_sum,
             "grad_projected_ptr": grad_projected,
             "A_ptr": layout.A,
-            "segment_tokens": segments.tokens,
+            "segment_tokens": sums.segment_tokens,
             "slab_tokens": slab_tokens,
             "BT": BT,
             "BD": BD,
