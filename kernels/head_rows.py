@@ -48,13 +48,14 @@ from fastperturb.kernels import launch
 if TYPE_CHECKING:
     from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 
+_VARYING = ["n", "start"]  # from batch to batch or block to block (see launch.VARYING)
 _ROW_TILE = 16384  # columns of a row that stays in registers, 16 a thread
 _LONG_ROW_TILE = 8192  # of a longer row, 8 a thread: then two programs share a multiprocessor
 _FLAT_TILE = 2048
 _SAMPLES_TILE = 4096
 
 
-@triton.jit(do_not_specialize=launch.VARYING)
+@triton.jit(do_not_specialize=_VARYING)
 def online_softmax_kernel(
     products_ptr,  # [n, v]
     bias_ptr,  # [v] or None
@@ -119,7 +120,7 @@ def online_softmax_kernel(
         tl.store(entropy_sum_ptr + row, entropy_sum)
 
 
-@triton.jit(do_not_specialize=launch.VARYING)
+@triton.jit(do_not_specialize=_VARYING)
 def grad_logits_kernel(
     products_ptr,  # [n, v]
     bias_ptr,  # [v] or None
@@ -149,7 +150,7 @@ def grad_logits_kernel(
     tl.store(out_ptr + b_offset, b_grad, mask=b_v < v)
 
 
-@triton.jit(do_not_specialize=launch.VARYING)
+@triton.jit(do_not_specialize=_VARYING)
 def quadratic_dot_kernel(
     products_ptr,  # [M, n, v]
     bias_ptr,  # [v] or None
@@ -188,7 +189,7 @@ def quadratic_dot_kernel(
     tl.store(b_ptr, b_sum, mask=tl.arange(0, BM)[:, None] < M)
 
 
-@triton.jit(do_not_specialize=launch.VARYING)
+@triton.jit(do_not_specialize=_VARYING)
 def quadratic_grad_logits_kernel(
     products_ptr,  # [M, n, v]
     bias_ptr,  # [v] or None

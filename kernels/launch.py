@@ -8,9 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-# Arguments that vary from batch to batch: specialising a kernel on them would recompile it.
+# Arguments that vary from batch to batch, if a kernel has them: it would be compiled again for
+# every kind of value.
 VARYING = [
-    *("M", "N", "B", "T", "n", "start", "vocab", "stride_m", "stride_b", "stride_t"),
+    *("M", "N", "B", "T", "vocab", "stride_m", "stride_b", "stride_t"),
     *("samples_stride_m", "samples_stride_b", "row_ids_stride_b", "row_ids_stride_t"),
     *("positions_stride_b", "positions_stride_t", "segment_tokens", "slab_tokens"),
 ]
