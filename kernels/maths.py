@@ -78,7 +78,7 @@ def tanh(x):
 
 @triton.jit
 def tanh_for_a_gate(x):
-    """tanh within 2^-22 absolutely: all that 1 + tanh can hold, for half the instructions.
+    """tanh within 2^-22 absolutely, which is all that 1 + tanh can hold; `tanh` would spill there.
 
     It saturates at 1, since exp overflows to inf, which the quotient turns into 0.
     """
