@@ -47,8 +47,7 @@ class PerturbConfig:
     """Probability that is averaged over the samples: of each token, or of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
-    """Estimator of the loss, or several with their weights: jensen, iwae, jvi, jvi_clip, resample,
-    sumo, mlmc or quadratic."""
+    """Estimator of the loss, such as iwae or jvi_clip, or several with their weights."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""
@@ -69,8 +68,7 @@ class PerturbConfig:
     """Hold z at one value for all tokens: a control with the same parameters and no randomness."""
 
     plan: str = "auto"
-    """Order in which the samples run: batched (all at once), chunked (a few at a time, each chunk
-    again in the backward), resample (all without gradient, then K with it) or auto (by memory)."""
+    """Schedule of the samples: batched (all at once), chunked, resample or auto (by memory)."""
 
     chunk_size: int | None = None
     """Number of samples in a chunk; setting it makes auto use chunked."""
