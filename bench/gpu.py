@@ -1,14 +1,14 @@
-"""`make gpu`: everything that needs CUDA, stage by stage, into one results.json.
+"""`make gpu`: all checks and measurements that need CUDA, stage by stage, into one results.json.
 
-    doctor         which implementation runs, and is it right
+    doctor         the implementation of each op, checked against the oracle
     checks         the tests marked `gpu`, and compute-sanitizer over every kernel, side by side
     step           a training step of a 1B-class Llama, by plan and by naive code
-    memory         what that step takes beside the model, at few samples and at many
+    memory         that step's memory beside the model, at few samples and at many
     heads, perturb_embed   the ops against naive code and the device's limits
 
-A stage that fails is recorded and the others still run; the exit status tells. Measurements are
-written as they come, so that a run that is cut off keeps what it has. All stages take more than
-ten minutes; `make gpu STAGES="heads perturb_embed"` runs some.
+A stage that fails is recorded, the others still run, and the exit status is 1. Measurements are
+written as they come, so that an interrupted run keeps them. All stages take more than ten minutes;
+`make gpu STAGES="heads perturb_embed"` runs some.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from fastperturb import runs
 from fastperturb.cli import doctor
 
 Result = dict[str, Any]
-Keep = Callable[[Result], None]  # writes what a stage has so far
+Keep = Callable[[Result], None]  # writes a stage's result so far
 Stage = Callable[[Path, Keep], Result]
 
-# The files that have such tests: the others import packages that a GPU machine need not have.
-# Its torch and transformers may warn of what the tested ones do not, which fails nothing here.
+# The files with tests marked `gpu`: the others import packages that a GPU machine need not have.
+# Its torch and transformers may give warnings of their own, which fail nothing here.
 TESTS = ["tests/test_gpu.py", "tests/kernels", "-m", "gpu", "-q", "-W", "default"]
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZED = """
@@ -42,11 +42,11 @@ import torch
 from fastperturb.cli import doctor
 from fastperturb.ops import dispatch
 
-found = [doctor.check(op, torch.device("cuda")) for op in dispatch.OPS]
-print(*found, sep="\\n")
-raise SystemExit(not all(each["ok"] for each in found))
+checks = [doctor.check(op, torch.device("cuda")) for op in dispatch.OPS]
+print(*checks, sep="\\n")
+raise SystemExit(not all(check["ok"] for check in checks))
 """
-LIMIT = 300  # seconds, of each check
+LIMIT = 300  # seconds for each check
 
 
 def run(output_dir: Path, *, overwrite: bool, stages: list[str]) -> int:
@@ -65,7 +65,7 @@ def run(output_dir: Path, *, overwrite: bool, stages: list[str]) -> int:
         begin = time.perf_counter()
         try:
             result = STAGES[name](folder, keep)
-        except Exception as error:  # the other stages must still have their turn on the device
+        except Exception as error:  # the other stages must still run on the device
             reason = f"{type(error).__name__}: {error}"
             result = {**results.get(name, {}), "ok": False, "error": reason}
         result["seconds"] = round(time.perf_counter() - begin, 1)
@@ -80,29 +80,34 @@ def examine(folder: Path, keep: Keep) -> Result:
 
 
 def check(folder: Path, keep: Keep) -> Result:
-    """All at once: they wait for compilers and starting processes more than for the device."""
+    """Run the tests and sanitizers at once: they wait for compilers more than for the device."""
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS]
     if importlib.util.find_spec("xdist"):
-        tests += ["-n", "8", "--dist", "worksteal"]  # neighbours take alike, and some take long
+        tests += [
+            "-n",
+            "8",
+            "--dist",
+            "worksteal",
+        ]  # neighbours take equally long, and some take minutes
     commands = {"tests": tests}
     for tool in SANITIZERS:
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         commands[tool] = [*sanitizer, sys.executable, "-c", SANITIZED]
     logs = [folder / f"{name}.log" for name in commands]
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(commands, pool.map(command, commands.values(), logs), strict=True))
+        results = dict(zip(commands, pool.map(command, commands.values(), logs), strict=True))
     # racecheck takes lanes that store the same value, as Triton's reductions do, for a race: read
     # its log.
-    return {"ok": found["tests"]["ok"] and found["memcheck"]["ok"], **found}
+    return {"ok": results["tests"]["ok"] and results["memcheck"]["ok"], **results}
 
 
 def command(arguments: list[str], log: Path) -> Result:
-    """Run a program: how it ended, the end of what it printed, and all of that in a file."""
+    """Run a program with its output in `log`; return whether it succeeded and its last lines."""
     if shutil.which(arguments[0]) is None:
         return {"ok": False, "error": f"{arguments[0]} is not on the PATH"}
     environment = {**os.environ, "PYTHONPATH": "."}
     if arguments[0] == "compute-sanitizer":
-        # In torch's pool of memory a read beyond a tensor's end lands in somebody's allocation.
+        # In torch's pool of memory a read beyond a tensor's end lands in another allocation.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with log.open("w") as file:
         try:
@@ -131,12 +136,12 @@ def benchmark(measure: Callable[..., Iterator[list[harness.Row]]], *, repeats: i
 
 
 def grow(folder: Path, keep: Keep) -> Result:
-    found: list[Result] = []
-    for each in memory.growth(torch.device("cuda")):
-        print(each, flush=True)
-        found.append(each)
-        keep({"ok": False, "error": "cut off", "growth": found})
-    return {"ok": True, "growth": found}
+    growth: list[Result] = []
+    for row in memory.growth(torch.device("cuda")):
+        print(row, flush=True)
+        growth.append(row)
+        keep({"ok": False, "error": "cut off", "growth": growth})
+    return {"ok": True, "growth": growth}
 
 
 STAGES: dict[str, Stage] = {

@@ -3,7 +3,7 @@
     naive        F.linear and cross-entropy (quadratic: softmaxes and their sums), autograd
     compiled     the same under torch.compile
     torch_lce    torch's own chunked F.linear_cross_entropy; its sum only, all rows alike
-    liger, cce   liger-kernel's and cut-cross-entropy's heads, where they are installed, on GPUs
+    liger, cce   liger-kernel's and cut-cross-entropy's heads, on GPUs, where installed
     logprob      beside the quadratic op: linear_logprob on the same rows
     floor        the bare GEMMs of all rows at once, as torch.mm does them: one forward, two for a
                  frozen head's full pass, three for one that trains
@@ -28,7 +28,10 @@ from fastperturb.ops import dispatch, gemm, reference
 
 @dataclass(frozen=True)
 class Case:
-    """One shape: rows of hidden, D wide, against V words; M > 1: the quadratic op on M N rows."""
+    """One shape: rows of hidden, D wide, against V vocabulary entries.
+
+    M > 1 is the quadratic op on rows / M tokens.
+    """
 
     rows: int
     D: int
@@ -104,21 +107,21 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
             forwards[candidate.name] = ours
     forwards["naive"] = naive
     forwards["compiled"] = torch.compile(naive)
-    found = []
+    timed = []
     for name, forward in forwards.items():
         for mode, run in {"forward": torch.no_grad()(forward), "full": full(forward)}.items():
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
-            found.append(Variant(name, mode, chosen, opaque=True))
+            timed.append(Variant(name, mode, chosen, opaque=True))
     others = {}
     if case.M == 1:
         others = _peers(hidden, weight, target, upstream, leaves)
     else:
-        each, every = target.repeat(case.M), upstream.repeat(case.M)
+        row_target, row_upstream = target.repeat(case.M), upstream.repeat(case.M)
         others["logprob"] = lambda: torch.autograd.grad(
-            ops.linear_logprob(hidden, weight, each), leaves, every
+            ops.linear_logprob(hidden, weight, row_target), leaves, row_upstream
         )
-    found += [Variant(name, "full", run, opaque=True) for name, run in others.items()]
-    return found + _floors(hidden.detach(), weight.detach(), case.frozen)
+    timed += [Variant(name, "full", run, opaque=True) for name, run in others.items()]
+    return timed + _floors(hidden.detach(), weight.detach(), case.frozen)
 
 
 def _naive(hidden: Tensor, weight: Tensor, target: Tensor, M: int) -> Tensor:
@@ -134,11 +137,11 @@ def _naive(hidden: Tensor, weight: Tensor, target: Tensor, M: int) -> Tensor:
 def _peers(
     hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, leaves: list[Tensor]
 ) -> dict[str, Callable[[], Any]]:
-    """Other people's heads that run here."""
-    found: dict[str, Callable[[], Any]] = {}
+    """Return other projects' heads that run here."""
+    peers: dict[str, Callable[[], Any]] = {}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
-        found["torch_lce"] = lambda: torch.autograd.grad(
+        peers["torch_lce"] = lambda: torch.autograd.grad(
             F.linear_cross_entropy(hidden, weight, target, reduction="sum", options=options), leaves
         )
     if hidden.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
@@ -152,22 +155,22 @@ def _peers(
             )
             return torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, leaves)
 
-        found["liger"] = liger
+        peers["liger"] = liger
     if hidden.device.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cce"] = lambda: torch.autograd.grad(
+        peers["cce"] = lambda: torch.autograd.grad(
             linear_cross_entropy(hidden, weight, target, reduction="none"), leaves, upstream
         )
-    return found
+    return peers
 
 
 def _floors(hidden: Tensor, weight: Tensor, frozen: bool) -> list[Variant]:
     logits = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
     torch.mm(hidden, weight.T, out=logits)
-    found = []
+    floors = []
     for name, multiply in (("floor", torch.mm), ("gemms", gemm.product)):
-        # What a GEMM of hidden makes need not be fresh memory, where it says so.
+        # torch.mm can write to memory that is there already.
         into = {"out": logits} if name == "floor" else {}
 
         def forward(multiply: Any = multiply, into: Any = into) -> None:
@@ -179,12 +182,12 @@ def _floors(hidden: Tensor, weight: Tensor, frozen: bool) -> list[Variant]:
             if not frozen:
                 multiply(logits.T, hidden)
 
-        found += [Variant(name, "forward", forward), Variant(name, "full", full)]
-    return found
+        floors += [Variant(name, "forward", forward), Variant(name, "full", full)]
+    return floors
 
 
 def check(name: str, case: Case, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
-    """Refuse to time an implementation whose numbers are wrong."""
+    """Raise for an implementation whose numbers are wrong, before it is timed."""
     few = 16
     part = hidden.detach().view(case.M, case.tokens, case.D)[:, :few].contiguous()
     part = (part[0] if case.M == 1 else part).requires_grad_()
@@ -193,11 +196,11 @@ def check(name: str, case: Case, hidden: Tensor, weight: Tensor, target: Tensor)
     with dispatch.only(name):
         ours = getattr(ops, case.op)(part, fixed, target[:few])
         (gradient,) = torch.autograd.grad(ours, part, upstream)
-    exact = part.detach().float().requires_grad_()
-    right = getattr(reference, case.op)(exact, fixed.float(), target[:few])
-    (expected,) = torch.autograd.grad(right, exact, upstream)
+    leaf = part.detach().float().requires_grad_()
+    right = getattr(reference, case.op)(leaf, fixed.float(), target[:few])
+    (expected,) = torch.autograd.grad(right, leaf, upstream)
     tolerance = 1e-4 if hidden.dtype == torch.float32 else 1e-2
-    for what, got, want in (("value", ours, right), ("gradient", gradient, expected)):
-        error = ((got.float() - want).norm() / want.norm()).item()
+    for result, value, exact in (("value", ours, right), ("gradient", gradient, expected)):
+        error = ((value.float() - exact).norm() / exact.norm()).item()
         if not error <= tolerance:
-            raise AssertionError(f"{name} {case}: {what} is off by {error:.2e}, not timed")
+            raise AssertionError(f"{name} {case}: {result} is off by {error:.2e}, not timed")

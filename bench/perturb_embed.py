@@ -1,4 +1,4 @@
-"""perturb_embed against naive torch and against the memory it cannot avoid moving.
+"""perturb_embed against naive torch and against the memory traffic that it cannot avoid.
 
     naive      noise of size [M, B, T, R], the transform as its formula, autograd
     compiled   the same under torch.compile
@@ -89,19 +89,19 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     providers["naive"] = (naive, list(plain.parameters()))
     providers["compiled"] = (torch.compile(naive), list(plain.parameters()))
 
-    found = []
+    timed = []
     for name, (forward, parameters) in providers.items():
         calls = {"forward": torch.no_grad()(forward), "full": _full(forward, parameters, upstream)}
         for mode, run in calls.items():
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
-            found.append(Variant(name, mode, chosen, opaque=name in ("torch", "compiled")))
+            timed.append(Variant(name, mode, chosen, opaque=name in ("torch", "compiled")))
     out = torch.empty_like(upstream)
-    found.append(Variant("floor", "forward", lambda: torch.empty_like(upstream).fill_(1.0)))
-    found.append(
+    timed.append(Variant("floor", "forward", lambda: torch.empty_like(upstream).fill_(1.0)))
+    timed.append(
         Variant("floor", "full", lambda: (torch.empty_like(upstream).fill_(1.0), upstream.sum()))
     )
-    found.append(Variant("copy", "forward", lambda: out.copy_(upstream)))
-    return found
+    timed.append(Variant("copy", "forward", lambda: out.copy_(upstream)))
+    return timed
 
 
 def _full(
@@ -118,22 +118,22 @@ def check(
     upstream: Tensor,
     seed: Tensor,
 ) -> None:
-    """Refuse to time an implementation whose numbers are wrong."""
+    """Raise for an implementation whose numbers are wrong, before it is timed."""
     leaves = list(transform.parameters())
     with torch.no_grad():  # away from the start, where some gradients vanish
         for leaf in leaves:
             leaf += 0.1 * leaf.square().mean().sqrt().clamp_min(0.01) * torch.randn_like(leaf)
     few = slice(0, 32)  # of the tokens: the oracle keeps everything
-    part, pull = embeddings[:1, few], upstream[:, :1, few]
+    part, part_upstream = embeddings[:1, few], upstream[:, :1, few]
     with dispatch.only(name):
         ours = ops.perturb_embed(part, None, transform, seed, case.M)
-        gradients = torch.autograd.grad(ours, leaves, pull)
+        gradients = torch.autograd.grad(ours, leaves, part_upstream)
     right = reference.perturb_embed(part.float(), None, transform, seed, case.M)
-    expected = torch.autograd.grad(right, leaves, pull.float())
+    expected = torch.autograd.grad(right, leaves, part_upstream.float())
     tolerance = 1e-4 if embeddings.dtype == torch.float32 else 1e-2
-    for what, got, want in zip(
+    for result, value, exact in zip(
         ("value", *transform.parameter_names), (ours, *gradients), (right, *expected), strict=True
     ):
-        error = ((got.float() - want).norm() / want.norm()).item()
+        error = ((value.float() - exact).norm() / exact.norm()).item()
         if not error <= tolerance:
-            raise AssertionError(f"{name} {case}: {what} is off by {error:.2e}, not timed")
+            raise AssertionError(f"{name} {case}: {result} is off by {error:.2e}, not timed")

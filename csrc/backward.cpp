@@ -1,5 +1,5 @@
 // perturb_embed backward: the upstream gradient is read once, a block of tokens at a time, and
-// the latents are drawn again.
+// the latents are drawn a second time.
 //
 // A token's share of a weight's gradient is an outer product of its latents and its upstream rows,
 // G_n = sum_m z_m^T g_m [K, D]:
@@ -161,7 +161,7 @@ class Backward {
       std::memset(block_sum, 0, sums.extra_size * sizeof(float));
       for (int64_t m = 0; m < problem_.num_samples; ++m) {
         for (int64_t n = first; n < last; ++n) {
-          if (!problem_.moves(n)) continue;
+          if (!problem_.perturbs(n)) continue;
           const float* z = sampler.draw(n, m);
           with_upstream(m, n, [&](const auto* g) { add_product(g, z, block_sum); });
         }
@@ -196,7 +196,7 @@ class Backward {
     }
   }
 
-  // The families with a [K, D] weight. `tokens` are the tokens of a block that move; their rows of
+  // The families with a [K, D] weight. `tokens` are a block's perturbed tokens; their rows of
   // coefficients (z, or mlp's hidden units) and of the upstream gradient are numbered j M + m.
   struct Workspace {
     std::vector<int64_t> tokens;
@@ -229,9 +229,9 @@ class Backward {
         } else {
           add_plain(index, coefficients, work, sums);
         }
-        if constexpr (family == Family::mlp) add_to_hidden(index, work);
+        if constexpr (family == Family::mlp) add_to_grad_hidden(index, work);
       }
-      if constexpr (family == Family::mlp) leave_hidden(work, sums);
+      if constexpr (family == Family::mlp) finish_hidden(work, sums);
       sum_upstream(first, last);
     }
   }
@@ -240,7 +240,7 @@ class Backward {
     const int64_t size = problem_.num_samples * latent_stride_;
     work.tokens.clear();
     for (int64_t n = first; n < last; ++n) {
-      if (problem_.moves(n)) {
+      if (problem_.perturbs(n)) {
         std::memcpy(work.latents + work.tokens.size() * size, work.sampler.draw(n),
                     size * sizeof(float));
         work.tokens.push_back(n);
@@ -340,13 +340,13 @@ class Backward {
   void make_hidden(Workspace& work) const {
     const int64_t M = problem_.num_samples, H = problem_.hidden_dim;
     for (size_t j = 0; j < work.tokens.size(); ++j) {
-      const float* still = problem_.per_token + work.tokens[j] * H;
+      const float* rest = problem_.per_token + work.tokens[j] * H;
       for (int64_t row = j * M; row < static_cast<int64_t>(j + 1) * M; ++row) {
         float* hidden = work.hidden + row * H;
         float* coefficients = work.coefficients + row * stride_;
-        hidden_layer(problem_, still, work.latents + row * latent_stride_, hidden);
+        hidden_layer(problem_, rest, work.latents + row * latent_stride_, hidden);
 #pragma omp simd
-        for (int64_t h = 0; h < H; ++h) coefficients[h] = gelu(hidden[h]) - gelu(still[h]);
+        for (int64_t h = 0; h < H; ++h) coefficients[h] = gelu(hidden[h]) - gelu(rest[h]);
       }
     }
     const int64_t size = rows() * transposed_.count() * PANEL;
@@ -354,7 +354,7 @@ class Backward {
   }
 
   // mlp, one panel of columns: grad_hidden [rows, H] += g C^T.
-  void add_to_hidden(int64_t index, Workspace& work) const {
+  void add_to_grad_hidden(int64_t index, Workspace& work) const {
     const int64_t count = work.tokens.size() * problem_.num_samples;
     const int64_t width = transposed_.count() * PANEL;
     for (int64_t panel = 0; panel < transposed_.count(); ++panel) {
@@ -372,21 +372,21 @@ class Backward {
 
   // mlp after the panels: with p = g C^T, dx = p * gelu'(x); dB += z^T dx;
   // dh = sum_m dx - gelu'(h) * sum_m p.
-  void leave_hidden(Workspace& work, Sums& sums) const {
+  void finish_hidden(Workspace& work, Sums& sums) const {
     const int64_t M = problem_.num_samples, H = problem_.hidden_dim;
     const int64_t width = transposed_.count() * PANEL;
     for (size_t j = 0; j < work.tokens.size(); ++j) {
-      const float* still = problem_.per_token + work.tokens[j] * H;
-      float* grad_still = gradients_.through_shift + work.tokens[j] * H;
-      std::memset(grad_still, 0, H * sizeof(float));
+      const float* rest = problem_.per_token + work.tokens[j] * H;
+      float* grad_rest = gradients_.through_shift + work.tokens[j] * H;
+      std::memset(grad_rest, 0, H * sizeof(float));
       for (int64_t row = j * M; row < static_cast<int64_t>(j + 1) * M; ++row) {
         const float* hidden = work.hidden + row * H;
         float* grad = work.grad_hidden + row * width;
 #pragma omp simd
         for (int64_t h = 0; h < H; ++h) {
-          const float moved = grad[h] * gelu_slope(hidden[h]);
-          grad_still[h] += moved - grad[h] * gelu_slope(still[h]);
-          grad[h] = moved;
+          const float through_gelu = grad[h] * gelu_slope(hidden[h]);
+          grad_rest[h] += through_gelu - grad[h] * gelu_slope(rest[h]);
+          grad[h] = through_gelu;
         }
         add_latent_outer(work.latents + row * latent_stride_, grad, sums.extra);
       }

@@ -13,14 +13,14 @@ namespace fastperturb {
 
 namespace {
 
-// Stands for the log-prob of an impossible outcome, so that weights stay finite.
+// Stands for the log-prob of an impossible label, so that weights stay finite.
 constexpr float LOWEST = -1e30f;
-// Outcomes that one thread takes at a time.
+// Columns that one thread takes at a time.
 constexpr int64_t SHARE = 64 * LANES;
 
 typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 
-// ln x for normal x > 0; what is not a number stays so.
+// ln x for normal x > 0, NaN for NaN.
 inline Vec log(Vec x) {
   float lanes[LANES];
   store(lanes, x);
@@ -41,7 +41,7 @@ Vec sum(int64_t first, int64_t last, const Term& term) {
   return total;
 }
 
-// LANES outcomes side by side.
+// LANES columns side by side.
 class Block {
  public:
   explicit Block(const Combination& problem)
@@ -50,8 +50,8 @@ class Block {
         log_probs_(M_ * LANES),
         weights_(M_ * LANES) {}
 
-  // The `count` outcomes from `outcome` on, whose log-probs of sample 0 lie at `from`.
-  void run(const float* from, int64_t outcome, int64_t count) {
+  // Combines the `count` columns from `column` on, whose log-probs of sample 0 lie at `from`.
+  void run(const float* from, int64_t column, int64_t count) {
     for (int64_t m = 0; m < M_; ++m) {
       const Vec value = load_some(from + m * problem_.sample_stride, count);
       store(log_probs_ + m * LANES, value < LOWEST ? Vec{} + LOWEST : value);
@@ -61,7 +61,7 @@ class Block {
     if (problem_.estimator == Estimator::jensen) jensen();
     if (problem_.estimator == Estimator::jvi || problem_.estimator == Estimator::jvi_clip) jvi();
     if (problem_.estimator == Estimator::jvi_clip) clip();
-    write(outcome, count);
+    write(column, count);
   }
 
  private:
@@ -132,8 +132,8 @@ class Block {
     for (int64_t m = 0; m < M_; ++m) {
       const Vec peaks = 2 - 1 / M - share * all_odds;
       const Vec others = 3 - 2 / M - share * (all_odds - odds(m));
-      const Vec pull = share * against_second(m) / rest;
-      set_weight(m, is_peak(m) ? weight(m) * peaks : weight(m) * others - pull);
+      const Vec lost = share * against_second(m) / rest;
+      set_weight(m, is_peak(m) ? weight(m) * peaks : weight(m) * others - lost);
     }
   }
 
@@ -146,18 +146,18 @@ class Block {
     for (int64_t m = 0; m < M_; ++m) set_weight(m, weight(m) / total);
   }
 
-  // What is not labelled gets 0.
-  void write(int64_t outcome, int64_t count) const {
+  // Columns without a label get 0.
+  void write(int64_t column, int64_t count) const {
     IntVec labelled = {};
-    for (int64_t i = 0; i < count; ++i) labelled[i] = problem_.mask[outcome + i];
+    for (int64_t i = 0; i < count; ++i) labelled[i] = problem_.mask[column + i];
     const auto put = [&](float* to, Vec value) {
-      store_some(to + outcome, labelled != 0 ? value : Vec{}, count);
+      store_some(to + column, labelled != 0 ? value : Vec{}, count);
     };
-    const int64_t outcomes = problem_.batch * problem_.length;
+    const int64_t columns = problem_.batch * problem_.length;
     put(problem_.value, value_ + peak_);
     put(problem_.log_marginal, log_marginal_ + peak_);
     put(problem_.effective_samples, effective_);
-    for (int64_t m = 0; m < M_; ++m) put(problem_.weights + m * outcomes, weight(m));
+    for (int64_t m = 0; m < M_; ++m) put(problem_.weights + m * columns, weight(m));
   }
 
   const Combination& problem_;

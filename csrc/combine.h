@@ -1,7 +1,8 @@
-// The combine step on raw pointers: the M log-probs of every outcome to a value, M weights and
-// what is known about the draws. fastperturb/ops/combine.py has the equations.
+// The combine step on raw pointers: the M log-probs of every column to a value, M weights and
+// statistics of the samples. A column is a token, or a sequence. fastperturb/ops/combine.py has the
+// equations.
 //
-// An outcome costs M exponentials, for jvi and jvi_clip M logarithms as well, and moves M floats in
+// A column costs M exponentials, for jvi and jvi_clip M logarithms as well, and moves M floats in
 // and M + 3 out.
 
 #pragma once
@@ -18,7 +19,7 @@ struct Combination {
   const float* log_probs;  // [M, B, T], its last dimension dense
   int64_t sample_stride, batch_stride;
   const bool* mask;  // [B, T]
-  // The outcomes are the N = B T tokens, or the N = B sequences.
+  // The columns are the N = B T tokens, or the N = B sequences.
   float *value, *log_marginal, *effective_samples;  // [N]
   float* weights;                                   // [M, N]
 };

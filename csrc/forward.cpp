@@ -53,14 +53,14 @@ class Forward {
     const int64_t block = divide_up(BLOCK_ROWS, problem_.num_samples);
     const int64_t blocks = divide_up(problem_.tokens, block);
     if (problem_.family == Family::diagonal) {
-      parallel(blocks, [&](int64_t begin, int64_t end) { move_diagonally(begin, end, block); });
+      parallel(blocks, [&](int64_t begin, int64_t end) { perturb_diagonally(begin, end, block); });
       return;
     }
     Panels weights(problem_.inner_dim(), problem_.dim, is_affine() ? 2 : 1);
     for (int which = 0; which <= is_affine(); ++which) {
       weights.copy_in(problem_.weights[which], problem_.inner_dim(), problem_.dim, which);
     }
-    parallel(blocks, [&](int64_t begin, int64_t end) { move(begin, end, block, weights); });
+    parallel(blocks, [&](int64_t begin, int64_t end) { perturb(begin, end, block, weights); });
   }
 
  private:
@@ -86,34 +86,34 @@ class Forward {
   }
 
   // out = e + s z, a sample's rows of the block together.
-  void move_diagonally(int64_t begin, int64_t end, int64_t block) const {
+  void perturb_diagonally(int64_t begin, int64_t end, int64_t block) const {
     Sampler sampler(problem_.noise, 1, round_up(problem_.dim, 4));
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * block, last = end_of(index, block);
       for (int64_t n = first; n < last; ++n) {
-        if (!problem_.moves(n)) copy(n);
+        if (!problem_.perturbs(n)) copy(n);
       }
       for (int64_t m = 0; m < problem_.num_samples; ++m) {
         for (int64_t n = first; n < last; ++n) {
-          if (problem_.moves(n)) move_row(embedding(n), sampler.draw(n, m), row(m, n));
+          if (problem_.perturbs(n)) perturb_row(embedding(n), sampler.draw(n, m), row(m, n));
         }
       }
     }
     streaming_fence();
   }
 
-  void move_row(const T* from, const float* z, T* to) const {
+  void perturb_row(const T* from, const float* z, T* to) const {
     const float* scale = problem_.weights[0];
     for (int64_t d = 0; d < problem_.dim; d += LANES) {
       const int64_t left = problem_.dim - d;
-      const Vec moved =
+      const Vec perturbed =
           load_some(from + d, left) + load_some(scale + d, left) * load_some(z + d, left);
-      put(to + d, moved, left);
+      put(to + d, perturbed, left);
     }
   }
 
   // The other families: rows of coefficients (z, or mlp's hidden units) times the weights.
-  void move(int64_t begin, int64_t end, int64_t block, const Panels& weights) const {
+  void perturb(int64_t begin, int64_t end, int64_t block, const Panels& weights) const {
     const int64_t M = problem_.num_samples, K = problem_.inner_dim();
     const int64_t stride = round_up(K, 4);
     Sampler sampler(problem_.noise, M, round_up(problem_.latent_dim, 4));
@@ -122,7 +122,7 @@ class Forward {
     for (int64_t index = begin; index < end; ++index) {
       rows.clear();
       for (int64_t n = index * block; n < end_of(index, block); ++n) {
-        if (!problem_.moves(n)) {
+        if (!problem_.perturbs(n)) {
           copy(n);
           continue;
         }
@@ -133,7 +133,7 @@ class Forward {
       }
       for (size_t start = 0; start < rows.size(); start += ROWS) {
         const int64_t count = rows.size() - start < ROWS ? rows.size() - start : ROWS;
-        move_rows(&rows[start], count, coefficients + start * stride, stride, weights);
+        perturb_rows(&rows[start], count, coefficients + start * stride, stride, weights);
       }
     }
     streaming_fence();
@@ -145,29 +145,29 @@ class Forward {
       return;
     }
     const int64_t H = problem_.hidden_dim;
-    const float* still = problem_.per_token + token * H;
+    const float* rest = problem_.per_token + token * H;
     for (int64_t m = 0; m < problem_.num_samples; ++m) {
-      float* moved = to + m * stride;
-      hidden_layer(problem_, still, z + m * round_up(problem_.latent_dim, 4), moved);
+      float* hidden = to + m * stride;
+      hidden_layer(problem_, rest, z + m * round_up(problem_.latent_dim, 4), hidden);
 #pragma omp simd
-      for (int64_t h = 0; h < H; ++h) moved[h] = gelu(moved[h]) - gelu(still[h]);
+      for (int64_t h = 0; h < H; ++h) hidden[h] = gelu(hidden[h]) - gelu(rest[h]);
     }
   }
 
-  void move_rows(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
+  void perturb_rows(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
                  const Panels& weights) const {
     switch (problem_.family) {
       case Family::gated:
-        return move_tile<Family::gated>(rows, count, coefficients, stride, weights);
+        return perturb_tile<Family::gated>(rows, count, coefficients, stride, weights);
       case Family::affine:
-        return move_tile<Family::affine>(rows, count, coefficients, stride, weights);
+        return perturb_tile<Family::affine>(rows, count, coefficients, stride, weights);
       default:
-        return move_tile<Family::lowrank>(rows, count, coefficients, stride, weights);
+        return perturb_tile<Family::lowrank>(rows, count, coefficients, stride, weights);
     }
   }
 
   template <Family family>
-  void move_tile(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
+  void perturb_tile(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
                  const Panels& weights) const {
     for (int64_t index = 0; index < weights.count(); ++index) {
       Tile shift = {};
@@ -190,13 +190,13 @@ class Forward {
       const int64_t d = start + v * LANES, count = whole ? LANES : left - v * LANES;
       if (count <= 0) return;
       const Vec e = load_some(row.embedding + d, count);
-      Vec moved = e + shift[v];
+      Vec perturbed = e + shift[v];
       if constexpr (family == Family::gated) {
-        moved = e + load_some(row.gain + d, count) * shift[v];
+        perturbed = e + load_some(row.gain + d, count) * shift[v];
       } else if constexpr (family == Family::affine) {
-        moved = e + shift[0] * e + shift[1];
+        perturbed = e + shift[0] * e + shift[1];
       }
-      put(row.out + d, moved, count);
+      put(row.out + d, perturbed, count);
     }
   }
 

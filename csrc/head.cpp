@@ -17,16 +17,17 @@ namespace {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
-// Products that are logits as they stand.
-struct Plain {
+// Products that are logits already.
+struct PlainLogits {
   static constexpr bool as_is = true;
   Vec logit(Vec product, int64_t, int64_t) const { return product; }
   Vec slope(Vec) const { return Vec{} + 1.0f; }
 };
 
-struct Bent {
+// Products that take a bias, a scale or a soft cap to become logits.
+struct MappedLogits {
   static constexpr bool as_is = false;
-  const Logits& options;
+  const LogitOptions& options;
 
   Vec logit(Vec product, int64_t column, int64_t count) const {
     if (options.bias) product += load_some(options.bias + column, count);
@@ -37,17 +38,17 @@ struct Bent {
   // dl / d(product * scale) where the logit is l.
   Vec slope(Vec l) const {
     if (!options.softcap) return Vec{} + 1.0f;
-    const Vec bent = l / options.softcap;
-    return 1.0f - bent * bent;
+    const Vec tanh = l / options.softcap;
+    return 1.0f - tanh * tanh;
   }
 };
 
 template <class Body>
-void with_logits(const Logits& options, const Body& body) {
+void with_logits(const LogitOptions& options, const Body& body) {
   if (options.bias || options.scale != 1.0f || options.softcap) {
-    body(Bent{options});
+    body(MappedLogits{options});
   } else {
-    body(Plain{});
+    body(PlainLogits{});
   }
 }
 
@@ -78,19 +79,20 @@ inline float largest(Vec value) {
 }
 
 template <class Map>
-void gather_row(const Map& map, float* products, float* scratch, int64_t width, int64_t column_y,
-                const Running& running, int64_t row, bool write, float* total, int64_t dim) {
+void add_row(const Map& map, float* products, float* scratch, int64_t width, int64_t column_y,
+             const RunningSoftmax& running, int64_t row, bool want_weights, float* total,
+             int64_t dim) {
   float* logits = products;
   Vec top = Vec{} - INFINITE;
   over_columns(width, [&](int64_t column, int64_t count) {
     const Vec l = map.logit(load_some(products + column, count), column, count);
     if constexpr (!Map::as_is) store_some(scratch + column, l, count);
-    const Vec seen = masked(l, count);
-    top = seen > top ? seen : top;
+    const Vec within = masked(l, count);
+    top = within > top ? within : top;
   });
   if constexpr (!Map::as_is) logits = scratch;
 
-  const float old_peak = running.peak[row], old_target = running.at_target[row];
+  const float old_peak = running.peak[row], old_target = running.target_logit[row];
   const float block_peak = largest(top);
   const float peak = block_peak > old_peak ? block_peak : old_peak;
   const float rescale = peak > old_peak ? std::exp(old_peak - peak) : 1.0f;
@@ -99,30 +101,33 @@ void gather_row(const Map& map, float* products, float* scratch, int64_t width, 
   const bool has_target = column_y >= 0 && column_y < width;
   const float target = has_target ? logits[column_y] : 0.0f;
   if (has_target) logits[column_y] = -INFINITE;
-  Vec others = {}, spread = {};
-  const bool wants_spread = running.spread;
+  Vec other_sum = {}, entropy_sum = {};
+  const bool want_entropy = running.entropy_sum;
   over_columns(width, [&](int64_t column, int64_t count) {
     const Vec l = masked(load_some(logits + column, count), count);
     const Vec below = l - peak;
     const Vec q = exp_or_zero(below);
-    others += q;
-    if (wants_spread) spread += q * (below > -FLT_MAX ? below : Vec{} - FLT_MAX);
-    if (write) store_some(products + column, q * map.slope(l), count);
+    other_sum += q;
+    if (want_entropy) entropy_sum += q * (below > -FLT_MAX ? below : Vec{} - FLT_MAX);
+    if (want_weights) store_some(products + column, q * map.slope(l), count);
   });
-  if (has_target && write) products[column_y] = 0.0f;
-  if (has_target && !write) logits[column_y] = target;
+  if (has_target && want_weights) products[column_y] = 0.0f;
+  if (has_target && !want_weights) logits[column_y] = target;
 
-  if (wants_spread) {
-    const float met = old_target == old_target ? std::exp(old_target - old_peak) : 0.0f;
+  if (want_entropy) {
+    // Each earlier term q (l - peak) grows by q times the step to the new peak. The sum of all
+    // earlier q includes the target's.
+    const float target_q = old_target == old_target ? std::exp(old_target - old_peak) : 0.0f;
     const float step = old_peak - peak > -FLT_MAX ? old_peak - peak : -FLT_MAX;
-    float value = rescale * (running.spread[row] + step * (running.others[row] + met));
-    value += sum(spread);
+    const float earlier = running.other_sum[row] + target_q;
+    float value = rescale * (running.entropy_sum[row] + step * earlier);
+    value += sum(entropy_sum);
     const float below = target - peak;
     if (has_target && below > -FLT_MAX) value += std::exp(below) * below;
-    running.spread[row] = value;
+    running.entropy_sum[row] = value;
   }
-  if (has_target) running.at_target[row] = target;
-  running.others[row] = running.others[row] * rescale + sum(others);
+  if (has_target) running.target_logit[row] = target;
+  running.other_sum[row] = running.other_sum[row] * rescale + sum(other_sum);
   running.peak[row] = peak;
   if (total && rescale != 1.0f) {
     for (int64_t d = 0; d < dim; ++d) total[d] *= rescale;
@@ -148,22 +153,22 @@ inline Vec probabilities(const Map& map, const Products& products, int64_t token
 
 }  // namespace
 
-void gather(const Products& products, const Logits& options, const int64_t* target,
-            const Running& running, bool write, float* total, int64_t dim) {
+void online_softmax(const Products& products, const LogitOptions& options, const int64_t* target,
+                    const RunningSoftmax& running, bool want_weights, float* total, int64_t dim) {
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
       Buffer scratch(products.width);
       for (int64_t row = begin; row < end; ++row) {
-        gather_row(map, products.data + row * products.width, scratch, products.width,
-                   target[row] - options.start, running, row, write,
-                   total ? total + row * dim : nullptr, dim);
+        add_row(map, products.data + row * products.width, scratch, products.width,
+                target[row] - options.start, running, row, want_weights,
+                total ? total + row * dim : nullptr, dim);
       }
     });
   });
 }
 
-void pull(const Products& products, const Logits& options, const int64_t* target, LogSums lse,
-          const float* upstream) {
+void grad_logits(const Products& products, const LogitOptions& options, const int64_t* target,
+                 LogSums lse, const float* upstream) {
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -185,14 +190,14 @@ void pull(const Products& products, const Logits& options, const int64_t* target
   });
 }
 
-void couple(const Products& products, const Logits& options, LogSums lse,
-            const float* row_weights, float* crossed) {
+void quadratic_dot(const Products& products, const LogitOptions& options, LogSums lse,
+                   const float* row_weights, float* dot_others) {
   const int64_t M = products.samples;
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
       std::vector<Vec> p(M), sums(M);
       for (int64_t token = begin; token < end; ++token) {
-        for (Vec& each : sums) each = Vec{};
+        sums.assign(M, Vec{});
         over_columns(products.width, [&](int64_t column, int64_t count) {
           const Vec S = probabilities(map, products, token, column, count, lse, row_weights,
                                       p.data(), nullptr);
@@ -200,17 +205,17 @@ void couple(const Products& products, const Logits& options, LogSums lse,
             sums[m] += p[m] * (S - row_weights[m * products.tokens + token] * p[m]);
           }
         });
-        for (int64_t m = 0; m < M; ++m) crossed[m * products.tokens + token] += sum(sums[m]);
+        for (int64_t m = 0; m < M; ++m) dot_others[m * products.tokens + token] += sum(sums[m]);
       }
     });
   });
 }
 
-void quadratic_pull(const Products& products, const Logits& options, const int64_t* target,
-                    LogSums lse, const float* row_weights, const float* dots,
-                    const float* upstream) {
+void quadratic_grad_logits(const Products& products, const LogitOptions& options,
+                           const int64_t* target, LogSums lse, const float* row_weights,
+                           const float* dot, const float* upstream) {
   const int64_t M = products.samples;
-  const float coupling = 2.0f / (M * (M - 1));
+  const float pair_weight = 2.0f / (M * (M - 1));
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
       std::vector<Vec> p(M), slopes(M);
@@ -224,9 +229,9 @@ void quadratic_pull(const Products& products, const Logits& options, const int64
           for (int64_t m = 0; m < M; ++m) {
             const int64_t row = m * products.tokens + token;
             const float r = row_weights[row];
-            Vec g = -coupling * r * (S - r * p[m]);
+            Vec g = -pair_weight * r * (S - r * p[m]);
             if (lane >= 0 && lane < count) g[lane] += 2.0f / M * r;
-            const Vec grad = factor * slopes[m] * p[m] * (g - dots[row]);
+            const Vec grad = factor * slopes[m] * p[m] * (g - dot[row]);
             store_some(products.data + row * products.width + column, grad, count);
           }
         });

@@ -1,5 +1,5 @@
 // The row passes of the multi-sample heads, which run between two GEMMs on a block of products
-// hidden W^T of some rows with some words; fastperturb/ops/torch_rows.py says what each computes.
+// hidden W^T of some rows with a vocabulary block; fastperturb/ops/torch/rows.py defines each.
 // Everything is fp32, and each writes over the products.
 
 #pragma once
@@ -9,8 +9,8 @@
 namespace fastperturb {
 
 // How products become logits l = softcap * tanh((product + bias) * scale / softcap).
-struct Logits {
-  int64_t start;      // the number of the block's first word
+struct LogitOptions {
+  int64_t start;      // the number of the block's first vocabulary entry
   const float* bias;  // [width], or nothing
   float scale;
   float softcap;  // 0: none
@@ -22,27 +22,27 @@ struct Products {
   int64_t samples, tokens, width;
 };
 
-// Each row's log-sum-exp, and then, in the same order, what its rounding took off it.
+// Each row's log-sum-exp, and then, in the same order, its rounding error.
 using LogSums = const float*;  // [2, samples, tokens]
 
-struct Running {
-  float *peak, *others, *at_target;  // [tokens]
-  float* spread;                     // [tokens], or nothing
+struct RunningSoftmax {
+  float *peak, *other_sum, *target_logit;  // [tokens]
+  float* entropy_sum;                      // [tokens], or nothing
 };
 
-// With `write`, the products become the weights of the second GEMM. total [tokens, dim], if there
-// is one, is rescaled to the new peaks.
-void gather(const Products& products, const Logits& options, const int64_t* target,
-            const Running& running, bool write, float* total, int64_t dim);
+// With `want_weights`, the products become the weights of the second GEMM. total [tokens, dim], if
+// there is one, is rescaled to the new peaks.
+void online_softmax(const Products& products, const LogitOptions& options, const int64_t* target,
+                    const RunningSoftmax& running, bool want_weights, float* total, int64_t dim);
 
-void pull(const Products& products, const Logits& options, const int64_t* target, LogSums lse,
-          const float* upstream);
+void grad_logits(const Products& products, const LogitOptions& options, const int64_t* target,
+                 LogSums lse, const float* upstream);
 
-void couple(const Products& products, const Logits& options, LogSums lse,
-            const float* row_weights, float* crossed);
+void quadratic_dot(const Products& products, const LogitOptions& options, LogSums lse,
+                   const float* row_weights, float* dot_others);
 
-void quadratic_pull(const Products& products, const Logits& options, const int64_t* target,
-                    LogSums lse, const float* row_weights, const float* dots,
-                    const float* upstream);
+void quadratic_grad_logits(const Products& products, const LogitOptions& options,
+                           const int64_t* target, LogSums lse, const float* row_weights,
+                           const float* dot, const float* upstream);
 
 }  // namespace fastperturb

@@ -1,5 +1,5 @@
-// The latents z of the noise contract (fastperturb/noise.py): Philox words through one of three
-// laws, many counters at a time.
+// The latents z of the noise contract (fastperturb/noise.py): Philox words to one of three
+// distributions, many counters at a time.
 
 #pragma once
 
@@ -11,23 +11,23 @@
 
 namespace fastperturb {
 
-enum class Law { gaussian, uniform, rademacher };
+enum class Distribution { gaussian, uniform, rademacher };
 
-// The words, then the latents, of LANES counters: [lane of Philox][counter].
+// The words, and the latents, of LANES counters: [lane of Philox][counter].
 using Words = uint32_t[4][LANES];
-using Draws = float[4][LANES];
+using Latents = float[4][LANES];
 
 inline float unit(uint32_t word) { return (static_cast<float>(word) + 0.5f) * 0x1p-32f; }
 
 // Box-Muller as noise.py has it. Near u = 1 the radius is measured from 1; there
-// ln(1 - x) = ln(fl(1 - x)) + (what the rounding of 1 - x took), to fp32.
+// ln(1 - x) = ln(fl(1 - x)) + (the rounding error of 1 - x), to fp32.
 inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& first, float& second) {
   const float from_one = unit(~radius_word);
   const float one_minus = 1.0f - from_one;
-  const float lost = (1.0f - one_minus) - from_one;
+  const float error = (1.0f - one_minus) - from_one;
   const bool near_one = radius_word >> 31;
   const float log_u = natural_log(near_one ? one_minus : unit(radius_word)) +
-                      (near_one ? lost : 0.0f);
+                      (near_one ? error : 0.0f);
   const float square = -2.0f * log_u;
   const float radius = __builtin_sqrtf(square > 0.0f ? square : 0.0f);
   const float turn = static_cast<float>(static_cast<int32_t>(angle_word)) + 0.5f;
@@ -37,35 +37,35 @@ inline void box_muller(uint32_t radius_word, uint32_t angle_word, float& first, 
   second = radius * sine;
 }
 
-template <Law law>
-inline void apply_law(const Words& words, Draws& draws) {
-  if constexpr (law == Law::gaussian) {
+template <Distribution distribution>
+inline void to_latents(const Words& words, Latents& latents) {
+  if constexpr (distribution == Distribution::gaussian) {
 #pragma omp simd
     for (int i = 0; i < LANES; ++i) {
-      box_muller(words[0][i], words[1][i], draws[0][i], draws[1][i]);
-      box_muller(words[2][i], words[3][i], draws[2][i], draws[3][i]);
+      box_muller(words[0][i], words[1][i], latents[0][i], latents[1][i]);
+      box_muller(words[2][i], words[3][i], latents[2][i], latents[3][i]);
     }
   } else {
     for (int lane = 0; lane < 4; ++lane) {
 #pragma omp simd
       for (int i = 0; i < LANES; ++i) {
         const uint32_t word = words[lane][i];
-        draws[lane][i] = law == Law::uniform ? 1.7320508075688772f * (2.0f * unit(word) - 1.0f)
+        latents[lane][i] = distribution == Distribution::uniform ? 1.7320508075688772f * (2.0f * unit(word) - 1.0f)
                                              : 1.0f - 2.0f * static_cast<float>(word >> 31);
       }
     }
   }
 }
 
-inline void apply_law(Law law, const Words& words, Draws& draws) {
-  if (law == Law::gaussian) apply_law<Law::gaussian>(words, draws);
-  if (law == Law::uniform) apply_law<Law::uniform>(words, draws);
-  if (law == Law::rademacher) apply_law<Law::rademacher>(words, draws);
+inline void to_latents(Distribution distribution, const Words& words, Latents& latents) {
+  if (distribution == Distribution::gaussian) to_latents<Distribution::gaussian>(words, latents);
+  if (distribution == Distribution::uniform) to_latents<Distribution::uniform>(words, latents);
+  if (distribution == Distribution::rademacher) to_latents<Distribution::rademacher>(words, latents);
 }
 
-// What keys the noise of a call, and how its latents are laid out for one token.
+// The numbers that key the noise of a call, and the distribution of its latents.
 struct NoiseKeys {
-  Law law;
+  Distribution distribution;
   Key key;
   bool sequence;    // one latent a sequence: the position counts as 0
   bool antithetic;  // sample 2j + 1 is the negative of sample 2j
@@ -75,8 +75,8 @@ struct NoiseKeys {
   const int64_t* positions;  // [B, T]
 };
 
-// Draws z [samples][stride] for one token at a time, stride = the latents a sample rounded up to
-// whole Philox blocks. Latents past R are drawn too; nobody uses them.
+// Latents z [samples][stride] for one token at a time, stride = the latents a sample rounded up to
+// whole Philox blocks. Latents past R are drawn too and never read.
 class Sampler {
  public:
   Sampler(const NoiseKeys& keys, int64_t num_samples, int64_t stride)
@@ -93,7 +93,7 @@ class Sampler {
     }
   }
 
-  // z of samples first..first + num_samples - 1 at token n = b * T + t.
+  // Returns z of samples first..first + num_samples - 1 at token n = b * T + t.
   const float* draw(int64_t token, int64_t first_sample = 0) {
     const int64_t b = token / keys_.length;
     const uint32_t row = static_cast<uint32_t>(keys_.rows[token]);
@@ -106,9 +106,9 @@ class Sampler {
     drawn_first_ = first_sample;
     drawn_row_ = row;
     drawn_position_ = position;
-    if (keys_.law == Law::gaussian) fill<Law::gaussian>(position, row);
-    if (keys_.law == Law::uniform) fill<Law::uniform>(position, row);
-    if (keys_.law == Law::rademacher) fill<Law::rademacher>(position, row);
+    if (keys_.distribution == Distribution::gaussian) fill<Distribution::gaussian>(position, row);
+    if (keys_.distribution == Distribution::uniform) fill<Distribution::uniform>(position, row);
+    if (keys_.distribution == Distribution::rademacher) fill<Distribution::rademacher>(position, row);
     return z_;
   }
 
@@ -124,26 +124,26 @@ class Sampler {
     }
   }
 
-  template <Law law>
+  template <Distribution distribution>
   void fill(uint32_t position, uint32_t row) {
     for (int64_t start = 0; start < counters_; start += LANES) {
       const uint32_t* block = &block_[start];
       const uint32_t* sample = &sample_[start];
       const float* sign = &sign_[start];
       Words words;
-      Draws draws;
+      Latents latents;
       WordVec counters[4] = {load_words(block), WordVec{} + position, load_words(sample),
                              WordVec{} + row};
       philox(counters, keys_.key);
       for (int lane = 0; lane < 4; ++lane) std::memcpy(words[lane], &counters[lane], sizeof(Vec));
-      apply_law<law>(words, draws);
+      to_latents<distribution>(words, latents);
       float* z = z_ + 4 * start;
 #pragma omp simd
       for (int i = 0; i < LANES; ++i) {
-        z[4 * i] = draws[0][i] * sign[i];
-        z[4 * i + 1] = draws[1][i] * sign[i];
-        z[4 * i + 2] = draws[2][i] * sign[i];
-        z[4 * i + 3] = draws[3][i] * sign[i];
+        z[4 * i] = latents[0][i] * sign[i];
+        z[4 * i + 1] = latents[1][i] * sign[i];
+        z[4 * i + 2] = latents[2][i] * sign[i];
+        z[4 * i + 3] = latents[3][i] * sign[i];
       }
     }
   }

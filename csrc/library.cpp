@@ -1,8 +1,8 @@
 // The operators of `torch.ops.fastperturb_cpp`, against torch's stable ABI.
 //
-// They check nothing that their callers in fastperturb/ops/cpp_*.py guarantee: CPU tensors,
-// contiguous but for the upstream gradient and the rows of the table, counters and ids in int64,
-// weights, logits and what is known of them in fp32.
+// They check nothing that their callers in fastperturb/ops/cpp/ guarantee: CPU tensors, contiguous
+// but for the upstream gradient and the rows of the table, counters and ids in int64, weights,
+// logits and their statistics in fp32.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "combine.h"
@@ -55,11 +56,11 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-Law parse_law(const std::string& name) {
-  if (name == "gaussian") return Law::gaussian;
-  if (name == "uniform") return Law::uniform;
-  STD_TORCH_CHECK(name == "rademacher", "no latent law called ", name);
-  return Law::rademacher;
+Distribution parse_distribution(const std::string& name) {
+  if (name == "gaussian") return Distribution::gaussian;
+  if (name == "uniform") return Distribution::uniform;
+  STD_TORCH_CHECK(name == "rademacher", "no distribution of the latent called ", name);
+  return Distribution::rademacher;
 }
 
 Estimator parse_estimator(const std::string& name) {
@@ -87,7 +88,7 @@ Problem make_problem(const Tensor& source, const OptionalTensor& ids, const Opti
   Problem problem = {};
   const uint64_t key = static_cast<uint64_t>(*read<int64_t>(seed));
   problem.family = parse_family(family);
-  problem.noise.law = parse_law(latent);
+  problem.noise.distribution = parse_distribution(latent);
   problem.noise.key = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
   problem.noise.sequence = sequence;
   problem.noise.antithetic = antithetic;
@@ -112,28 +113,27 @@ Problem make_problem(const Tensor& source, const OptionalTensor& ids, const Opti
   return problem;
 }
 
-void forward_op(Tensor out, Tensor source, OptionalTensor ids, OptionalTensor mask, Tensor seed,
-                Tensor samples, Tensor rows, Tensor positions, std::vector<Tensor> weights,
-                OptionalTensor per_token, std::string family, std::string latent, bool sequence,
-                bool antithetic) {
-  const Problem problem = make_problem(source, ids, mask, seed, samples, rows, positions, weights,
-                                       per_token, family, latent, sequence, antithetic);
-  forward(problem, out.mutable_data_ptr());
-}
+// The registered passes. Each takes the arguments of make_problem between its own.
+template <class... Call>
+struct EmbedOps {
+  static void forward(Tensor out, Call... call) {
+    fastperturb::forward(make_problem(call...), out.mutable_data_ptr());
+  }
 
-void backward_op(Tensor grad, Tensor source, OptionalTensor ids, OptionalTensor mask, Tensor seed,
-                 Tensor samples, Tensor rows, Tensor positions, std::vector<Tensor> weights,
-                 OptionalTensor per_token, std::string family, std::string latent, bool sequence,
-                 bool antithetic, bool per_row, std::vector<Tensor> grad_weights,
-                 OptionalTensor upstream_sum, OptionalTensor through_shift) {
-  const Problem problem = make_problem(source, ids, mask, seed, samples, rows, positions, weights,
-                                       per_token, family, latent, sequence, antithetic);
-  const Upstream upstream = {grad.const_data_ptr(), grad.stride(0), grad.stride(1),
-                             grad.stride(2)};
-  Gradients gradients = {per_row, {}, write(upstream_sum), write(through_shift)};
-  for (size_t i = 0; i < grad_weights.size(); ++i) gradients.weights[i] = write(grad_weights[i]);
-  backward(problem, upstream, gradients);
-}
+  static void backward(Tensor grad, Call... call, bool per_row, std::vector<Tensor> grad_weights,
+                       OptionalTensor upstream_sum, OptionalTensor through_shift) {
+    const Upstream upstream = {grad.const_data_ptr(), grad.stride(0), grad.stride(1),
+                               grad.stride(2)};
+    Gradients gradients = {per_row, {}, write(upstream_sum), write(through_shift)};
+    for (size_t i = 0; i < grad_weights.size(); ++i) gradients.weights[i] = write(grad_weights[i]);
+    fastperturb::backward(make_problem(call...), upstream, gradients);
+  }
+};
+
+template <class... Call>
+EmbedOps<std::decay_t<Call>...> ops_around(Problem (*)(Call...));
+
+using Embed = decltype(ops_around(&make_problem));
 
 void scatter_rows_op(Tensor table, Tensor rows, Tensor ids, Tensor order) {
   scatter_rows(read<float>(rows), read<int64_t>(ids), read<int64_t>(order), ids.numel(),
@@ -164,39 +164,41 @@ Products make_products(const Tensor& products) {
           products.size(is_many + 1)};
 }
 
-Logits make_logits(int64_t start, const OptionalTensor& bias, double scale, double softcap) {
+LogitOptions make_options(int64_t start, const OptionalTensor& bias, double scale, double softcap) {
   return {start, read<float>(bias), static_cast<float>(scale), static_cast<float>(softcap)};
 }
 
-void head_gather_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
-                    double softcap, Tensor target, Tensor peak, Tensor others, Tensor at_target,
-                    OptionalTensor spread, bool weigh, OptionalTensor total) {
-  gather(make_products(products), make_logits(start, bias, scale, softcap), read<int64_t>(target),
-         {write(peak), write(others), write(at_target), write(spread)}, weigh, write(total),
-         total ? total->size(1) : 0);
+void online_softmax_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                       double softcap, Tensor target, Tensor peak, Tensor other_sum,
+                       Tensor target_logit, OptionalTensor entropy_sum, bool want_weights,
+                       OptionalTensor total) {
+  online_softmax(make_products(products), make_options(start, bias, scale, softcap),
+                 read<int64_t>(target),
+                 {write(peak), write(other_sum), write(target_logit), write(entropy_sum)},
+                 want_weights, write(total), total ? total->size(1) : 0);
 }
 
-void head_pull_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
-                  double softcap, Tensor target, Tensor lse, Tensor upstream) {
-  pull(make_products(products), make_logits(start, bias, scale, softcap), read<int64_t>(target),
-       read<float>(lse), read<float>(upstream));
+void grad_logits_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                    double softcap, Tensor target, Tensor lse, Tensor upstream) {
+  grad_logits(make_products(products), make_options(start, bias, scale, softcap),
+              read<int64_t>(target), read<float>(lse), read<float>(upstream));
 }
 
-void head_couple_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
-                    double softcap, Tensor lse, Tensor row_weights, Tensor crossed) {
-  couple(make_products(products), make_logits(start, bias, scale, softcap), read<float>(lse),
-         read<float>(row_weights), write(crossed));
+void quadratic_dot_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                      double softcap, Tensor lse, Tensor row_weights, Tensor dot_others) {
+  quadratic_dot(make_products(products), make_options(start, bias, scale, softcap),
+                read<float>(lse), read<float>(row_weights), write(dot_others));
 }
 
-void head_quadratic_pull_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
-                            double softcap, Tensor target, Tensor lse, Tensor row_weights,
-                            Tensor dots, Tensor upstream) {
-  quadratic_pull(make_products(products), make_logits(start, bias, scale, softcap),
-                 read<int64_t>(target), read<float>(lse), read<float>(row_weights),
-                 read<float>(dots), read<float>(upstream));
+void quadratic_grad_logits_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
+                              double softcap, Tensor target, Tensor lse, Tensor row_weights,
+                              Tensor dot, Tensor upstream) {
+  quadratic_grad_logits(make_products(products), make_options(start, bias, scale, softcap),
+                        read<int64_t>(target), read<float>(lse), read<float>(row_weights),
+                        read<float>(dot), read<float>(upstream));
 }
 
-// For the tests: the words of counters [n, 4], and the latents of words [n, 4].
+// For the tests: words [n, 4] of counters, and latents [n, 4] of words.
 void philox_op(Tensor words, Tensor counters, Tensor seed) {
   const uint64_t key = static_cast<uint64_t>(*read<int64_t>(seed));
   const int64_t* from = read<int64_t>(counters);
@@ -212,64 +214,61 @@ void philox_op(Tensor words, Tensor counters, Tensor seed) {
 }
 
 void latents_op(Tensor latents, Tensor words, std::string latent) {
-  const Law law = parse_law(latent);
+  const Distribution distribution = parse_distribution(latent);
   const int64_t* from = read<int64_t>(words);
   float* to = static_cast<float*>(latents.mutable_data_ptr());
   const int64_t count = words.size(0);
   for (int64_t start = 0; start < count; start += LANES) {
     const int64_t left = count - start < LANES ? count - start : LANES;
     Words block = {};
-    Draws draws;
+    Latents z;
     for (int64_t i = 0; i < 4 * left; ++i) block[i % 4][i / 4] = from[4 * start + i];
-    apply_law(law, block, draws);
-    for (int64_t i = 0; i < 4 * left; ++i) to[4 * start + i] = draws[i % 4][i / 4];
+    to_latents(distribution, block, z);
+    for (int64_t i = 0; i < 4 * left; ++i) to[4 * start + i] = z[i % 4][i / 4];
   }
 }
 
 }  // namespace
 }  // namespace fastperturb
 
+// The arguments of make_problem, and those that say how products become logits.
+#define EMBED_CALL                                                                           \
+  "Tensor source, Tensor? ids, Tensor? mask, Tensor seed, Tensor samples, Tensor rows, "      \
+  "Tensor positions, Tensor[] weights, Tensor? per_token, str family, str latent, "           \
+  "bool sequence, bool antithetic"
+#define LOGIT_OPTIONS "int start, Tensor? bias, float scale, float softcap"
+
 STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
-  m.def(
-      "forward(Tensor(a!) out, Tensor source, Tensor? ids, Tensor? mask, Tensor seed, "
-      "Tensor samples, Tensor rows, Tensor positions, Tensor[] weights, Tensor? per_token, "
-      "str family, str latent, bool sequence, bool antithetic) -> ()");
-  m.def(
-      "backward(Tensor grad, Tensor source, Tensor? ids, Tensor? mask, Tensor seed, "
-      "Tensor samples, Tensor rows, Tensor positions, Tensor[] weights, Tensor? per_token, "
-      "str family, str latent, bool sequence, bool antithetic, bool per_row, "
-      "Tensor(a!)[] grad_weights, Tensor(b!)? upstream_sum, Tensor(c!)? through_shift) -> ()");
+  m.def("forward(Tensor(a!) out, " EMBED_CALL ") -> ()");
+  m.def("backward(Tensor grad, " EMBED_CALL
+        ", bool per_row, Tensor(a!)[] grad_weights, Tensor(b!)? upstream_sum, "
+        "Tensor(c!)? through_shift) -> ()");
   m.def("scatter_rows(Tensor(a!) table, Tensor rows, Tensor ids, Tensor order) -> ()");
   m.def(
       "combine(Tensor(a!) value, Tensor(b!) log_marginal, Tensor(c!) effective_samples, "
       "Tensor(d!) weights, Tensor log_probs, Tensor mask, str estimator, bool sequence) -> ()");
-  m.def(
-      "head_gather(Tensor(a!) products, int start, Tensor? bias, float scale, float softcap, "
-      "Tensor target, Tensor(b!) peak, Tensor(c!) others, Tensor(d!) at_target, "
-      "Tensor(e!)? spread, bool weigh, Tensor(f!)? total) -> ()");
-  m.def(
-      "head_pull(Tensor(a!) products, int start, Tensor? bias, float scale, float softcap, "
-      "Tensor target, Tensor lse, Tensor upstream) -> ()");
-  m.def(
-      "head_couple(Tensor products, int start, Tensor? bias, float scale, float softcap, "
-      "Tensor lse, Tensor row_weights, Tensor(a!) crossed) -> ()");
-  m.def(
-      "head_quadratic_pull(Tensor(a!) products, int start, Tensor? bias, float scale, "
-      "float softcap, Tensor target, Tensor lse, Tensor row_weights, Tensor dots, "
-      "Tensor upstream) -> ()");
+  m.def("head_online_softmax(Tensor(a!) products, " LOGIT_OPTIONS
+        ", Tensor target, Tensor(b!) peak, Tensor(c!) other_sum, Tensor(d!) target_logit, "
+        "Tensor(e!)? entropy_sum, bool want_weights, Tensor(f!)? total) -> ()");
+  m.def("head_grad_logits(Tensor(a!) products, " LOGIT_OPTIONS
+        ", Tensor target, Tensor lse, Tensor upstream) -> ()");
+  m.def("head_quadratic_dot(Tensor products, " LOGIT_OPTIONS
+        ", Tensor lse, Tensor row_weights, Tensor(a!) dot_others) -> ()");
+  m.def("head_quadratic_grad_logits(Tensor(a!) products, " LOGIT_OPTIONS
+        ", Tensor target, Tensor lse, Tensor row_weights, Tensor dot, Tensor upstream) -> ()");
   m.def("philox(Tensor(a!) words, Tensor counters, Tensor seed) -> ()");
   m.def("latents(Tensor(a!) latents, Tensor words, str latent) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastperturb_cpp, CPU, m) {
-  m.impl("forward", TORCH_BOX(&fastperturb::forward_op));
-  m.impl("backward", TORCH_BOX(&fastperturb::backward_op));
+  m.impl("forward", TORCH_BOX(&fastperturb::Embed::forward));
+  m.impl("backward", TORCH_BOX(&fastperturb::Embed::backward));
   m.impl("scatter_rows", TORCH_BOX(&fastperturb::scatter_rows_op));
   m.impl("combine", TORCH_BOX(&fastperturb::combine_op));
-  m.impl("head_gather", TORCH_BOX(&fastperturb::head_gather_op));
-  m.impl("head_pull", TORCH_BOX(&fastperturb::head_pull_op));
-  m.impl("head_couple", TORCH_BOX(&fastperturb::head_couple_op));
-  m.impl("head_quadratic_pull", TORCH_BOX(&fastperturb::head_quadratic_pull_op));
+  m.impl("head_online_softmax", TORCH_BOX(&fastperturb::online_softmax_op));
+  m.impl("head_grad_logits", TORCH_BOX(&fastperturb::grad_logits_op));
+  m.impl("head_quadratic_dot", TORCH_BOX(&fastperturb::quadratic_dot_op));
+  m.impl("head_quadratic_grad_logits", TORCH_BOX(&fastperturb::quadratic_grad_logits_op));
   m.impl("philox", TORCH_BOX(&fastperturb::philox_op));
   m.impl("latents", TORCH_BOX(&fastperturb::latents_op));
 }

@@ -51,47 +51,37 @@ inline void sine_cosine(float a, float& sine, float& cosine) {
   cosine = bit_cast<float>(bit_cast<uint32_t>(swapped ? s : c) ^ flip_cosine);
 }
 
-// e^x for x <= 0; below -87 it stays at e^-87.
-inline float exp_of_negative(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  float r = x - n * 0.693359375f;
+// e^x for -87 <= x <= 88, in a float or in all lanes of a Vec: x = n ln 2 + r (Cephes expf).
+template <class Word, class Float>
+inline Float exp_in_range(Float x) {
+  const Float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits hold n
+  const Float n = shifted - 12582912.0f;
+  Float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+  Float p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const uint32_t scale = (bit_cast<uint32_t>(shifted) + 127) << 23;
-  return p * bit_cast<float>(scale);
+  const Word scale = (bit_cast<Word>(shifted) + 127) << 23;
+  return p * bit_cast<Float>(scale);
 }
+
+// e^x for x <= 0; below -87 it stays at e^-87.
+inline float exp_of_negative(float x) { return exp_in_range<uint32_t>(x < -87.0f ? -87.0f : x); }
 
 // e^x for x near or below 0, in all lanes; 0 below -87, at -inf too.
 inline Vec exp_or_zero(Vec x) {
   const Vec lowest = Vec{} - 87.0f;
-  const Vec kept = x < lowest ? lowest : x;
-  const Vec shifted = kept * 1.44269504f + 12582912.0f;
-  const Vec n = shifted - 12582912.0f;
-  Vec r = kept - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const WordVec scale = (bit_cast<WordVec>(shifted) + 127) << 23;
-  return x < lowest ? Vec{} : p * bit_cast<Vec>(scale);
+  return x < lowest ? Vec{} : exp_in_range<WordVec>(x < lowest ? lowest : x);
 }
 
 // tanh x: a polynomial in x near 0, from e^-2|x| beyond (Cephes tanhf).
 inline Vec hyperbolic_tangent(Vec x) {
   const Vec size = x < 0.0f ? -x : x;
-  const Vec fall = exp_or_zero(-2.0f * size);
-  const Vec far = (1.0f - fall) / (1.0f + fall);
+  const Vec decay = exp_or_zero(-2.0f * size);
+  const Vec far = (1.0f - decay) / (1.0f + decay);
   const Vec square = x * x;
   Vec near = -5.70498872745e-3f * square + 2.06390887954e-2f;
   near = near * square - 5.37397155531e-2f;

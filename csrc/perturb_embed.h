@@ -1,4 +1,4 @@
-// perturb_embed on raw pointers: what a call consists of, and its two passes.
+// perturb_embed on raw pointers: a call's inputs, and its two passes.
 //
 // With n = b T + t a token, e its embedding (read once for all M samples) and z [R] its latent:
 //
@@ -10,8 +10,8 @@
 //                                            weights: C rho [H, D], B [R, H] (in the backward
 //                                            C^T rho [D, H] as well); per token: h [N, H]
 //
-// The caller has folded the embedding scale rho in, and made what depends on the token alone
-// (gain and h) by GEMMs. Forward and backward each move about one output, M N D elements, to or
+// The caller has folded the embedding scale rho in, and made gain and h, which depend on the token
+// alone, by GEMMs. Forward and backward each move about one output, M N D elements, to or
 // from memory and spend 2 M N K D flops, K = R, or H for mlp, with the latents made twice.
 
 #pragma once
@@ -33,12 +33,12 @@ struct Problem {
   const void* source;  // the table [V, D] and ids [N], or embeddings [N, D] and no ids
   int64_t source_stride;
   const int64_t* ids;
-  const bool* mask;  // [N], or nothing: every token moves
+  const bool* mask;  // [N], or nothing: every token is perturbed
   const float* weights[3];
   const float* per_token;
 
   int64_t source_row(int64_t token) const { return (ids ? ids[token] : token) * source_stride; }
-  bool moves(int64_t token) const { return !mask || mask[token]; }
+  bool perturbs(int64_t token) const { return !mask || mask[token]; }
   // The rows of the product with the [*, D] weights: the latents, or mlp's hidden units.
   int64_t inner_dim() const { return family == Family::mlp ? hidden_dim : latent_dim; }
 };

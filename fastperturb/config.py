@@ -1,4 +1,4 @@
-"""What a perturbed language model is made of: one frozen, validated dataclass."""
+"""The configuration of a perturbed language model: one frozen, validated dataclass."""
 
 from __future__ import annotations
 
@@ -16,63 +16,62 @@ MARGINALS = ("token", "sequence")
 ESTIMATORS = ("jensen", "iwae", "jvi", "jvi_clip", "resample", "sumo", "mlmc", "quadratic")
 PLANS = ("auto", "batched", "chunked", "resample")
 
-# These combine draws as if they were independent; an antithetic pair is not.
+# These combine samples as if they were independent; an antithetic pair is not.
 INDEPENDENT_DRAWS = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
-# These can be mixed in one loss: their values come from all draws of one pass.
+# These can be mixed in one loss: their values come from all samples of one pass.
 MIXABLE = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
-# One draw leaves nothing to pair, to leave out or to telescope.
+# One sample leaves nothing to pair, to leave out or to telescope.
 AT_LEAST_TWO_DRAWS = ("quadratic", "jvi", "jvi_clip", "mlmc")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerturbConfig:
-    """How prefix embeddings are moved and how the marginal is estimated."""
+    """The perturbation of prefix embeddings, and the estimation of the marginal likelihood."""
 
     transform: str = "lowrank"
-    """The family T(e, z): diagonal, lowrank, gated, affine or mlp."""
+    """Family of the learned perturbation T(e, z): diagonal, lowrank, gated, affine or mlp."""
 
     latent: str = "gaussian"
-    """The law of z: gaussian, uniform or rademacher."""
+    """Distribution of the latent z: gaussian, uniform or rademacher."""
 
     latent_dim: int = 16
-    """The width of z (diagonal: that of the embeddings, whatever this says)."""
+    """Number of entries of the latent z; diagonal ignores it and has as many as an embedding."""
 
     hidden_dim: int = 64
-    """The width of gated's and mlp's inner layer."""
+    """Width of the hidden layer of gated and mlp; the other families ignore it."""
 
     scope: str = "token"
-    """token: a fresh z at every position. sequence: one z a sequence."""
+    """Reach of one z: token draws a new one at every position, sequence one for all positions."""
 
     marginal: str = "token"
-    """What is averaged over draws: the probability of each token, or of the whole sequence."""
+    """Probability that is averaged over the samples: of each token, or of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
-    """The estimating equation, or a mixture: equations and their weights in the loss."""
+    """Estimator of the loss, such as iwae or jvi_clip, or several with their weights."""
 
     num_samples: int = 8
-    """M, the Monte-Carlo draws."""
+    """Number M of Monte-Carlo samples of z for every sequence."""
 
     backward_samples: int | None = None
-    """The K draws that resample sends backward; None is round(sqrt(M / 2))."""
+    """Number K of samples that resample runs backward through; None means round(sqrt(M / 2))."""
 
     init_scale: float = 0.2
-    """Root mean square of the shift over that of the embeddings, at the start."""
+    """RMS shift at the start of training, relative to the RMS of the embeddings."""
 
     min_scale: float = 0.0
-    """The same, at the least."""
+    """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
     antithetic: bool = False
-    """Draws come in pairs z, -z."""
+    """Draw the samples in pairs z, -z."""
 
     deterministic: bool = False
-    """z is held at one draw, the same for all tokens: the parameters without the randomness, which
-    is what a learned perturbation should be compared with."""
+    """Hold z at one value for all tokens: a control with the same parameters and no randomness."""
 
     plan: str = "auto"
-    """How the samples go through the trunk: auto, batched, chunked or resample."""
+    """Schedule of the samples: batched (all at once), chunked, resample or auto (by memory)."""
 
     chunk_size: int | None = None
-    """Samples at a time, where they do not all go at once."""
+    """Number of samples in a chunk; setting it makes auto use chunked."""
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -91,14 +90,17 @@ class PerturbConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.antithetic and self.deterministic:
-            raise ValueError("antithetic=True pairs draws, and deterministic=True has one")
+            raise ValueError(
+                "antithetic=True draws samples in pairs, and deterministic=True has only one: "
+                "use one of the two"
+            )
         _require_scale("init_scale", self.init_scale, positive=True)
         _require_scale("min_scale", self.min_scale, positive=False)
         if "quadratic" in self.equations and self.marginal == "sequence":
             raise ValueError(
-                "marginal='sequence' has no estimator='quadratic': the quadratic equation needs "
-                "every outcome of the marginal; use marginal='token' or another estimator of "
-                f"{ESTIMATORS}"
+                "marginal='sequence' has no estimator='quadratic': the quadratic estimator sums "
+                "over every possible label, and there are too many sequences; use "
+                f"marginal='token' or another estimator of {ESTIMATORS}"
             )
         if self.plan == "resample" and tuple(self.equations) not in (("iwae",), ("resample",)):
             raise ValueError(
@@ -111,18 +113,18 @@ class PerturbConfig:
 
     @property
     def equations(self) -> dict[str, float]:
-        """The estimating equations and their weights in the loss."""
+        """The estimators in the loss, by name, and their weights."""
         if isinstance(self.estimator, str):
             return {self.estimator: 1.0}
         return dict(self.estimator)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` turns back into an equal config."""
+        """Return plain data that `from_dict` turns back into an equal config."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerturbConfig:
-        """A config from plain data; a key that is no field is refused, never ignored."""
+        """Make a config of plain data; a key that is no field raises, and is never ignored."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values must be a mapping of PerturbConfig's keys, got {values!r}")
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -144,17 +146,17 @@ _CHOICES = {
 
 def _check_mixture(estimator: Mapping[Any, Any]) -> None:
     if not estimator:
-        raise ValueError(f"estimator must name an equation of {MIXABLE} or more, got {estimator!r}")
+        raise ValueError(f"estimator must name at least one of {MIXABLE}, got {estimator!r}")
     for name, weight in estimator.items():
         if name not in MIXABLE:
             raise ValueError(
-                f"estimator={estimator!r} mixes {name!r}; what can be mixed is {MIXABLE}"
+                f"estimator={estimator!r} mixes {name!r}; a mixture can have {MIXABLE}"
             )
         _require_scale(f"the weight of {name!r} in estimator", weight, positive=True)
 
 
 def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -> None:
-    """Refuse a number of draws, or a coupling of them, that the estimator cannot use."""
+    """Raise for a number of samples, or for pairs of them, that the estimator cannot use."""
     _require_count("num_samples", num_samples)
     if num_samples < 2 and estimator in AT_LEAST_TWO_DRAWS:
         raise ValueError(
@@ -162,19 +164,19 @@ def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -
         )
     if antithetic and num_samples % 2:
         raise ValueError(
-            f"num_samples must be even with antithetic=True (draws come in pairs z, -z), "
+            f"num_samples must be even with antithetic=True (samples come in pairs z, -z), "
             f"got {num_samples}"
         )
     if antithetic and estimator in INDEPENDENT_DRAWS:
         allowed = tuple(name for name in ESTIMATORS if name not in INDEPENDENT_DRAWS)
         raise ValueError(
-            f"antithetic=True pairs the draws, but estimator={estimator!r} needs independent "
+            f"antithetic=True pairs the samples, but estimator={estimator!r} needs independent "
             f"ones; use antithetic=False or an estimator of {allowed}"
         )
 
 
 def check_backward_samples(backward_samples: int | None, num_samples: int) -> None:
-    """Refuse a K that is no number of samples to send backward, or more than there are."""
+    """Raise for a K that is not a positive number, or is above the number of samples."""
     if backward_samples is None:
         return
     _require_count("backward_samples", backward_samples, or_none=True)
@@ -185,7 +187,7 @@ def check_backward_samples(backward_samples: int | None, num_samples: int) -> No
 
 
 def suggestion(name: str, choices: Collection[str]) -> str:
-    """The end of an error about an unknown name: the closest choice, if any is close."""
+    """Return the end of an error about an unknown name: the closest choice, if any is close."""
     close = difflib.get_close_matches(name, choices, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

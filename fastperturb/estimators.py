@@ -1,13 +1,13 @@
 """Estimating equations: from M log-probs l[m] = log pi(y | z_m) to a value and its weights.
 
-Every estimator but `quadratic` reduces to one scalar weight for each (sample, outcome): the
+Every estimator but `quadratic` reduces to one scalar weight for each (sample, label): the
 gradient of the value is sum_m weights[m] grad l[m]. With L_M = log mean exp l:
 
     jensen     mean l                                 1/M               bias does not vanish
     iwae       L_M                                    softmax(l)        bias ~ -Var(p)/(2 M p^2)
     jvi        M L_M - (M-1) mean_j L_{M-1}^(-j)      may be negative   O(1/M^2)
     jvi_clip   the same value                         clipped at 0 and renormalised
-    resample   L_M                                    softmax(l), on K draws only, reweighted
+    resample   L_M                                    softmax(l), on K samples only, reweighted
     sumo       M L_M - sum_{k<M} L_k, M random        a randomised telescope (`Telescope`)
     mlmc       one random level of a telescope        antithetic halves     (`Telescope`)
 
@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from fastperturb.config import ESTIMATORS, check_backward_samples, check_draws
 
-# Stands for the log-prob of an impossible outcome, so that weights stay finite.
+# Stands for the log-prob of an impossible label, so that weights stay finite.
 _LOWEST = -1e30
-# Resampling mixes in this much of the uniform law, which bounds its weights.
+# Resampling mixes in this much of the uniform distribution, which bounds its weights.
 _UNIFORM_SHARE = 0.1
 
 
@@ -46,7 +46,7 @@ def combine(
     """Combine M samples' log-probs: the value, and the weights that are its gradient.
 
     log_probs: [M, B, T] for the token marginal, [M, B] for the sequence marginal.
-    mask: bool, [B, T] or [B]: which outcomes are labelled; the others get 0 and no weight.
+    mask: bool, [B, T] or [B], true where there is a label; elsewhere value and weights are 0.
     backward_samples: K of `resample`. generator: the randomness of resample, sumo and mlmc,
         whose rows each draw their own samples or level.
 
@@ -77,19 +77,20 @@ def resample(
     log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`combine` for resample, with the uniforms [K, B] on (0, 1) that choose its K samples."""
-    found = Resampled.of(log_probs, uniforms, mask=mask)
-    index = found.drawn.view(*found.drawn.shape, *[1] * (log_probs.ndim - 2))
-    weights = found.weights.new_zeros(log_probs.shape)
-    weights.scatter_add_(0, index.expand_as(found.weights), found.weights)
-    return _WithGradient.apply(log_probs, found.value, weights), weights
+    resampled = Resampled.of(log_probs, uniforms, mask=mask)
+    drawn = resampled.drawn
+    index = drawn.view(*drawn.shape, *[1] * (log_probs.ndim - 2)).expand_as(resampled.weights)
+    weights = resampled.weights.new_zeros(log_probs.shape)
+    weights.scatter_add_(0, index, resampled.weights)
+    return _WithGradient.apply(log_probs, resampled.value, weights), weights
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """What scoring M draws leaves to do: run the K drawn ones again, weighted.
+    """The K samples, drawn from M that were scored, to run again with a gradient.
 
     drawn: their indices [K, B]. value: iwae's. weights: of the drawn samples' log-probs, shaped
-    like those of K draws.
+    like those of K samples.
     """
 
     drawn: Tensor
@@ -98,43 +99,43 @@ class Resampled:
 
     @classmethod
     def of(cls, log_probs: Tensor, uniforms: Tensor, *, mask: Tensor | None = None) -> Resampled:
-        """From all M draws' log-probs and the uniforms [K, B] that choose among them."""
+        """Draw K samples, by all M samples' log-probs and the uniforms [K, B] that choose."""
         mask = _check_log_probs(log_probs, mask)
         value, weights = _iwae(_lowered(log_probs))
-        drawn, law = draw_samples(weights, uniforms, mask=mask)
-        share = 1 / (len(drawn) * law.gather(0, drawn))  # (K, B)
+        drawn, chances = draw_samples(weights, uniforms, mask=mask)
+        share = 1 / (len(drawn) * chances.gather(0, drawn))  # (K, B)
         ends = [1] * (weights.ndim - 2)
         index = drawn.view(*drawn.shape, *ends).expand(-1, *weights.shape[1:])
         weights = weights.gather(0, index) * share.view(*share.shape, *ends)
         return cls(drawn, value.where(mask, 0.0), weights.where(mask, 0.0))
 
     def estimate(self, log_probs: Tensor) -> Tensor:
-        """The value, whose gradient flows through the drawn samples' log-probs, run again."""
+        """Return the value; its gradient flows through the drawn samples' log-probs, run again."""
         return _WithGradient.apply(log_probs, self.value, self.weights)
 
 
 def draw_samples(weights: Tensor, uniforms: Tensor, *, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """K whole samples for each row, with replacement: their indices [K, B] and the law [M, B].
+    """Draw K whole samples for each batch row, with replacement.
 
-    Sample m of a row is drawn with the mean of its iwae weights over the row's labelled
-    outcomes, mixed with a tenth of the uniform law.
+    Sample m of a row is drawn with the mean of its iwae weights over the row's labels, mixed with
+    a tenth of the uniform distribution. Returns the indices [K, B] and the probabilities [M, B].
     """
     num_samples = weights.shape[0]
-    law = weights
+    chances = weights
     if weights.ndim == 3:
         labelled = mask.sum(-1)
-        law = (weights * mask).sum(-1) / labelled.clamp_min(1)
-        law = law.where(labelled > 0, 1 / num_samples)
-    law = (1 - _UNIFORM_SHARE) * law + _UNIFORM_SHARE / num_samples
-    edges = law.cumsum(0).T.contiguous()  # (B, M)
+        chances = (weights * mask).sum(-1) / labelled.clamp_min(1)
+        chances = chances.where(labelled > 0, 1 / num_samples)
+    chances = (1 - _UNIFORM_SHARE) * chances + _UNIFORM_SHARE / num_samples
+    edges = chances.cumsum(0).T.contiguous()  # (B, M)
     drawn = torch.searchsorted(edges, uniforms.to(edges).T.contiguous(), right=True)
-    return drawn.clamp_max(num_samples - 1).T, law
+    return drawn.clamp_max(num_samples - 1).T, chances
 
 
 def default_backward_samples(
     num_samples: int, backward_samples: int | None, draw_noise: float = 1.0
 ) -> int:
-    """K: as asked, or sqrt(c M / 2), which balances what K costs against the noise it removes.
+    """Return `backward_samples`, or K = sqrt(c M / 2), which balances the cost of K and its noise.
 
     A step costs (2M + 4K)P and its gradient's noise is 1 + c / K, c = draw_noise.
     """
@@ -146,15 +147,15 @@ def default_backward_samples(
 
 @dataclass(frozen=True)
 class Telescope:
-    """Randomised telescopes of iwae: a few draws each, unbiased for iwae at `max_samples`.
+    """Randomised telescopes of iwae: a few samples each, unbiased for iwae at `max_samples`.
 
     `sample` turns uniforms into levels (one for a batch, or one for each row), `draws` says how
-    many draws a level needs, and `combine` takes those draws' log-probs. The telescope is cut at
-    `max_samples` (mlmc: at the largest power of two within it), so E[value] = E[L_max] and the
-    bias of iwae with that many draws, about -Var(p) / (2 max_samples p^2), remains.
+    many samples a level needs, and `combine` takes those samples' log-probs. The telescope is cut
+    at `max_samples` (mlmc: at the largest power of two within it), so E[value] = E[L_max] and the
+    bias of iwae with that many samples, about -Var(p) / (2 max_samples p^2), remains.
 
-    sumo: K draws with P(K >= k) = 1/k; value = sum_k (L_k - L_{k-1}) / P(K >= k).
-    mlmc: level n takes 2^n draws with P(n) ~ 2^(-3n/2);
+    sumo: K samples with P(K >= k) = 1/k; value = sum_k (L_k - L_{k-1}) / P(K >= k).
+    mlmc: level n takes 2^n samples with P(n) ~ 2^(-3n/2);
         value = mean l + (L(all) - (L(first half) + L(second half)) / 2) / P(n).
     """
 
@@ -168,7 +169,7 @@ class Telescope:
 
     @property
     def level_draws(self) -> list[int]:
-        """The number of draws of each level, in rising order."""
+        """The number of samples of each level, in rising order."""
         if self.estimator == "sumo":
             return list(range(1, self.max_samples + 1))
         return [2**level for level in range(self.max_samples.bit_length())]
@@ -184,22 +185,22 @@ class Telescope:
 
     @property
     def expected_draws(self) -> float:
-        """The mean number of draws, which is what a step costs."""
+        """The mean number of samples, to which a step's cost is proportional."""
         return sum(p * n for p, n in zip(self.probabilities, self.level_draws, strict=True))
 
     def sample(self, uniforms: Tensor) -> Tensor:
-        """The levels that uniforms on [0, 1) choose, int64 of their shape."""
+        """Draw levels by uniforms on [0, 1): int64 of their shape."""
         edges = torch.tensor(self.probabilities, device=uniforms.device).cumsum(0)[:-1]
         return torch.bucketize(uniforms, edges, right=True)
 
     def draws(self, level: Tensor) -> Tensor:
-        """How many draws each level needs."""
+        """Return the number of samples that each level needs."""
         return torch.tensor(self.level_draws, device=level.device)[level]
 
     def combine(
         self, log_probs: Tensor, level: Tensor, *, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Value and weights, as `estimators.combine`; each row uses its level's first draws.
+        """Combine as `estimators.combine` does; each row uses its level's first samples.
 
         level: [] for the whole batch or [B]; log_probs need only reach the deepest one.
         """
@@ -212,7 +213,7 @@ class Telescope:
         needed = int(self.draws(level).max()) if level.numel() else 0
         if log_probs.shape[0] < needed:
             raise ValueError(
-                f"log_probs must hold the {needed} draws of the deepest level, "
+                f"log_probs must hold the {needed} samples of the deepest level, "
                 f"got {log_probs.shape[0]}"
             )
         lowered = _lowered(log_probs)
@@ -235,7 +236,7 @@ class Telescope:
 
 
 def effective_samples(log_probs: Tensor) -> Tensor:
-    """1 / sum_m w[m]^2 for the iwae weights w: from 1 (one sample does it all) to M."""
+    """Return 1 / sum_m w[m]^2 of the iwae weights w: from 1 (one sample has it all) to M."""
     return 1 / torch.softmax(_lowered(log_probs), dim=0).square().sum(0)
 
 
@@ -314,9 +315,9 @@ def _jvi(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         others - math.log(num_samples - 1)
     ).mean(0)
     # l[i] enters each L^(-j), j != i, with weight exp(l[i] - others[j]) <= 1.
-    pull = torch.exp(log_probs + _log_sum_exp_of_others(-others))
+    weights_of_others = torch.exp(log_probs + _log_sum_exp_of_others(-others))
     weights = num_samples * torch.softmax(log_probs, dim=0)
-    return value, weights - (num_samples - 1) / num_samples * pull
+    return value, weights - (num_samples - 1) / num_samples * weights_of_others
 
 
 def _jvi_clip(log_probs: Tensor) -> tuple[Tensor, Tensor]:

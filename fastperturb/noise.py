@@ -26,8 +26,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-# Sample numbers never reach this one, so draws that are not latents (which samples to send
-# backward, which level to telescope to) take it as their m and meet no latent.
+# Sample numbers never reach this one, so random numbers that are not latents (which samples to run
+# backward, which level to telescope to) take it as their m and share no counter with a latent.
 _AUXILIARY_SAMPLE = _WORD
 
 
@@ -66,7 +66,7 @@ def latent(
     positions: Tensor | None = None,
     antithetic: bool = False,
 ) -> Tensor:
-    """The latents z [M, B, T, R] in fp32, on the device of the numbers given (else the seed's).
+    """Draw the latents z [M, B, T, R] in fp32, on the device of the numbers (else the seed's).
 
     samples: the sample numbers m, an int M (0..M-1), [M] or [M, B]; default 0..M-1.
     rows: the numbers b, [B] or [B, T]; default 0..B-1.
@@ -79,8 +79,8 @@ def latent(
         raise ValueError(f"scope must be one of {SCOPES}, got {scope!r}")
     if len(shape) != 4 or any(size < 0 for size in shape) or shape[3] < 1:
         raise ValueError(f"shape must be (M, B, T, R) with R >= 1, got {tuple(shape)}")
-    given = [x for x in (samples, rows, positions, seed) if isinstance(x, Tensor)]
-    device = given[0].device if given else torch.device("cpu")
+    tensors = [x for x in (samples, rows, positions, seed) if isinstance(x, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
     num_samples, batch, length, latent_dim = shape
     m, b, t = counters(
         num_samples if samples is None else samples,
@@ -194,7 +194,7 @@ def draw_latent(
     scope: str,
     antithetic: bool,
 ) -> Tensor:
-    """`latent` after validation: z [M, B, T, R] in fp32 for counters already laid out."""
+    """Do the work of `latent` after validation: z [M, B, T, R] in fp32 for counters laid out."""
     num_samples, (batch, length) = samples.shape[0], positions.shape
     if scope == "sequence":
         positions = torch.zeros_like(positions)
@@ -207,7 +207,7 @@ def draw_latent(
         rows[None, :, :, None],
     ]
     words = _philox_words([word & _WORD for word in counter], (seed, seed >> 32))
-    z = torch.stack(_LAWS[latent](words), dim=-1)  # (M, B, T, ceil(R / 4), 4)
+    z = torch.stack(_DISTRIBUTIONS[latent](words), dim=-1)  # (M, B, T, ceil(R / 4), 4)
     z = z.reshape(num_samples, batch, length, 4 * len(blocks))[..., :latent_dim]
     if antithetic:
         z = z * (1 - 2 * (samples % 2))[:, :, None, None]
@@ -252,4 +252,4 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
     return radius * angle.cos(), radius * angle.sin()
 
 
-_LAWS = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _rademacher}
+_DISTRIBUTIONS = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _rademacher}

@@ -47,18 +47,18 @@ def affine(e: Tensor, z: Tensor, rho: Tensor, Ua: Tensor, Ub: Tensor) -> Tensor:
 
 
 def mlp(e: Tensor, z: Tensor, rho: Tensor, A: Tensor, B: Tensor, b: Tensor, C: Tensor) -> Tensor:
-    still = (e / rho) @ A + b
-    return e + rho * ((F.gelu(still + z @ B) - F.gelu(still)) @ C)
+    rest = (e / rho) @ A + b
+    return e + rho * ((F.gelu(rest + z @ B) - F.gelu(rest)) @ C)
 
 
 class Transform(nn.Module):
-    """One family: its formula, its parameters, and the law of the latent that drives it."""
+    """One family: its formula, its parameters, and the distribution of its latent."""
 
     family: str
     formula: Callable[..., Tensor]
     parameter_names: tuple[str, ...]
     outer: tuple[str, ...]
-    latent_parameter: int  # the index of the parameter whose rows the latent meets
+    latent_parameter: int  # the index of the parameter that has a row for each entry of the latent
 
     embed_rms: Tensor
 
@@ -104,11 +104,11 @@ class Transform(nn.Module):
         return _root(squares / self.embed_dim)
 
     def _probe(self, width: int, *, row: int, latent: str = "gaussian") -> Tensor:
-        """Fixed draws [probes, width], to average over what has no closed form."""
+        """Draw fixed samples [probes, width], to average over where there is no closed form."""
         like = self.get_parameter(self.outer[0])
         rows = torch.tensor([row], device=like.device)
-        draws = noise.latent(0, (1, 1, _PROBE_TOKENS, width), latent=latent, rows=rows)
-        return draws[0, 0].to(like)
+        z = noise.latent(0, (1, 1, _PROBE_TOKENS, width), latent=latent, rows=rows)
+        return z[0, 0].to(like)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{n}={list(getattr(self, n).shape)}" for n in self.parameter_names)

@@ -1,9 +1,10 @@
-"""combine on GPUs: M log-probs of every outcome to a value, its weights and what is known.
+"""combine on GPUs: M log-probs of a token, or of a sequence, to one value and their weights.
 
-The equations are in `fastperturb.ops.combine`. A program holds the log-probs of BN outcomes as a
-tile [BM, BN], BM the power of two from M on, with outcomes on the fast axis, so that what is
-read and written is dense; or sums one sequence's [M, T] first and holds [BM, 1]. It reads M floats
-of a labelled outcome once and writes M + 3: the kernels move what must move, in one launch.
+The equations are in `fastperturb.ops.combine`. A program holds the log-probs of BN tokens as a
+tile [BM, BN], BM the power of two from M on, with tokens on the fast axis, so that reads and writes
+are dense; or it sums one sequence's [M, T] first and holds [BM, 1]. For each labelled token it
+reads M floats once and writes M + 3, in one launch, with about 10 M operations (30 M for the
+jackknife): memory bounds it.
 
 Sequences are summed, and differences between their sums taken, in fp64: fp32 keeps of a sum of
 thousands less than the samples differ by.
@@ -11,19 +12,18 @@ thousands less than the samples differ by.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# The log-prob of an impossible outcome, so that weights stay finite.
+from fastperturb.kernels import launch
+
+# The log-prob of an impossible label, so that weights stay finite.
 _LOWEST = tl.constexpr(-1e30)
 # A thread holds up to 16 log-probs, which leaves room for the jackknife's other tiles.
-WARPS, _TILE = 8, 4096
-# The parts of a launch that vary from batch to batch: specialising on them would recompile.
-_VARYING = ["M", "B", "N", "T", "stride_m", "stride_b", "stride_t"]
+_WARPS, _TILE = 8, 4096
 
 
 @triton.jit
@@ -54,20 +54,20 @@ def _weights(b_l, b_m, M, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR != "iwae":
         tl.static_assert(ESTIMATOR == "jvi" or ESTIMATOR == "jvi_clip", "unknown estimator")
         share = (count - 1.0) / count
-        b_first = b_m == tl.argmax(b_l, 0)[None, :]
-        # 1 - w of the peak is a sum over the others, from the largest of which they are measured.
-        b_others = tl.where(b_first, float("-inf"), b_l)
+        b_is_peak = b_m == tl.argmax(b_l, 0)[None, :]
+        # 1 - w of the peak is a sum over the others, scaled by the largest of them.
+        b_others = tl.where(b_is_peak, float("-inf"), b_l)
         b_second = tl.max(b_others, 0)[None, :]
         b_rest = tl.exp(b_others - b_second)
         b_rest_total = tl.sum(b_rest, 0)
         b_log_rest = tl.sum(b_second - b_peak, 0) + tl.log(b_rest_total) - tl.log(b_total)
-        b_minor = tl.where(b_first, 0.0, b_w)
+        b_minor = tl.where(b_is_peak, 0.0, b_w)
         b_odds = b_minor / (1.0 - b_minor)
-        b_pull = tl.sum(b_odds, 0)[None, :] - b_odds
+        b_other_odds = tl.sum(b_odds, 0)[None, :] - b_odds
         b_logs = tl.sum(tl.log(1.0 - b_minor), 0) + b_log_rest
         b_value = b_marginal + (count - 1.0) * tl.log(share) - share * b_logs
-        b_lead = tl.where(b_first, 2.0 - 1.0 / count, 3.0 - 2.0 / count)
-        b_w = b_w * (b_lead - share * b_pull) - share * b_rest / b_rest_total[None, :]
+        b_lead = tl.where(b_is_peak, 2.0 - 1.0 / count, 3.0 - 2.0 / count)
+        b_w = b_w * (b_lead - share * b_other_odds) - share * b_rest / b_rest_total[None, :]
         if ESTIMATOR == "jvi_clip":
             b_w = tl.where(b_w < 0.0, 0.0, b_w)
             b_w = b_w / tl.sum(b_w, 0)[None, :]
@@ -90,7 +90,7 @@ def _store(
     M,
     N,
 ):
-    """What is not labelled gets 0."""
+    """Store the results of labelled tokens, 0 for the others."""
     b_live = b_n < N
     tl.store(value_ptr + b_n, tl.where(b_labelled, b_value, 0.0), mask=b_live)
     tl.store(log_marginal_ptr + b_n, tl.where(b_labelled, b_marginal, 0.0), mask=b_live)
@@ -100,7 +100,7 @@ def _store(
     tl.store(weights_ptr + b_offset, b_w, mask=(b_m < M) & b_live[None, :])
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=launch.VARYING)
 def token_kernel(
     value_ptr,  # [N], N = B T; so are the next two
     log_marginal_ptr,
@@ -144,7 +144,7 @@ def token_kernel(
     )
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=launch.VARYING)
 def sequence_kernel(
     value_ptr,  # [B]; so are the next two
     log_marginal_ptr,
@@ -195,52 +195,39 @@ def sequence_kernel(
     )
 
 
-class Launch(NamedTuple):
-    """A kernel and what it is started with, so that a test can compile what would be launched."""
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-
-
 def combine(
     log_probs: Tensor,  # [M, B, T] fp32
     mask: Tensor,  # [B, T]
     estimator: str,
     marginal: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = log_probs.shape if marginal == "token" else log_probs.shape[:2]
-    value, log_marginal, effective = (log_probs.new_empty(shape[1:]) for _ in range(3))
-    outputs = value, log_marginal, effective, log_probs.new_empty(shape)
-    kernel, programs, arguments = plan(outputs, log_probs, mask, estimator, marginal)
-    if programs:
-        with torch.cuda.device_of(log_probs):  # Triton launches on the current device
-            kernel[(programs,)](**arguments, num_warps=WARPS)
-    return outputs
-
-
-def plan(
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    log_probs: Tensor,
-    mask: Tensor,
-    estimator: str,
-    marginal: str,
-) -> Launch:
+    """The value, log marginal and effective samples [B, T] or [B], and the weights [M, ...]."""
     M, B, T = log_probs.shape
-    names = ("value_ptr", "log_marginal_ptr", "effective_ptr", "weights_ptr")
-    strides = zip(("stride_m", "stride_b", "stride_t"), log_probs.stride(), strict=True)
+    shape = (M, B, T) if marginal == "token" else (M, B)
+    value, log_marginal, effective = (log_probs.new_empty(shape[1:]) for _ in range(3))
+    weights = log_probs.new_empty(shape)
     BM = triton.next_power_of_2(M)
-    arguments = {
-        **dict(zip(names, outputs, strict=True)),
+    arguments: dict[str, Any] = {
+        "value_ptr": value,
+        "log_marginal_ptr": log_marginal,
+        "effective_ptr": effective,
+        "weights_ptr": weights,
         "log_probs_ptr": log_probs,
-        "mask_ptr": mask.contiguous().view(torch.uint8),
+        "mask_ptr": launch.as_bytes(mask),
         "M": M,
         "T": T,
-        **dict(strides),
+        "stride_m": log_probs.stride(0),
+        "stride_b": log_probs.stride(1),
+        "stride_t": log_probs.stride(2),
         "ESTIMATOR": estimator,
         "BM": BM,
     }
-    if marginal == "sequence":
-        return Launch(sequence_kernel, B, arguments | {"B": B, "BT": max(1, _TILE // BM)})
-    BN = max(1, min(128, _TILE // BM))
-    return Launch(token_kernel, triton.cdiv(B * T, BN), arguments | {"N": B * T, "BN": BN})
+    if marginal == "token":
+        BN = max(1, min(128, _TILE // BM))
+        programs = triton.cdiv(B * T, BN)
+        arguments |= {"N": B * T, "BN": BN}
+        launch.start(token_kernel, (programs,), arguments, num_warps=_WARPS)
+    else:
+        arguments |= {"B": B, "BT": max(1, _TILE // BM)}
+        launch.start(sequence_kernel, (B,), arguments, num_warps=_WARPS)
+    return value, log_marginal, effective, weights

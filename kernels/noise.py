@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language import core  # tl.mul and tl.add exist from 3.6 on
 
 _UNIT = tl.constexpr(2.0**-32)
 _TWO_PI = tl.constexpr(6.283185307179586)
@@ -38,13 +37,13 @@ def philox(seed, c0, c1, c2, c3):
     c0, c1 = c0.to(tl.uint32, bitcast=True), c1.to(tl.uint32, bitcast=True)
     c2, c3 = c2.to(tl.uint32, bitcast=True), c3.to(tl.uint32, bitcast=True)
     for _ in tl.static_range(10):
-        product0 = core.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
-        product2 = core.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
+        product0 = tl.mul(c0.to(tl.uint64), 0xD2511F53, sanitize_overflow=False)
+        product2 = tl.mul(c2.to(tl.uint64), 0xCD9E8D57, sanitize_overflow=False)
         c0 = (product2 >> 32).to(tl.uint32) ^ c1 ^ low
         c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ high
         c1, c3 = product2.to(tl.uint32), product0.to(tl.uint32)
-        low = core.add(low, 0x9E3779B9, sanitize_overflow=False)
-        high = core.add(high, 0xBB67AE85, sanitize_overflow=False)
+        low = tl.add(low, 0x9E3779B9, sanitize_overflow=False)
+        high = tl.add(high, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
@@ -71,7 +70,7 @@ def tile(
     t,  # [X] int32
     m,  # [X] int32, the pair's number if antithetic
     b,  # [X] int32
-    factor,  # [X] fp32: the sign, or 0 for a token that stays
+    factor,  # [X] fp32: the sign, or 0 for a token that keeps its embedding
     LATENT: tl.constexpr,
     FAST: tl.constexpr,
 ):

@@ -1,45 +1,48 @@
-"""The backward kernels of `perturb_embed`; the maths and the counts are in `perturb_embed`.
+"""The gradients of `perturb_embed`, whose maths and counts are in `perturb_embed`.
 
 A program owns BD columns of a slab of tokens. It walks the slab tile by tile and, within a tile,
 sample by sample, reads each upstream gradient once, redraws z, and keeps the parameters'
 gradients of its columns in registers. It stores one partial sum; torch adds the slabs in a
 fixed order. No atomics, so the same seed gives the same bits in every run.
 
-Slabs lie within segments: one segment of all N tokens for the gradient, one per row b for
+Slabs lie within segments: one segment of all N tokens for the gradient, one per batch row for
 per-sample gradients, where each sample is also a group of its own (grid axis 1).
 
-What needs a sum over all D columns is linear in what one block of columns knows, so blocks store
-partial sums of the gradient of `inner` = (e / rho) A, and `inner_kernel` carries their total on
-to A and e. R or H beyond one block goes to grid axis 2, and each of those reads the gradient.
+A sum over all D columns is linear in what one block of columns knows, so blocks store partial
+sums of the gradient of (e / rho) A, and `perturb_embed_projection` carries their total on to A
+and e. R or H beyond one block goes to grid axis 2, and each of those reads the gradient.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastperturb.kernels import perturb_embed_forward as forward
+from fastperturb.kernels import launch, maths, perturb_embed_projection
+from fastperturb.kernels import perturb_embed_families as families
 from fastperturb.kernels import perturb_embed_tiles as tiles
+from fastperturb.kernels.perturb_embed_call import ROLES, Layout
 
 
-@triton.jit(do_not_specialize=tiles.VARYING)
+@triton.jit(do_not_specialize=launch.VARYING)
 def backward_kernel(
     grad_ptr,  # [M, N, D]
     grad_e_ptr,  # [PARTS, N, D], sum_m g and what else reaches e here, or None
     grad_U_ptr,  # [G, S, R, D] fp32; diagonal: [G, S, 1, D]; mlp: [G, S, ND, R, H]
     grad_V_ptr,  # affine: [G, S, R, D] fp32
     grad_C_ptr,  # gated, mlp: [G, S, PARTS, H, D] fp32
-    grad_inner_ptr,  # gated, mlp: [PARTS, ND, G, N, H] fp32
+    grad_projected_ptr,  # gated, mlp: [PARTS, ND, G, N, H] fp32
     table_ptr,
     ids_ptr,
     U_ptr,
     V_ptr,
     C_ptr,
-    inner_ptr,
+    projected_ptr,
     rho_ptr,
     seed_ptr,
     samples_ptr,
-    rows_ptr,
+    row_ids_ptr,
     positions_ptr,
     mask_ptr,
     table_stride,
@@ -47,14 +50,14 @@ def backward_kernel(
     N,
     T,
     vocab,
-    samples_m,
-    samples_b,
-    rows_b,
-    rows_t,
-    positions_b,
-    positions_t,
-    segment,  # tokens of a segment
-    split,  # tokens of a slab
+    samples_stride_m,
+    samples_stride_b,
+    row_ids_stride_b,
+    row_ids_stride_t,
+    positions_stride_b,
+    positions_stride_t,
+    segment_tokens,
+    slab_tokens,
     D: tl.constexpr,
     R: tl.constexpr,
     H: tl.constexpr,
@@ -70,19 +73,16 @@ def backward_kernel(
 ):
     DTYPE: tl.constexpr = table_ptr.dtype.element_ty
     WANT_E: tl.constexpr = grad_e_ptr is not None
+    PROJECTED: tl.constexpr = projected_ptr is not None  # gated and mlp
     ND: tl.constexpr = (D + BD - 1) // BD
     NR: tl.constexpr = (R + BR - 1) // BR
     PARTS: tl.constexpr = NR if FAMILY == "gated" or FAMILY == "affine" else 1
-    slab = tl.program_id(0) // ND
+    slab, first, last = tiles.slab_of_tokens(segment_tokens, slab_tokens, N, ND)
     block_d = tl.program_id(0) % ND
     group = tl.program_id(1)
     block_r = tl.program_id(2) % NR
     block_h = tl.program_id(2) // NR
     part = block_r % PARTS
-    first = slab // tl.cdiv(segment, split) * segment
-    last = tl.minimum(first + segment, N)
-    first += slab % tl.cdiv(segment, split) * split
-    last = tl.minimum(first + split, last)
     b_d = block_d * BD + tl.arange(0, BD)
     b_r = block_r * BR + tl.arange(0, BR)
     b_h = block_h * BH + tl.arange(0, BH)
@@ -90,107 +90,110 @@ def backward_kernel(
     rho = tl.load(rho_ptr).to(tl.float32)
     sample_stride = tl.cast(N, tl.int64) * D
     grad_ptr += tl.cast(group, tl.int64) * M * sample_stride
-    samples_ptr += tl.cast(group, tl.int64) * M * samples_m
+    samples_ptr += tl.cast(group, tl.int64) * M * samples_stride_m
     slab += tl.cast(group, tl.int64) * (tl.num_programs(0) // ND)
 
+    # diagonal has a latent for each column, the others a few for all.
+    BZ: tl.constexpr = BD if FAMILY == "diagonal" else BR
+    first_latent = block_d * BD if FAMILY == "diagonal" else block_r * BR
     if FAMILY == "diagonal":
         b_grad_s = tl.zeros([BT, BD], tl.float32)
     elif FAMILY == "mlp":
         b_grad_U = tl.zeros([BR, BH], tl.float32)
         b_C = tiles.matrix_tile(C_ptr, b_h, b_d, H, D)
-        if R <= BR:
-            b_U = tiles.matrix_tile(U_ptr, b_r, b_h, R, H)
+        b_U = tiles.matrix_tile(U_ptr, b_r, b_h, R, H)
     else:
-        # Columns first: [BD, BR] has the 64 rows that the warpgroup's product wants.
         b_grad_U = tl.zeros([BD, BR], tl.float32)
-        if FAMILY == "affine":
-            b_grad_V = tl.zeros([BD, BR], tl.float32)
-        if FAMILY != "lowrank":
-            b_U = tiles.matrix_tile(U_ptr, b_r, b_d, R, D)
-    if FAMILY == "gated" or FAMILY == "mlp":
-        b_grad_C = tl.zeros([BH, BD], tl.float32)
+        b_grad_V = tl.zeros([BD, BR], tl.float32)
+        b_U = tiles.matrix_tile(U_ptr, b_r, b_d, R, D)
+    b_grad_C = tl.zeros([BH, BD], tl.float32)
 
     for start in range(first, last, BT):
         b_token = start + tl.arange(0, BT)
         b_live = b_token < last
         b_offset = b_token.to(tl.int64)[:, None] * D + b_d[None, :]
         b_mask = b_live[:, None] & (b_d < D)[None, :]
-        tokens = tiles.token_numbers(
+        tokens = tiles.load_tokens(
+            seed,
             b_token,
             b_live,
             T,
-            rows_ptr,
-            rows_b,
-            rows_t,
+            row_ids_ptr,
+            row_ids_stride_b,
+            row_ids_stride_t,
             positions_ptr,
-            positions_b,
-            positions_t,
+            positions_stride_b,
+            positions_stride_t,
             mask_ptr,
             SCOPE,
         )
-        b_sample_ptr = samples_ptr + tokens[0] * samples_b
+        b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         if FAMILY == "affine":
             b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
             b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, 0.0)
-        if FAMILY == "gated":
-            b_gate = forward.gate_tile(inner_ptr, C_ptr, b_token, N, b_d, D, H, BH, DTYPE)
-        if FAMILY == "mlp":
-            b_still = tiles.matrix_tile(inner_ptr, b_token, b_h, N, H)
-            b_rest, b_rest_slope = tiles.gelu_and_slope(b_still)
-            b_grad_inner = tl.zeros([BT, BH], tl.float32)
+        elif FAMILY == "gated":
+            b_gate = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, DTYPE)
+        elif FAMILY == "mlp":
+            b_projected = tiles.matrix_tile(projected_ptr, b_token, b_h, N, H)
+            b_gelu, b_slope = maths.gelu_and_slope(b_projected)
+            b_grad_projected = tl.zeros([BT, BH], tl.float32)
         b_grad_e = tl.zeros([BT, BD], tl.float32)
         b_product = tl.zeros([BT, BD], tl.float32)  # sum_m g (z U)
 
         tile_ptr = grad_ptr
         for _ in range(M):
             b_g = tl.load(tile_ptr + b_offset, mask=b_mask, other=0.0)
+            b_z = tiles.latent_tile(
+                tokens, b_sample_ptr, first_latent, BZ, LATENT, ANTITHETIC, FAST
+            )
             if FAMILY == "diagonal":
-                b_z = tiles.latent_tile(
-                    seed, b_sample_ptr, tokens, block_d * BD, BD, LATENT, ANTITHETIC, FAST
+                b_grad_s = families.add_diagonal(b_grad_s, b_g, b_z)
+            elif FAMILY == "lowrank":
+                b_grad_U = families.add_lowrank(b_grad_U, b_g, b_z, DTYPE)
+            elif FAMILY == "gated":
+                b_grad_U, b_product = families.add_gated(
+                    b_grad_U, b_product, b_g, b_z, b_U, b_gate, DTYPE
                 )
-                b_grad_s += b_g.to(tl.float32) * b_z
+            elif FAMILY == "affine":
+                b_grad_U, b_grad_V, b_product = families.add_affine(
+                    b_grad_U, b_grad_V, b_product, b_g, b_z, b_U, b_e, WANT_E, DTYPE
+                )
             else:
-                b_z = tiles.latent_tile(
-                    seed, b_sample_ptr, tokens, block_r * BR, BR, LATENT, ANTITHETIC, FAST
+                tl.static_assert(FAMILY == "mlp", "unknown family")
+                b_hidden = families.hidden_tile(
+                    tokens,
+                    b_sample_ptr,
+                    b_projected,
+                    b_z,
+                    U_ptr,
+                    b_U,
+                    b_h,
+                    R,
+                    H,
+                    LATENT,
+                    ANTITHETIC,
+                    FAST,
+                    DTYPE,
                 )
-            if FAMILY == "lowrank":
-                b_grad_U = tiles.dot_exact(tl.trans(b_g), b_z, b_grad_U, DTYPE)
-            if FAMILY == "affine":
-                b_grad_V = tiles.dot_exact(tl.trans(b_g), b_z, b_grad_V, DTYPE)
-                b_scaled = (b_g.to(tl.float32) * b_e.to(tl.float32)).to(DTYPE)
-                b_grad_U = tiles.dot_exact(tl.trans(b_scaled), b_z, b_grad_U, DTYPE)
-            if FAMILY == "gated":
-                b_gained = (b_g.to(tl.float32) * (1.0 + b_gate)).to(DTYPE)
-                b_grad_U = tiles.dot_exact(tl.trans(b_gained), b_z, b_grad_U, DTYPE)
-            if FAMILY == "gated" or (FAMILY == "affine" and WANT_E):
-                b_move = tiles.dot(b_z, b_U, tl.zeros([BT, BD], tl.float32), DTYPE)
-                b_product += b_g.to(tl.float32) * b_move
-            if FAMILY == "mlp":
-                b_hidden = b_still
-                if R <= BR:
-                    b_hidden = tiles.dot(b_z, b_U, b_hidden, DTYPE)
-                else:
-                    for r in range(0, R, BR):
-                        b_U = tiles.matrix_tile(U_ptr, r + tl.arange(0, BR), b_h, R, H)
-                        b_zr = tiles.latent_tile(
-                            seed, b_sample_ptr, tokens, r, BR, LATENT, ANTITHETIC, FAST
-                        )
-                        b_hidden = tiles.dot(b_zr, b_U, b_hidden, DTYPE)
-                b_value, b_slope = tiles.gelu_and_slope(b_hidden)
-                b_grad_gelu = tl.zeros([BT, BH], tl.float32)
-                b_grad_gelu = tiles.dot_narrow(b_g, tl.trans(b_C), b_grad_gelu, DTYPE)
-                b_grad_inner += b_grad_gelu * (b_slope - b_rest_slope)
-                b_grad_hidden = b_grad_gelu * b_slope
-                b_grad_U = tiles.dot(tl.trans(b_z), b_grad_hidden, b_grad_U, DTYPE)
-                b_change = tl.trans(b_value - b_rest)
-                b_grad_C = tiles.dot_narrow(b_change, b_g, b_grad_C, DTYPE)
+                b_grad_U, b_grad_C, b_grad_projected = families.add_mlp(
+                    b_grad_U,
+                    b_grad_C,
+                    b_grad_projected,
+                    b_g,
+                    b_z,
+                    b_hidden,
+                    b_gelu,
+                    b_slope,
+                    b_C,
+                    DTYPE,
+                )
             if WANT_E:
                 b_grad_e += b_g.to(tl.float32)
             tile_ptr += sample_stride
-            b_sample_ptr += samples_m
+            b_sample_ptr += samples_stride_m
 
         if WANT_E:
-            # Only affine has more than one part of it: the others' first block tells it all.
+            # Only affine has more than one part of it: sum_m g is in the part of the first block.
             part_e = part if FAMILY == "affine" else 0
             if FAMILY == "affine":
                 b_grad_e = tl.where(part == 0, b_grad_e, 0.0) + b_product
@@ -198,19 +201,28 @@ def backward_kernel(
             stored = b_mask & (tl.program_id(2) == part_e)
             tl.store(e_ptr, b_grad_e.to(grad_e_ptr.dtype.element_ty), mask=stored)
         if FAMILY == "gated":
-            b_grad_gate = b_product * (1.0 - b_gate * b_gate) * rho
-            b_inner = tiles.matrix_tile(inner_ptr, b_token, b_h, last, H)
-            b_grad_C = tiles.dot_narrow(tl.trans(b_inner), b_grad_gate, b_grad_C, DTYPE)
-            b_C = tiles.matrix_tile(C_ptr, b_h, b_d, H, D)
-            b_grad_inner = tl.zeros([BT, BH], tl.float32)
-            b_grad_inner = tiles.dot_narrow(b_grad_gate, tl.trans(b_C), b_grad_inner, DTYPE)
-        if FAMILY == "mlp":
-            b_grad_inner *= rho
-        if FAMILY == "gated" or FAMILY == "mlp":
+            b_grad_C, b_grad_projected = families.through_gate(
+                b_grad_C,
+                b_product,
+                b_gate,
+                rho,
+                projected_ptr,
+                C_ptr,
+                b_token,
+                last,
+                b_d,
+                b_h,
+                D,
+                H,
+                DTYPE,
+            )
+        elif FAMILY == "mlp":
+            b_grad_projected *= rho
+        if PROJECTED:
             plane = (part * ND + block_d) * tl.num_programs(1) + group
-            base = grad_inner_ptr + tl.cast(plane, tl.int64) * N * H
+            base = grad_projected_ptr + tl.cast(plane, tl.int64) * N * H
             stored = tl.where(block_r == part, last, 0)
-            tiles.store_matrix(base, b_token, b_h, b_grad_inner, stored, H)
+            tiles.store_matrix(base, b_token, b_h, b_grad_projected, stored, H)
 
     if FAMILY == "diagonal":
         b_sum = tl.sum(b_grad_s, axis=0) * rho
@@ -222,66 +234,131 @@ def backward_kernel(
         rows = tl.where(block_h == 0, R, 0)
         scale = 1.0 if FAMILY == "affine" else rho
         tiles.store_matrix(grad_U_ptr + slab * R * D, b_r, b_d, tl.trans(b_grad_U) * scale, rows, D)
-        if FAMILY == "affine":
-            tiles.store_matrix(grad_V_ptr + slab * R * D, b_r, b_d, tl.trans(b_grad_V) * rho, R, D)
-    if FAMILY == "gated" or FAMILY == "mlp":
+    if FAMILY == "affine":
+        tiles.store_matrix(grad_V_ptr + slab * R * D, b_r, b_d, tl.trans(b_grad_V) * rho, R, D)
+    if PROJECTED:
         scale = rho if FAMILY == "mlp" else 1.0
         base = grad_C_ptr + (slab * PARTS + part) * (H * D)
         rows = tl.where(block_r == part, H, 0)
         tiles.store_matrix(base, b_h, b_d, b_grad_C * scale, rows, D)
 
 
-@triton.jit(do_not_specialize=tiles.VARYING)
-def inner_kernel(
-    grad_A_ptr,  # [G, S, D, H] fp32
-    grad_e_ptr,  # [N, D] in the table's dtype, or None
-    sum_ptr,  # [N, D] fp32, sum_m g, or None
-    grad_inner_ptr,  # [G, N, H] fp32
-    table_ptr,
-    ids_ptr,
-    A_ptr,  # [D, H]
-    rho_ptr,
-    table_stride,
-    N,
-    vocab,
-    segment,
-    split,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    BH: tl.constexpr,
-):
-    """From the gradient of inner = (e / rho) A to those of A and e."""
-    DTYPE: tl.constexpr = table_ptr.dtype.element_ty
-    ND: tl.constexpr = (D + BD - 1) // BD
-    slab = tl.program_id(0) // ND
-    group = tl.cast(tl.program_id(1), tl.int64)
-    first = slab // tl.cdiv(segment, split) * segment
-    last = tl.minimum(first + segment, N)
-    first += slab % tl.cdiv(segment, split) * split
-    last = tl.minimum(first + split, last)
-    b_d = tl.program_id(0) % ND * BD + tl.arange(0, BD)
-    b_h = tl.program_id(2) * BH + tl.arange(0, BH)
-    grad_inner_ptr += group * N * H
-    rho = tl.load(rho_ptr).to(tl.float32)
-    b_grad_A = tl.zeros([BH, BD], tl.float32)
-    for start in range(first, last, BT):
-        b_token = start + tl.arange(0, BT)
-        b_live = b_token < last
-        b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
-        b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, 0.0)
-        b_grad_inner = tiles.matrix_tile(grad_inner_ptr, b_token, b_h, last, H)
-        b_grad_A = tiles.dot_exact(tl.trans(b_grad_inner), b_e, b_grad_A, DTYPE)
-        if grad_e_ptr is not None:
-            b_through = tl.zeros([BT, BD], tl.float32)
-            for h in range(0, H, BH):
-                b_hh = h + tl.arange(0, BH)
-                b_part = tiles.matrix_tile(grad_inner_ptr, b_token, b_hh, last, H)
-                b_A = tiles.matrix_tile(A_ptr, b_d, b_hh, D, H)
-                b_through = tiles.dot(b_part, tl.trans(b_A), b_through, DTYPE)
-            b_sum = tiles.matrix_tile(sum_ptr, b_token, b_d, last, D) + b_through / rho
-            rows = tl.where(tl.program_id(2) == 0, last, 0)
-            tiles.store_matrix(grad_e_ptr, b_token, b_d, b_sum.to(DTYPE), rows, D)
-    base = grad_A_ptr + (group * (tl.num_programs(0) // ND) + slab) * (D * H)
-    tiles.store_matrix(base, b_d, b_h, tl.trans(b_grad_A) / rho, D, H)
+# (BT, BD, warps) for a 16-bit table and for fp32, where R <= 16 and H <= 64, by the family and
+# whether the embeddings' gradient is wanted, which keeps another tile.
+_TILES = {
+    ("diagonal", False): ((4, 256, 4), (4, 256, 4)),
+    ("diagonal", True): ((4, 256, 4), (4, 256, 4)),
+    ("lowrank", False): ((32, 128, 4), (16, 64, 4)),
+    ("lowrank", True): ((32, 128, 4), (16, 64, 4)),
+    ("gated", False): ((32, 128, 8), (16, 64, 8)),
+    ("gated", True): ((16, 128, 8), (16, 64, 8)),
+    ("affine", False): ((32, 128, 4), (16, 64, 4)),
+    ("affine", True): ((32, 64, 4), (16, 64, 4)),
+    ("mlp", False): ((16, 256, 8), (16, 64, 8)),
+    ("mlp", True): ((16, 256, 8), (16, 64, 8)),
+}
+# Programs enough for a few waves; gated and mlp store more per program, so fewer.
+_PROGRAMS = {"diagonal": 1024, "lowrank": 1024, "affine": 1024, "gated": 512, "mlp": 512}
+
+
+def tile_sizes(
+    family: str, want_table: bool, half: bool, R: int, H: int, major: int
+) -> tuple[int, int, int, int, int]:
+    """(BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256.
+
+    The gradients of U [BR, BD] and C [BH, BD] stay in registers, so more latents or hidden units
+    take a smaller tile; the smallest still moves 16 bytes a thread. Before Hopper the operands of
+    a product take registers too.
+    """
+    BT, BD, warps = _TILES[family, want_table][0 if half else 1]
+    BR, BH = launch.block(R, 64 if half else 32), launch.block(H, 64)
+    ampere = major < 9
+    if family in ("gated", "affine") and (R > 16 or H > 128):
+        return 16, 64 if half else 32, 32, 64, 4
+    if family == "gated":  # dC of fewer rows is not the warpgroup's product, and spills
+        BD, BH = (BD // 2, 64 if half else 32) if ampere else (BD, 64)
+    if family == "mlp" and half and (R != 16 or H > 64 or ampere):  # at R = 16 it only just fits
+        BD = BD // 2
+    if family == "mlp" and not half and ampere:
+        BH = min(BH, 32)
+    return BT, BD, BR, BH, warps
+
+
+def partial_shapes(layout: Layout, ND: int, parts: int) -> dict[str, tuple[int, ...]]:
+    """The partial sums of the parameters whose gradients this kernel makes, by role."""
+    family, D, R, H = layout.family, layout.D, layout.R, layout.H
+    shapes: dict[str, tuple[int, ...]] = {"U": (1, R, D), "V": (1, R, D), "C": (parts, H, D)}
+    if family == "diagonal":
+        shapes["U"] = (1, D)
+    if family == "mlp":
+        shapes["U"] = (ND, R, H)
+    return {role: shapes[role] for role in ROLES[family] if role in shapes}
+
+
+def backward(
+    layout: Layout,
+    grad: Tensor,  # [M, B, T, D]
+    *,
+    want_table: bool,
+    per_sample: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The embeddings' gradient [N, D], and the parameters' [groups, segments, ...] in fp32.
+
+    `per_sample` makes a group of each sample and a segment of each batch row.
+    """
+    family, N, D, R, H = layout.family, layout.N, layout.D, layout.R, layout.H
+    major = launch.capability(layout.table.device)
+    BT, BD, BR, BH, num_warps = tile_sizes(family, want_table, layout.half, R, H, major)
+    BD = launch.block(D, BD)
+    ND, NR, NH = triton.cdiv(D, BD), triton.cdiv(R, BR), triton.cdiv(H, BH)
+    sums = layout.sums(per_sample=per_sample)
+    groups = sums.groups
+    slab_tokens, slabs = sums.slabs(BT, ND, _PROGRAMS[family])
+    parts = NR if family in ("gated", "affine") else 1
+    partial = {
+        role: layout.fp32(groups, sums.segments, slabs, *shape)
+        for role, shape in partial_shapes(layout, ND, parts).items()
+    }
+    grad_projected = None if layout.A is None else layout.fp32(parts * ND, groups, N, H)
+    grad_e = None
+    if want_table and layout.A is None and parts == 1:
+        grad_e = layout.table.new_empty((1, N, D))
+    elif want_table:
+        grad_e = layout.fp32(parts if layout.A is None else 1, N, D)
+    launch.start(
+        backward_kernel,
+        (sums.segments * slabs * ND, groups, NR * NH),
+        {
+            **layout.source,
+            **layout.noise,
+            **layout.parameters,
+            "grad_ptr": grad.contiguous(),
+            "grad_e_ptr": grad_e,
+            "grad_U_ptr": partial["U"],
+            "grad_V_ptr": partial.get("V"),
+            "grad_C_ptr": partial.get("C"),
+            "grad_projected_ptr": grad_projected,
+            "projected_ptr": perturb_embed_projection.project(layout),
+            "M": layout.M // groups if layout.M else 0,
+            "segment_tokens": sums.segment_tokens,
+            "slab_tokens": slab_tokens,
+            "FAMILY": family,
+            "BT": BT,
+            "BD": BD,
+            "BR": BR,
+            "BH": BH,
+        },
+        num_warps=num_warps,
+        # In fp32 the tensor cores want g transposed, which async copies do element by element.
+        num_stages=3 if layout.half else 1,
+    )
+    grads = {role: value.sum((2, 3)) for role, value in partial.items()}
+    if grad_projected is not None:
+        grad_projected = grad_projected.sum(0)
+        grads["b"] = grad_projected.view(groups, sums.segments, sums.segment_tokens, H).sum(2)
+        grads["A"], grad_e = perturb_embed_projection.project_backward(
+            layout, grad_projected, grad_e, sums
+        )
+    elif grad_e is not None:
+        grad_e = grad_e[0] if parts == 1 else grad_e.sum(0).to(layout.table.dtype)
+    return grad_e, [grads[role] for role in ROLES[family]]

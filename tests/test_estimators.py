@@ -128,7 +128,7 @@ def test_whole_sequences_of_log_probs_keep_their_precision_in_fp32(estimator):
     assert (weights - exact_weights).abs().max() < 1e-4 * exact_weights.abs().max()
 
 
-def test_second_derivatives_are_refused_instead_of_wrong():
+def test_second_derivatives_raise():
     log_p = draws(4, 3)
     (gradient,) = torch.autograd.grad(
         combine(log_p, "iwae")[0].square().sum(), log_p, create_graph=True
@@ -156,14 +156,11 @@ def test_half_precision_log_probs_are_combined_in_fp32(estimator):
 
 
 @pytest.mark.parametrize("estimator", REDUCIBLE)
-def test_unlabelled_outcomes_have_no_value_and_no_weight(estimator):
+def test_positions_without_a_label_have_no_value_and_no_weight(estimator):
     log_p, mask = draws(4, 3, 5), torch.rand(3, 5) > 0.4
     value, weights = combine(log_p, estimator, mask=mask)
     assert (value[~mask] == 0).all() and (weights[:, ~mask] == 0).all()
     assert (value[mask] != 0).all()
-
-
-# --- expectations, by enumeration ---------------------------------------------------------
 
 
 def rademacher_points(latent_dim):
@@ -173,14 +170,14 @@ def rademacher_points(latent_dim):
 
 
 def enumerated_log_probs(latent_dim=2):
-    """log p(y | z) of a small model at every latent point [2^R], as equally likely draws."""
+    """Return log p(y | z) of a small model at every latent point [2^R], all equally likely."""
     torch.manual_seed(3)
     slope = torch.randn(latent_dim, dtype=torch.float64)
     return -1.5 + rademacher_points(latent_dim) @ slope
 
 
 def all_tuples(values, size):
-    """Every tuple of `size` independent draws, as log-probs [size, tuples]."""
+    """Return every tuple of `size` independent samples, as log-probs [size, tuples]."""
     return torch.tensor(list(itertools.product(values.tolist(), repeat=size))).double().T
 
 
@@ -193,14 +190,14 @@ def test_quadratic_gradient_over_all_pairs_is_the_exact_gradient(latent_dim):
     weight = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     leaves = [transform.U, weight]
     points = rademacher_points(latent_dim)
-    moved = transform(e, points)  # (2^R, D)
+    perturbed = transform(e, points)  # (2^R, D)
 
-    marginal = torch.softmax(moved @ weight.T, dim=-1).mean(0)
+    marginal = torch.softmax(perturbed @ weight.T, dim=-1).mean(0)
     exact = 2 * marginal[4] - marginal.square().sum()
     expected = torch.autograd.grad(exact, leaves, retain_graph=True)
 
     pairs = list(itertools.product(range(len(points)), repeat=2))
-    first, second = (moved[[pair[i] for pair in pairs]] for i in range(2))
+    first, second = (perturbed[[pair[i] for pair in pairs]] for i in range(2))
     value = ops.linear_quadratic(
         torch.stack([first, second]), weight, torch.full((len(pairs),), 4)
     ).mean()
@@ -291,7 +288,7 @@ def test_a_telescope_draws_its_levels_with_their_probabilities(estimator):
 def test_resampling_has_the_iwae_gradient_on_average(shape):
     log_p, count = draws(*shape), 20_000
     many = log_p.detach().expand(4, count, *shape[2:])
-    uniforms = ((torch.arange(count) + 0.5) / count)[None]  # every outcome of one draw
+    uniforms = ((torch.arange(count) + 0.5) / count)[None]  # every sample once
     value, weights = estimators.resample(many, uniforms)
     expected, expected_weights = combine(log_p, "iwae")
     torch.testing.assert_close(value[:1], expected)
@@ -307,9 +304,9 @@ def test_resampling_sends_at_most_k_samples_of_a_row_backward():
     assert used.max() == 3 and used.min() >= 1
 
 
-def test_resampling_draws_by_labelled_outcomes_only():
+def test_resampling_draws_by_labelled_tokens_only():
     log_p = torch.full((2, 1000, 2), -1.0)
-    log_p[0, :, 0], log_p[1, :, 1] = 50.0, 90.0  # the unlabelled outcome would favour sample 1
+    log_p[0, :, 0], log_p[1, :, 1] = 50.0, 90.0  # the token without a label would favour sample 1
     mask = torch.tensor([True, False]).expand(1000, 2)
     weights = combine(log_p, "resample", mask=mask, backward_samples=1)[1]
     chosen_first = (weights[0, :, 0] > 0).double().mean().item()
@@ -322,7 +319,7 @@ def test_effective_samples_count_the_samples_that_matter():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
         ({"estimator": "quadratic"}, "ops.linear_quadratic"),
         ({"estimator": "iwea"}, "estimator must be one of"),
@@ -336,12 +333,12 @@ def test_effective_samples_count_the_samples_that_matter():
         ({"mask": torch.ones(3, 2, dtype=torch.bool)}, r"mask must be bool \[2, 3\]"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(arguments, message):
-    given = {"log_probs": torch.zeros(4, 2, 3), "estimator": "iwae", **arguments}
+def test_bad_arguments_raise_by_name(changes, message):
+    arguments = {"log_probs": torch.zeros(4, 2, 3), "estimator": "iwae", **changes}
     with pytest.raises(ValueError, match=message):
-        combine(given.pop("log_probs"), given.pop("estimator"), **given)
+        combine(**arguments)
 
 
-def test_a_telescope_asks_for_the_draws_it_needs():
-    with pytest.raises(ValueError, match="must hold the 8 draws of the deepest level, got 4"):
+def test_a_telescope_with_too_few_samples_raises():
+    with pytest.raises(ValueError, match="must hold the 8 samples of the deepest level, got 4"):
         Telescope("mlmc", 8).combine(torch.zeros(4, 2, 3), torch.tensor([0, 3]))

@@ -1,8 +1,9 @@
-"""On a CUDA device everything is what it is on the CPU. Run by `make gpu`."""
+"""Results on a CUDA device are those of the CPU. `make gpu` runs these tests."""
 
 import json
 
 import pytest
+import tiny
 import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,20 +18,6 @@ from fastperturb.transforms import make_transform
 pytestmark = pytest.mark.gpu
 
 
-def tiny_llama(*, width, heads, words=97):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=words,
-        hidden_size=width,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
 @pytest.mark.parametrize("latent", LATENTS)
 def test_noise_is_the_same_on_both_devices(latent):
     seed = torch.tensor(-9)
@@ -39,7 +26,7 @@ def test_noise_is_the_same_on_both_devices(latent):
     torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=4e-6)
 
 
-def test_philox_words_are_the_same_bits_on_both_devices():
+def test_philox_gives_the_same_bits_on_both_devices():
     counter, key = torch.randint(2**32, (1000, 4)), torch.randint(2**32, (1000, 2))
     on_gpu = noise.philox(counter.cuda(), key.cuda()).cpu()
     assert torch.equal(on_gpu, noise.philox(counter, key))
@@ -63,15 +50,15 @@ def test_perturb_embed_matches_the_oracle(family, dtype):
     exact = make_transform(config, 136).cuda().double()
     exact.load_state_dict(transform.state_dict())
     exact_table = table.detach().double().requires_grad_()
-    right = reference.perturb_embed(ids, exact_table, exact, 5, 4)
+    value = reference.perturb_embed(ids, exact_table, exact, 5, 4)
     leaves = [exact_table, *exact.parameters()]
-    expected = [right, *torch.autograd.grad(right, leaves, upstream.double())]
+    expected = [value, *torch.autograd.grad(value, leaves, upstream.double())]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for got, want in zip(results, expected, strict=True):
-        assert (got - want).norm() <= tolerance * want.norm()
+    for result, truth in zip(results, expected, strict=True):
+        assert (result - truth).norm() <= tolerance * truth.norm()
 
 
-@pytest.mark.parametrize("length", [1000, 4000])  # few tokens are summed by another kernel
+@pytest.mark.parametrize("length", [1000, 4000])  # another kernel sums few tokens
 def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(length):
     transform = make_transform(PerturbConfig(latent_dim=6), 136).cuda()
     table = torch.randn(3, 136, device="cuda").bfloat16().requires_grad_()
@@ -88,32 +75,32 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(length):
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_heads_match_the_oracle(dtype, frozen, size):
-    tokens, dim, words = size
+    tokens, dim, vocab = size
     hidden = torch.randn(3, tokens, dim, device="cuda").to(dtype)
-    weight = (4 * torch.randn(words, dim, device="cuda") / dim**0.5).to(dtype)
-    bias = torch.randn(words, device="cuda").to(dtype)
-    target = torch.randint(words - 9, (tokens,), device="cuda")
+    weight = (4 * torch.randn(vocab, dim, device="cuda") / dim**0.5).to(dtype)
+    bias = torch.randn(vocab, device="cuda").to(dtype)
+    target = torch.randint(vocab - 9, (tokens,), device="cuda")
     target[::5] = -100
-    options = {"logit_scale": 0.9, "softcap": 20.0, "valid_vocab": words - 7}
-    for ours, right, inputs in (
+    options = {"logit_scale": 0.9, "softcap": 20.0, "valid_vocab": vocab - 7}
+    for op, oracle, inputs in (
         (ops.linear_logprob, reference.linear_logprob, hidden[0]),
         (ops.linear_quadratic, reference.linear_quadratic, hidden),
     ):
         leaves = [inputs.clone().requires_grad_()]
         leaves += [value.clone().requires_grad_(not frozen) for value in (weight, bias)]
-        value = ours(*leaves[:2], target, bias=leaves[2], **options)
+        value = op(*leaves[:2], target, bias=leaves[2], **options)
         upstream = torch.randn_like(value)
         wanted = leaves[:1] if frozen else leaves
         results = [value, *torch.autograd.grad(value, wanted, upstream)]
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        truth = right(*exact[:2], target, bias=exact[2], **options)
-        expected = torch.autograd.grad(truth, exact[: len(wanted)], upstream.double())
+        exact_value = oracle(*exact[:2], target, bias=exact[2], **options)
+        gradients = torch.autograd.grad(exact_value, exact[: len(wanted)], upstream.double())
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-        for got, want in zip(results, [truth, *expected], strict=True):
-            assert (got - want).norm() <= tolerance * want.norm()
+        for result, truth in zip(results, [exact_value, *gradients], strict=True):
+            assert (result - truth).norm() <= tolerance * truth.norm()
 
 
-def test_under_autocast_the_heads_multiply_in_16_bits_and_answer_in_fp32():
+def test_under_autocast_the_heads_multiply_in_16_bits_and_return_fp32():
     hidden = torch.randn(64, 128, device="cuda", requires_grad=True)
     weight, target = torch.randn(500, 128, device="cuda"), torch.arange(64, device="cuda")
     rounded = hidden.bfloat16().float(), weight.bfloat16().float()
@@ -130,13 +117,13 @@ def test_under_autocast_the_heads_multiply_in_16_bits_and_answer_in_fp32():
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 def test_combine_is_the_same_on_both_devices(estimator, marginal):
     log_probs, mask = 3 * torch.randn(8, 5, 70) - 9, torch.rand(5, 70) < 0.8
-    right = ops.combine(log_probs.double(), mask, estimator, marginal=marginal)
-    ours = ops.combine(log_probs.cuda(), mask.cuda(), estimator, marginal=marginal)
-    for got, want in zip(ours, right, strict=True):
-        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-5)
+    expected = ops.combine(log_probs.double(), mask, estimator, marginal=marginal)
+    results = ops.combine(log_probs.cuda(), mask.cuda(), estimator, marginal=marginal)
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.cpu().double(), truth, rtol=1e-4, atol=1e-5)
 
 
-def test_an_out_of_range_target_is_nan_and_stops_nobody():
+def test_an_out_of_range_target_gives_nan_and_no_error():
     hidden, weight = torch.randn(3, 8, device="cuda"), torch.randn(10, 8, device="cuda")
     value = ops.linear_logprob(hidden, weight, torch.tensor([1, 10, -100], device="cuda"))
     assert value.isnan().tolist() == [False, True, False]
@@ -148,7 +135,7 @@ def test_an_out_of_range_target_is_nan_and_stops_nobody():
 )
 def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu(plan, chunk_size):
     options = {"backward_samples": 2} if plan == "resample" else {"chunk_size": chunk_size}
-    lm = wrap(tiny_llama(width=32, heads=4), PerturbConfig(plan=plan, **options))
+    lm = wrap(tiny.llama().train(), PerturbConfig(plan=plan, **options))
     ids = torch.randint(97, (2, 12))
     on_cpu = lm(input_ids=ids, labels=ids, seed=5).loss
     expected = torch.autograd.grad(on_cpu, lm.transform.U)[0]
@@ -183,7 +170,7 @@ def test_a_training_run_gives_the_model_that_it_gives_on_the_cpu(method, tmp_pat
 
 @pytest.mark.parametrize("config", [PerturbConfig(), PerturbConfig(deterministic=True)])
 def test_a_score_at_a_temperature_is_the_same_on_both_devices(config):
-    lm = wrap(tiny_llama(width=32, heads=4), config).eval()
+    lm = wrap(tiny.llama(), config).eval()
     ids = torch.randint(97, (2, 12))
     on_cpu, on_gpu = (
         lm.to(device).score(ids.to(device), num_samples=8, seed=3, temperature=1.4)
@@ -217,13 +204,14 @@ def test_an_evaluation_measures_what_it_measures_on_the_cpu(tmp_path, monkeypatc
             "device": device,
             "output-dir": str(tmp_path / device),
         }
-        assert cli.main(["eval", *(w for k, v in flags.items() for w in (f"--{k}", v))]) == 0
+        arguments = [text for name, value in flags.items() for text in (f"--{name}", value)]
+        assert cli.main(["eval", *arguments]) == 0
         results = json.loads((tmp_path / device / "results.json").read_text())
         measurements.append(results["measurements"])
     for on_cpu, on_gpu in zip(*measurements, strict=True):
         assert on_gpu["temperature"] == pytest.approx(on_cpu["temperature"], rel=2e-2)
-        for name, found in on_gpu["domains"].items():
-            assert found["nll"] == pytest.approx(on_cpu["domains"][name]["nll"], rel=1e-3)
+        for name, domain in on_gpu["domains"].items():
+            assert domain["nll"] == pytest.approx(on_cpu["domains"][name]["nll"], rel=1e-3)
 
 
 @pytest.mark.parametrize("perturbed", [False, True])
@@ -231,23 +219,24 @@ def test_logits_and_their_combinations_are_the_same_on_both_devices(perturbed):
     from fastperturb.rank import ModelOracle
     from fastperturb.rank.combine.streams import open_streams
 
-    model = tiny_llama(width=32, heads=4).eval()
+    model = tiny.llama()
     if perturbed:
         model = wrap(model, PerturbConfig(latent_dim=4)).eval()
     histories, futures = [(5, 6, 7), (8, 9)], [(), (4,), (4, 5, 6)]
     weights, written = torch.randn(2, 2).numpy(), torch.tensor([[4, 5], [6, 7]])
-    found = []
+    results = []
     for device in ("cpu", "cuda"):
         oracle = ModelOracle(model.to(device), prompt=(1,), num_samples=4)
         streams = open_streams(oracle, histories, weights, copies=2)
-        found.append((oracle.log_probs(histories, futures).cpu(), streams.advance(written).cpu()))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+        log_probs, advanced = oracle.log_probs(histories, futures), streams.advance(written)
+        results.append((log_probs.cpu(), advanced.cpu()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_attention_over_the_copies_takes_the_flash_kernel(plan):
-    lm = wrap(tiny_llama(width=128, heads=4), PerturbConfig(plan=plan, **PLANS[plan]))
-    lm = lm.cuda().bfloat16()
+def test_attention_over_all_samples_takes_the_flash_kernel(plan):
+    base = tiny.llama(hidden_size=128, head_dim=32).train()
+    lm = wrap(base, PerturbConfig(plan=plan, **PLANS[plan])).cuda().bfloat16()
     ids = torch.randint(97, (2, 64), device="cuda")
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # there is no other to fall back to
         lm(input_ids=ids, labels=ids).loss.backward()
@@ -256,7 +245,8 @@ def test_attention_over_the_copies_takes_the_flash_kernel(plan):
 
 @pytest.mark.parametrize("plan", ["chunked", "resample"])
 def test_memory_does_not_grow_with_the_samples(plan):
-    base = tiny_llama(width=256, heads=4, words=32000).cuda()
+    sizes = {"hidden_size": 256, "head_dim": 64, "vocab_size": 32000}
+    base = tiny.llama(**sizes, max_position_embeddings=256).train().cuda()
     ids = torch.randint(32000, (2, 256), device="cuda")
     peaks = []
     for samples in (4, 4, 64):  # the first also loads the kernels
@@ -271,18 +261,19 @@ def test_memory_does_not_grow_with_the_samples(plan):
 
 def test_packed_documents_under_flash_attention_2_give_what_sdpa_gives():
     pytest.importorskip("flash_attn")
-    lm = wrap(tiny_llama(width=64, heads=2), PerturbConfig()).cuda()
+    base = tiny.llama(hidden_size=64, num_attention_heads=2, head_dim=32).train()
+    lm = wrap(base, PerturbConfig()).cuda()
     ids = torch.randint(97, (2, 9), device="cuda")
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1, 2, 3, 4]]).cuda()
     packed = {"input_ids": ids, "labels": ids, "position_ids": positions, "seed": 4}
-    found = {}
+    log_probs = {}
     for attention in ("sdpa", "flash_attention_2"):
         lm.base.set_attn_implementation(attention)
         with torch.autocast("cuda", torch.bfloat16):
-            found[attention] = lm(**packed).log_probs
-    torch.testing.assert_close(*found.values(), rtol=0.05, atol=0.05)
+            log_probs[attention] = lm(**packed).log_probs
+    torch.testing.assert_close(*log_probs.values(), rtol=0.05, atol=0.05)
 
 
-def test_the_doctor_says_whether_attention_is_flash():
+def test_the_doctor_reports_flash_attention():
     report = doctor.describe(torch.device("cuda", 0))
     assert "flash" in report["sdpa"]

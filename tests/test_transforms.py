@@ -21,7 +21,7 @@ def transform_of(family, *, embed_dim=24, embed_rms=0.3, **options):
 
 
 def shake(transform, amount=0.3):
-    """Move every parameter off its special starting value."""
+    """Change every parameter from its special starting value."""
     with torch.no_grad():
         for value in transform.parameters():
             value += amount * value.std().nan_to_num(1.0).clamp_min(0.1) * torch.randn_like(value)
@@ -43,21 +43,21 @@ def test_parameters_have_the_contract_names_and_shapes(family):
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
-def test_nothing_moves_at_z_zero(family):
+def test_the_shift_is_zero_at_z_zero(family):
     transform = shake(transform_of(family))
     e = torch.randn(7, 24)
     assert torch.equal(transform(e, torch.zeros(7, transform.latent_dim)), e)
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
-def test_everything_moves_when_z_does(family):
+def test_every_entry_is_perturbed_where_z_is_not_zero(family):
     transform = shake(transform_of(family))
     e = torch.randn(7, 24)
     assert (transform(e, torch.randn(7, transform.latent_dim)) != e).all()
 
 
 def by_hand(family, e, z, rho, p):
-    """DESIGN's table, one row at a time in numpy's arithmetic."""
+    """Compute the defining formula of one token's embedding."""
     x = e / rho
     if family == "diagonal":
         return e + rho * p["s"] * z
@@ -68,8 +68,8 @@ def by_hand(family, e, z, rho, p):
     if family == "affine":
         return (1 + p["Ua"].T @ z) * e + rho * (p["Ub"].T @ z)
     gelu = lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5))  # noqa: E731
-    still = p["A"].T @ x + p["b"]
-    return e + rho * (p["C"].T @ gelu(still + p["B"].T @ z) - p["C"].T @ gelu(still))
+    rest = p["A"].T @ x + p["b"]
+    return e + rho * (p["C"].T @ gelu(rest + p["B"].T @ z) - p["C"].T @ gelu(rest))
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
@@ -82,7 +82,7 @@ def test_forward_is_the_defining_formula(family):
 
 @pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("family", TRANSFORMS)
-def test_the_starting_shift_has_the_asked_scale_in_units_of_the_embeddings(family, latent):
+def test_the_starting_shift_has_the_configured_scale_relative_to_the_embeddings(family, latent):
     transform = transform_of(family, init_scale=0.15, latent=latent, embed_dim=96)
     assert measured_scale(transform, latent) == pytest.approx(0.15, rel=0.06)
     assert transform.scale().item() == pytest.approx(0.15, rel=1e-5)
@@ -102,7 +102,7 @@ def test_the_floor_lifts_a_shrunken_shift_and_leaves_a_large_one(family):
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
-def test_a_floor_above_the_start_lifts_at_once(family):
+def test_a_floor_above_the_starting_scale_applies_at_once(family):
     transform = transform_of(family, init_scale=0.1, min_scale=0.3, embed_dim=96)
     assert measured_scale(transform, "gaussian") == pytest.approx(0.3, rel=0.1)
 
@@ -124,31 +124,31 @@ def test_a_shift_of_exactly_zero_under_a_floor_stays_finite(family):
         for name in transform.outer:
             getattr(transform, name).zero_()
     e = torch.randn(3, 24)
-    moved = transform(e, torch.randn(3, transform.latent_dim))
-    moved.square().sum().backward()
-    assert torch.equal(moved, e)
+    perturbed = transform(e, torch.randn(3, transform.latent_dim))
+    perturbed.square().sum().backward()
+    assert torch.equal(perturbed, e)
     assert all(torch.isfinite(value.grad).all() for value in transform.parameters())
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
-def test_repr_tells_family_shapes_law_and_scale(family):
+def test_repr_shows_shapes_latent_and_scale(family):
     text = repr(transform_of(family, scope="sequence", min_scale=0.1))
     for part in (*PARAMETERS[family], "gaussian", "sequence", "scale=0.2", "min_scale=0.1"):
         assert part in text
     assert "\n" not in text
 
 
-def test_families_that_do_not_use_a_size_ignore_it():
+def test_diagonal_ignores_latent_dim():
     assert transform_of("diagonal", latent_dim=3).latent_dim == 24
 
 
 @pytest.mark.parametrize("embed_dim", [0, -4, 2.0, True])
-def test_a_useless_width_is_refused(embed_dim):
+def test_an_invalid_embed_dim_raises(embed_dim):
     with pytest.raises(ValueError, match="embed_dim must be a positive int"):
         make_transform(PerturbConfig(), embed_dim)
 
 
 @pytest.mark.parametrize("embed_rms", [0.0, -1.0, float("nan")])
-def test_a_useless_embedding_scale_is_refused(embed_rms):
+def test_an_invalid_embed_rms_raises(embed_rms):
     with pytest.raises(ValueError, match="embed_rms must be a finite number above 0"):
         make_transform(PerturbConfig(), 8, embed_rms=embed_rms)

@@ -31,7 +31,7 @@ from fastperturb.engine.passes import Pass, Run, joined
 from fastperturb.engine.planner import PlanReport
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sample_split import SampleSplit
-from fastperturb.ops import head
+from fastperturb.ops import head_op
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _chunked(run: Run, samples: Tensor, passes: int) -> Pass:
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return head.without_pull(), contextlib.nullcontext()
+    return head_op.without_grad_hidden(), contextlib.nullcontext()
 
 
 def _resamples(lm: WrappedModel, batch: Batch) -> bool:

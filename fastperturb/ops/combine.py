@@ -1,4 +1,4 @@
-"""combine: M log-probs of every outcome to the estimator's value and weights, as one op.
+"""combine: M log-probs to the estimator's value and weights, as one op.
 
 With w = softmax(l), L = log mean exp l, and a the largest of the M log-probs l:
 
@@ -25,12 +25,12 @@ from torch import Tensor
 from fastperturb.config import MARGINALS, check_draws
 from fastperturb.ops import dispatch, reference
 
-# The estimators whose weights depend on an outcome's M log-probs alone.
+# The estimators whose weights depend on one token's, or one sequence's, M log-probs alone.
 COMBINABLE = ("jensen", "iwae", "jvi", "jvi_clip")
 
 
 class Combined(NamedTuple):
-    """What `combine` makes of M log-probs; all but `value` are without gradient."""
+    """The results of `combine`; all but `value` are without gradient."""
 
     value: Tensor  # [B, T], or [B] for the sequence marginal; its gradient is `weights`
     log_marginal: Tensor  # the same shape: iwae's value
@@ -41,17 +41,17 @@ class Combined(NamedTuple):
 def combine(
     log_probs: Tensor, mask: Tensor, estimator: str, *, marginal: str = "token"
 ) -> Combined:
-    """The estimator's value for each outcome, its weights, and what is known about the draws.
+    """Return the estimator's values, and the weights and statistics of the samples.
 
-    log_probs: [M, B, T]. mask: bool [B, T], which of them are labelled.
+    log_probs: [M, B, T]. mask: bool [B, T], the labelled positions.
     marginal: "token" combines each (b, t); "sequence" each b, its labelled log-probs summed first.
 
-    What is not labelled, and a row without labels, gets 0 everywhere. Computed in fp32, or fp64
-    for fp64 log-probs; they may be strided.
+    Positions without a label, and batch rows without any, get 0 everywhere. Computed in fp32, or
+    fp64 for fp64 log-probs; they may be strided.
     """
     _check(log_probs, mask, estimator, marginal)
-    dispatch.refuse_tangents("combine", log_probs)
-    log_probs = log_probs.to(reference.accumulate(log_probs))
+    dispatch.reject_forward_mode("combine", log_probs)
+    log_probs = log_probs.to(reference.accumulation_dtype(log_probs))
     return Combined(*torch.ops.fastperturb.combine(log_probs, mask, estimator, marginal))
 
 
@@ -114,7 +114,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *nothing: None) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Tensor, None, None, None]:
     if torch.is_grad_enabled():
         raise RuntimeError("combine has no second derivative: leave create_graph=False")
     return torch.ops.fastperturb.combine_backward(grad, *ctx.saved_tensors), None, None, None

@@ -3,6 +3,9 @@
 An implementation is a module: for perturb_embed, one with the functions that `embed` calls; for
 the heads, one with the row passes that `head_blocks` calls between its GEMMs; for combine, one
 with the function of that name.
+
+Implementations import `calls` and never this module, so that `dispatch` may ask `cpp.build` whether
+the C++ kernels can run.
 """
 
 from __future__ import annotations
@@ -21,25 +24,27 @@ from torch.autograd import forward_ad
 
 from fastperturb.ops.cpp import build
 
-_TRITON = {
-    "perturb_embed": "fastperturb.kernels.perturb_embed",
-    "linear_logprob": "fastperturb.kernels.head_rows",
-    "linear_quadratic": "fastperturb.kernels.head_rows",
-    "combine": "fastperturb.kernels.combine",
+_MODULES = {
+    "triton": {
+        "perturb_embed": "fastperturb.kernels.perturb_embed",
+        "linear_logprob": "fastperturb.kernels.head_rows",
+        "linear_quadratic": "fastperturb.kernels.head_rows",
+        "combine": "fastperturb.kernels.combine",
+    },
+    "cpp": {
+        "perturb_embed": "fastperturb.ops.cpp.embed",
+        "linear_logprob": "fastperturb.ops.cpp.rows",
+        "linear_quadratic": "fastperturb.ops.cpp.rows",
+        "combine": "fastperturb.ops.cpp.combine",
+    },
+    "torch": {
+        "perturb_embed": "fastperturb.ops.torch.embed",
+        "linear_logprob": "fastperturb.ops.torch.rows",
+        "linear_quadratic": "fastperturb.ops.torch.rows",
+        "combine": "fastperturb.ops.torch.combine",
+    },
 }
-_CPP = {
-    "perturb_embed": "fastperturb.ops.cpp.embed",
-    "linear_logprob": "fastperturb.ops.cpp.rows",
-    "linear_quadratic": "fastperturb.ops.cpp.rows",
-    "combine": "fastperturb.ops.cpp.combine",
-}
-_TORCH = {
-    "perturb_embed": "fastperturb.ops.torch.embed",
-    "linear_logprob": "fastperturb.ops.torch.rows",
-    "linear_quadratic": "fastperturb.ops.torch.rows",
-    "combine": "fastperturb.ops.torch.combine",
-}
-OPS = tuple(_TORCH)
+OPS = tuple(_MODULES["torch"])
 
 _only: str | None = None
 
@@ -55,24 +60,22 @@ class Candidate:
 
 
 def explain(op: str, device: torch.device) -> list[Candidate]:
-    """Every implementation of `op` in order of preference; the first usable one runs."""
+    """Return every implementation of `op` in order of preference; the first usable one runs."""
     if op not in OPS:
         raise ValueError(f"op must be one of {OPS}, got {op!r}")
     return [
         _triton(op, device),
         _cpp(op, device),
-        Candidate("torch", True, "runs on every device", _TORCH[op]),
+        Candidate("torch", True, "runs on every device", _MODULES["torch"][op]),
     ]
 
 
 def _triton(op: str, device: torch.device) -> Candidate:
-    if op not in _TRITON:
-        return Candidate("triton", False, "this version has no Triton kernel for it")
     if device.type != "cuda":
         return Candidate("triton", False, "runs on CUDA devices only")
     if not _has_triton():
         return Candidate("triton", False, "triton is not installed")
-    return Candidate("triton", True, "fused on the GPU", _TRITON[op])
+    return Candidate("triton", True, "fused on the GPU", _MODULES["triton"][op])
 
 
 @functools.cache
@@ -81,17 +84,15 @@ def _has_triton() -> bool:
 
 
 def _cpp(op: str, device: torch.device) -> Candidate:
-    if op not in _CPP:
-        return Candidate("cpp", False, "this version has no C++ kernel for it")
     if device.type != "cpu":
         return Candidate("cpp", False, "runs on CPUs only")
-    return Candidate("cpp", *build.availability(), _CPP[op])
+    return Candidate("cpp", *build.availability(), _MODULES["cpp"][op])
 
 
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that runs `op` on tensors of this dtype; fp64 is for proofs, and torch's."""
+    """Return the module that runs `op` on tensors of this dtype; fp64, for proofs, is torch's."""
     only = "torch" if dtype == torch.float64 else _only
-    candidates = [each for each in explain(op, device) if only in (None, each.name)]
+    candidates = [candidate for candidate in explain(op, device) if only in (None, candidate.name)]
     for candidate in candidates:
         if candidate.module is None:
             continue
@@ -99,7 +100,7 @@ def implementation(op: str, device: torch.device, dtype: torch.dtype) -> ModuleT
         usable = build.prepare() if candidate.name == "cpp" else candidate.usable
         if usable:
             return importlib.import_module(candidate.module)
-    reasons = "; ".join(f"{each.name}: {each.reason}" for each in candidates)
+    reasons = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates)
     raise RuntimeError(f"no implementation of {op} is usable on {device} ({reasons})")
 
 
@@ -117,12 +118,12 @@ def only(name: str) -> Iterator[None]:
         _only = before
 
 
-def refuse_tangents(op: str, *inputs: Tensor | None) -> None:
-    """To forward-mode differentiation a registered op would pass for a constant."""
+def reject_forward_mode(op: str, *inputs: Tensor | None) -> None:
+    """Raise for forward-mode differentiation, which would take a registered op for a constant."""
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(f"{op} has no forward-mode derivative: differentiate it by backward()")
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Inside an op its own accumulation dtype holds, whatever autocast says outside."""
+    """Let an op's own accumulation dtype hold inside it, whatever autocast says outside."""
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""perturb_embed: the M perturbed copies of a batch of token embeddings, as one registered op.
+"""perturb_embed: M perturbed samples of a batch of token embeddings, as one registered op.
 
 The noise is regenerated in the backward from the counters, so nothing of size [M, B, T, R] is
 kept between the passes.
@@ -8,32 +8,15 @@ from __future__ import annotations
 
 import copy
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastperturb import noise
 from fastperturb.ops import dispatch
+from fastperturb.ops.calls import EmbedCall, schema
 from fastperturb.transforms import Transform
-
-
-class EmbedCall(NamedTuple):
-    """What an implementation of perturb_embed is given, in the registered op's order."""
-
-    ids: Tensor | None  # [B, T]
-    table: Tensor  # [V, D], or the embeddings [B, T, D] where there are no ids
-    parameters: list[Tensor]  # in the family's order
-    embed_rms: Tensor  # []
-    seed: Tensor  # [] int64
-    samples: Tensor  # [M, B] int64, maybe an expanded view; so are rows and positions
-    rows: Tensor  # [B, T]
-    positions: Tensor  # [B, T]
-    mask: Tensor | None  # [B, T] bool
-    family: str
-    latent: str
-    scope: str
-    antithetic: bool
 
 
 def perturb_embed(
@@ -48,19 +31,19 @@ def perturb_embed(
     antithetic: bool = False,
     perturb_mask: Tensor | None = None,
 ) -> Tensor:
-    """Embed `ids` and move each embedding by `transform`, once per sample: [M, B, T, D].
+    """Embed `ids` and perturb each embedding by `transform`, once per sample: [M, B, T, D].
 
     ids: token ids [B, T] with their `table` [V, D], or embeddings [B, T, D] with `table=None`.
     seed: an int or an int64 tensor; samples, rows, positions: the numbers that key the noise
         (see `fastperturb.noise`), M or [M] or [M, B]; [B] or [B, T]; [B, T].
-    antithetic: sample 2j + 1 is moved by the negative of sample 2j's latent.
-    perturb_mask: bool [B, T], where embeddings move; default everywhere.
+    antithetic: the latent of sample 2j + 1 is the negative of sample 2j's.
+    perturb_mask: bool [B, T], the embeddings to perturb; default all.
 
     Computed in fp32 (fp64 for an fp64 table), returned in the table's dtype. Gradients flow to
     the transform's parameters and to the table or embeddings where they require it.
     """
     call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
-    dispatch.refuse_tangents("perturb_embed", call.table, *call.parameters)
+    dispatch.reject_forward_mode("perturb_embed", call.table, *call.parameters)
     return torch.ops.fastperturb.perturb_embed(*call)
 
 
@@ -77,7 +60,7 @@ def perturb_embed_per_sample_grad(
     antithetic: bool = False,
     perturb_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Each (sample, row)'s own gradient of every parameter, {name: [M, B, ...]}.
+    """Return every parameter's gradient from each sample and batch row alone, {name: [M, B, ...]}.
 
     grad: the upstream gradient [M, B, T, D] of `perturb_embed` with the same arguments. The sums
     over M and B are its parameter gradients; the parts are the estimating equation's psi.
@@ -93,22 +76,21 @@ def perturb_embed_per_sample_grad(
     with torch.no_grad(), dispatch.full_precision(grad.device):
         psi = run(grad, call)
     if transform.min_scale > 0:
-        psi = _through_the_floor(transform, psi)
+        psi = _stored_gradients(transform, psi)
     return dict(zip(transform.parameter_names, psi, strict=True))
 
 
-def _through_the_floor(transform: Transform, psi: list[Tensor]) -> list[Tensor]:
-    """From gradients of the effective parameters to those of the stored ones."""
+def _stored_gradients(transform: Transform, psi: list[Tensor]) -> list[Tensor]:
+    """Turn gradients of the effective parameters into those of the stored ones."""
     M, B = psi[0].shape[:2]
     # A copy, because the caller's may be frozen, and gradients may be off.
     transform = copy.deepcopy(transform).requires_grad_()
     with torch.enable_grad():
         effective = transform.effective_parameters()
     stored = [getattr(transform, name) for name in transform.parameter_names]
-    pulled = torch.autograd.grad(
-        effective, stored, [each.flatten(0, 1) for each in psi], is_grads_batched=True
-    )
-    return [each.unflatten(0, (M, B)) for each in pulled]
+    upstream = [value.flatten(0, 1) for value in psi]
+    grads = torch.autograd.grad(effective, stored, upstream, is_grads_batched=True)
+    return [grad.unflatten(0, (M, B)) for grad in grads]
 
 
 def _call(
@@ -185,58 +167,30 @@ def _implementation(table: Tensor) -> ModuleType:
     return dispatch.implementation("perturb_embed", table.device, table.dtype)
 
 
-@torch.library.custom_op("fastperturb::perturb_embed", mutates_args=())
-def _op(
-    ids: Tensor | None,
-    table: Tensor,
-    parameters: list[Tensor],
-    embed_rms: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    family: str,
-    latent: str,
-    scope: str,
-    antithetic: bool,
-) -> Tensor:
-    _check_ids(ids, table)
-    numbers = (seed, samples, rows, positions)
-    options = (family, latent, scope, antithetic)
-    call = EmbedCall(ids, table, parameters, embed_rms, *numbers, mask, *options)
-    with dispatch.full_precision(table.device):
-        return _implementation(table).perturb_embed(call)
+@torch.library.custom_op(
+    "fastperturb::perturb_embed", mutates_args=(), schema=f"({schema(EmbedCall)}) -> Tensor"
+)
+def _op(*arguments: Any) -> Tensor:
+    call = EmbedCall(*arguments)
+    _check_ids(call.ids, call.table)
+    with dispatch.full_precision(call.table.device):
+        return _implementation(call.table).perturb_embed(call)
 
 
-@torch.library.custom_op("fastperturb::perturb_embed_backward", mutates_args=())
-def _op_backward(
-    grad: Tensor,
-    ids: Tensor | None,
-    table: Tensor,
-    parameters: list[Tensor],
-    embed_rms: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    family: str,
-    latent: str,
-    scope: str,
-    antithetic: bool,
-    want_table: bool,
-) -> list[Tensor]:
-    numbers = (seed, samples, rows, positions)
-    options = (family, latent, scope, antithetic)
-    call = EmbedCall(ids, table, parameters, embed_rms, *numbers, mask, *options)
-    run = _implementation(table).perturb_embed_backward
-    with dispatch.full_precision(table.device):
-        return run(grad, call, want_table)
+@torch.library.custom_op(
+    "fastperturb::perturb_embed_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {schema(EmbedCall)}, bool want_table) -> Tensor[]",
+)
+def _op_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *fields, want_table = arguments
+    call = EmbedCall(*fields)
+    with dispatch.full_precision(call.table.device):
+        return _implementation(call.table).perturb_embed_backward(grad, call, want_table)
 
 
 def _check_ids(ids: Tensor | None, table: Tensor) -> None:
-    """Ids out of range raise where looking at them costs no sync."""
+    """Raise for ids out of range, where looking at them costs no synchronisation."""
     if ids is None or ids.device.type != "cpu" or ids.numel() == 0:
         return
     low, high = (int(value) for value in ids.aminmax())
@@ -245,32 +199,23 @@ def _check_ids(ids: Tensor | None, table: Tensor) -> None:
 
 
 @_op.register_fake
-def _(
-    ids: Tensor | None,
-    table: Tensor,
-    parameters: list[Tensor],
-    embed_rms: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    *options: Any,
-) -> Tensor:
-    return table.new_empty((samples.shape[0], *positions.shape, table.shape[-1]))
+def _(*arguments: Any) -> Tensor:
+    call = EmbedCall(*arguments)
+    shape = (call.samples.shape[0], *call.positions.shape, call.table.shape[-1])
+    return call.table.new_empty(shape)
 
 
 @_op_backward.register_fake
-def _(
-    grad: Tensor, ids: Tensor | None, table: Tensor, parameters: list[Tensor], *options: Any
-) -> list[Tensor]:
-    grad_table = torch.empty_like(table) if options[-1] else table.new_empty(0)
-    return [grad_table, *(torch.empty_like(value) for value in parameters)]
+def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *fields, want_table = arguments
+    call = EmbedCall(*fields)
+    grad_table = torch.empty_like(call.table) if want_table else call.table.new_empty(0)
+    return [grad_table, *(torch.empty_like(value) for value in call.parameters)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, table, parameters, *rest = inputs
-    tensors, options = rest[:6], rest[6:]
-    ctx.options, ctx.count = options, len(parameters)
+    ids, table, parameters, *tensors, family, latent, scope, antithetic = inputs
+    ctx.options, ctx.count = (family, latent, scope, antithetic), len(parameters)
     ctx.save_for_backward(ids, table, *parameters, *tensors)
 
 
@@ -281,8 +226,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_table, *grads = torch.ops.fastperturb.perturb_embed_backward(
         grad, ids, table, parameters, *tensors, *ctx.options, want_table
     )
-    nothing = [None] * (len(tensors) + len(ctx.options))
-    return (None, grad_table if want_table else None, grads, *nothing)
+    others = [None] * (len(tensors) + len(ctx.options))
+    return (None, grad_table if want_table else None, grads, *others)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The heads' matrix products, by whatever does them best on the device.
+"""The heads' matrix products, by the fastest library on the device.
 
 On a CPU torch.mm calls MKL in fp32, which on AMD's processors reaches half of what oneDNN does
 (190 against 380 GFLOP/s on two cores of an EPYC with AVX-512, for blocks of 1024 x 256 x 1024).

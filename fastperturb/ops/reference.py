@@ -1,6 +1,6 @@
 """The oracle: each op in plain differentiable torch, in at least fp32.
 
-fp64 inputs are computed in fp64, so these functions say what the right answer is. They keep
+fp64 inputs are computed in fp64, so these functions define the right answer. They keep
 everything in memory and are never the fast path.
 """
 
@@ -14,8 +14,8 @@ from fastperturb import noise
 from fastperturb.transforms import Transform
 
 
-def accumulate(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: the widest given, and never less than fp32."""
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype to compute in: the widest of the tensors', and at least fp32."""
     dtype = torch.float32
     for tensor in tensors:
         if tensor is not None:
@@ -36,7 +36,7 @@ def perturb_embed(
     perturb_mask: Tensor | None = None,
 ) -> Tensor:  # [M, B, T, D]
     embeddings = ids if table is None else F.embedding(ids, table)
-    dtype = accumulate(embeddings)
+    dtype = accumulation_dtype(embeddings)
     num_samples = samples if isinstance(samples, int) else samples.shape[0]
     z = noise.latent(
         noise.seed_tensor(seed, embeddings.device),
@@ -50,11 +50,11 @@ def perturb_embed(
     )
     parameters = [value.to(dtype) for value in transform.effective_parameters()]
     rho = transform.embed_rms.to(dtype)
-    moved = type(transform).formula(embeddings.to(dtype), z.to(dtype), rho, *parameters)
-    moved = moved.to(embeddings.dtype)
+    perturbed = type(transform).formula(embeddings.to(dtype), z.to(dtype), rho, *parameters)
+    perturbed = perturbed.to(embeddings.dtype)
     if perturb_mask is None:
-        return moved
-    return torch.where(perturb_mask[..., None], moved, embeddings)
+        return perturbed
+    return torch.where(perturb_mask[..., None], perturbed, embeddings)
 
 
 def logits(
@@ -66,7 +66,7 @@ def logits(
     softcap: float | None = None,
     valid_vocab: int | None = None,
 ) -> Tensor:  # [..., valid vocabulary]
-    dtype = accumulate(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     scores = hidden.to(dtype) @ weight[:valid_vocab].to(dtype).T
     if bias is not None:
         scores = scores + bias[:valid_vocab].to(dtype)

@@ -197,9 +197,9 @@ def test_first_pass_of_a_chunk_skips_the_second_gemm_of_the_head(monkeypatch):
     wanted = []
     run = head_blocks.linear_logprob
 
-    def recorded(*args, want_pull, **options):
-        wanted.append(want_pull)
-        return run(*args, want_pull=want_pull, **options)
+    def recorded(*args, want_grad_hidden, **options):
+        wanted.append(want_grad_hidden)
+        return run(*args, want_grad_hidden=want_grad_hidden, **options)
 
     monkeypatch.setattr(head_blocks, "linear_logprob", recorded)
     loss_and_gradients(planned(adapted(), "chunked", chunk_size=3))

@@ -1,23 +1,25 @@
-"""The Triton combine against `fastperturb.estimators` in fp64, judged by the error of naive torch.
-
-Runs on a GPU, or with TRITON_INTERPRET=1 on the CPU (see test_interpreter.py).
-"""
-
-import os
+"""The Triton combine against `fastperturb.estimators` in fp64, judged by naive torch's error."""
 
 import pytest
 import torch
+from kernel_oracle import (
+    DEVICE,
+    INTERPRETED,
+    MARKS,
+    assert_as_good,
+    interpreted_only,
+    nan_in_new_memory,
+    skip_without_memory,
+)
 
 from fastperturb import estimators
 from fastperturb.config import AT_LEAST_TWO_DRAWS, MARGINALS
 from fastperturb.kernels import combine as kernels
 from fastperturb.ops.combine import COMBINABLE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = MARKS
 
-# The jackknife leaves one draw out, so it needs another.
+# The jackknife leaves one sample out, so it needs another.
 CASES = [
     (estimator, M)
     for estimator in COMBINABLE
@@ -34,13 +36,9 @@ def some_log_probs(M, B, T, spread=2.0):
 
 
 def run(log_probs, mask, estimator, marginal):
-    """The kernel, over uninitialised memory filled with NaN."""
-    torch.use_deterministic_algorithms(True)  # which fills it
-    try:
+    with nan_in_new_memory():
         outputs = kernels.combine(log_probs.to(DEVICE), mask.to(DEVICE), estimator, marginal)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return [each.cpu() for each in outputs]
+    return [output.cpu() for output in outputs]
 
 
 def by_estimators(log_probs, mask, estimator, marginal):
@@ -52,19 +50,16 @@ def by_estimators(log_probs, mask, estimator, marginal):
 
 
 def check(log_probs, mask, estimator, marginal):
-    """No more than twice the error of naive torch in fp32, plus four units in the last place."""
     ours = run(log_probs, mask, estimator, marginal)
     naive = by_estimators(log_probs, mask, estimator, marginal)
     exact = by_estimators(log_probs.double(), mask, estimator, marginal)
-    for name, one, other, truth in zip(NAMES, ours, naive, exact, strict=True):
-        assert one.shape == truth.shape and one.dtype == torch.float32
-        assert one.isfinite().all(), name
-        error, limit = ((value - truth).abs().max() for value in (one, other))
-        assert error <= 2 * limit + 2**-21 * truth.abs().max(), (name, error, limit)
+    for name, value, truth, other in zip(NAMES, ours, exact, naive, strict=True):
+        assert value.dtype == torch.float32 and value.isfinite().all(), name
+        assert_as_good(value, truth, other, eps=2**-21, name=name)  # four units in the last place
 
 
 def some_mask(T):
-    """Three rows: some, none and all labelled."""
+    """Three batch rows: some tokens labelled, none, all."""
     share = torch.tensor([[0.6], [0.0], [1.0]])
     return torch.rand(3, T, generator=torch.Generator().manual_seed(1)) < share
 
@@ -103,15 +98,15 @@ def test_extreme_log_probs_are_combined_as_well(estimator, extreme, marginal):
     check(log_probs, torch.ones(log_probs.shape[1:], dtype=torch.bool), estimator, marginal)
 
 
-def test_impossible_draws_share_what_the_jackknife_takes_from_them():
+def test_the_jackknife_gives_all_impossible_samples_the_same_negative_weight():
     log_probs = torch.tensor([-1e30] * 5 + [-2.0] + [-1e30] * 2)[:, None, None]
     weights = run(log_probs, torch.ones(1, 1, dtype=torch.bool), "jvi", "token")[3]
-    # fp64 would lose the log 7 of -1e30 + log 7, which seven draws share.
+    # fp64 would lose the log 7 of -1e30 + log 7, which seven samples share.
     expected = torch.tensor([-1 / 8] * 5 + [2 - 1 / 8] + [-1 / 8] * 2)[:, None, None]
     torch.testing.assert_close(weights, expected)
 
 
-def test_sequences_keep_what_thousands_of_log_probs_differ_by():
+def test_small_differences_between_long_sequences_are_not_lost():
     log_probs = some_log_probs(4, 2, 5000)
     log_probs = log_probs[:1] + 1e-3 * log_probs  # sums of -30,000 that differ by a few units
     mask = torch.ones(2, 5000, dtype=torch.bool)
@@ -123,14 +118,14 @@ def test_sequences_keep_what_thousands_of_log_probs_differ_by():
 
 @pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("estimator", COMBINABLE)
-def test_what_is_not_a_number_shows_where_it_is_labelled_and_nowhere_else(estimator, marginal):
+def test_a_nan_log_prob_reaches_the_results_of_its_label_and_no_others(estimator, marginal):
     log_probs, mask = some_log_probs(4, 3, 5).clone(), torch.ones(3, 5, dtype=torch.bool)
     log_probs[2, 0, 0], log_probs[0, 1, 0], mask[1, 0] = torch.nan, torch.nan, False
     outputs = run(log_probs, mask, estimator, marginal)
     where = torch.zeros_like(outputs[0], dtype=torch.bool)
     where[(0, 0) if marginal == "token" else 0] = True
-    for each in outputs[:3]:
-        assert torch.equal(each.isnan(), where)
+    for output in outputs[:3]:
+        assert torch.equal(output.isnan(), where)
     assert not outputs[3][:, ~where].isnan().any()
 
 
@@ -146,23 +141,23 @@ def test_any_strides_give_the_same_bits(marginal):
 
 
 @pytest.mark.parametrize("marginal", MARGINALS)
-@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 2, 0)], ids=["rows", "positions"])
-def test_without_outcomes_all_is_empty_or_zero(shape, marginal):
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 2, 0)], ids=["no rows", "no tokens"])
+def test_without_batch_rows_or_tokens_the_results_are_empty_or_zero(shape, marginal):
     outputs = run(torch.randn(shape), torch.ones(shape[1:], dtype=torch.bool), "iwae", marginal)
-    assert all((each == 0).all() for each in outputs)
+    assert all((output == 0).all() for output in outputs)
     assert outputs[3].shape == (shape if marginal == "token" else shape[:2])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a file takes the place of memory")
+@interpreted_only
 @pytest.mark.parametrize("marginal", MARGINALS)
-def test_log_probs_more_than_2_to_the_31_apart_are_found(marginal, tmp_path):
+def test_log_probs_more_than_2_to_the_31_elements_apart_are_read(marginal, tmp_path):
     apart = 2**31 + 7
     file = torch.from_file(str(tmp_path / "sparse"), shared=True, size=apart + 8)
     log_probs = file.as_strided((2, 2, 4), (apart, 4, 1))
     log_probs.copy_(some_log_probs(2, 2, 4))
     mask = torch.ones(2, 4, dtype=torch.bool)
     ours, expected = (
-        kernels.combine(each, mask, "jvi", marginal) for each in (log_probs, log_probs.clone())
+        kernels.combine(values, mask, "jvi", marginal) for values in (log_probs, log_probs.clone())
     )
     assert all(map(torch.equal, ours, expected))
 
@@ -170,8 +165,7 @@ def test_log_probs_more_than_2_to_the_31_apart_are_found(marginal, tmp_path):
 @pytest.mark.skipif(INTERPRETED, reason="needs the memory of a GPU")
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_weights_are_written_where_they_belong():
-    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
-        pytest.skip("needs 20 GiB")
+    skip_without_memory(20)
     M, T = 128, 2**24 + 100
     row = some_log_probs(M, 1, T // 4).to(DEVICE)
     log_probs = row.expand(M, 4, T // 4)

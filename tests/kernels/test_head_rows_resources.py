@@ -1,29 +1,31 @@
-"""What the compiler makes of the row passes, for a model's real sizes and without a GPU.
+"""The compiled row passes of the heads, for a model's real sizes and without a GPU."""
 
-The compiler runs in another process, since this one may have Triton's interpreter loaded.
-"""
-
+import argparse
 import itertools
-import json
-from pathlib import Path
 
 import ahead_of_time
 import pytest
+import torch
 
-FILE = Path(__file__).resolve()
-KERNELS = {"gather_kernel", "pull_kernel", "couple_kernel", "quadratic_pull_kernel"}
+from fastperturb.kernels import head_rows
+from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+
+KERNELS = {
+    "online_softmax_kernel",
+    "grad_logits_kernel",
+    "quadratic_dot_kernel",
+    "quadratic_grad_logits_kernel",
+}
 
 
 def compiled(*options):
-    rows = ahead_of_time.compiled(FILE, *options)
+    rows = ahead_of_time.compiled(__file__, *options)
     assert {row["kernel"] for row in rows} == KERNELS
     return rows
 
 
 def check(rows, *, stack=0):
-    for row in rows:
-        assert row["stack"] <= stack and row["local"] == 0, row
-        assert row["blocks_per_sm"] * row["warps"] >= 12, row
+    ahead_of_time.assert_fits(rows, warps_per_sm=12, stack=stack)
 
 
 def test_real_blocks_are_read_once_16_bytes_at_a_time_without_a_spill():
@@ -31,10 +33,10 @@ def test_real_blocks_are_read_once_16_bytes_at_a_time_without_a_spill():
     check(rows)
     for row in rows:
         loads, stores = {
-            "gather_kernel": (4 + 1, 2 + 1),  # a row's 16 elements a thread, and total's 4
-            "pull_kernel": (4, 2),
-            "couple_kernel": (8, 0),  # 32 elements a thread, and sums that are narrow
-            "quadratic_pull_kernel": (8, 4),
+            "online_softmax_kernel": (4 + 1, 2 + 1),  # a row's 16 a thread, and total's 4
+            "grad_logits_kernel": (4, 2),
+            "quadratic_dot_kernel": (8, 0),  # 32 elements a thread, and sums that are narrow
+            "quadratic_grad_logits_kernel": (8, 4),
         }[row["kernel"]]
         assert (row["wide_loads"], row["wide_stores"]) == (loads, stores), row
 
@@ -45,70 +47,65 @@ def test_bias_soft_cap_and_entropy_do_not_spill():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", ["2", "32", "128"])
-@pytest.mark.parametrize("words", ["8192", "21376"])
-def test_no_number_of_samples_and_no_long_row_spills(samples, words):
-    sizes = ["--samples", samples, "--words", words]
+@pytest.mark.parametrize("columns", ["8192", "21376"])
+def test_no_number_of_samples_and_no_long_row_spills(samples, columns):
+    sizes = ["--samples", samples, "--columns", columns]
     check(compiled("--cc", "80", "90", "100", "--heads", "plain", "everything", *sizes))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--dtype", "float32"], ["--words", "16593"]], ids=str)
-def test_fp32_and_odd_widths_spill_at_most_what_the_assembler_likes_to(options):
-    """It gives up a few scalars of gather to fit 2048 threads of 32 registers."""
+@pytest.mark.parametrize("options", [["--dtype", "float32"], ["--columns", "16593"]], ids=str)
+def test_fp32_and_odd_widths_spill_at_most_a_few_scalars(options):
+    """The assembler spills some of online_softmax to fit 2048 threads of 32 registers."""
     check(compiled("--cc", "80", "90", "100", "--heads", "plain", "everything", *options), stack=32)
 
 
-def launches(dtype, words, samples, everything):
-    """(kernel, arguments, options) of every launch of the four passes over a block."""
-    import torch
-
-    from fastperturb.kernels import head_rows
-    from fastperturb.kernels import perturb_embed_tiles as tiles
-    from fastperturb.ops.head_blocks import Logits, Running
+def launches(dtype, v, samples, everything, cc):
+    """The launches of the four passes over a block of v columns."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    recorded = []
-    tiles.launch = lambda kernel, grid, *rest, **options: recorded.append((kernel, *rest, options))
+    def out_of(products):  # a pass writes fp32 over the products
+        return products if dtype == torch.float32 else empty(*products.shape, dtype=dtype)
+
     n, tokens, D = 2048, 40, 4096
-    bias, softcap = (empty(words), 30.0) if everything else (None, None)
-    logits = Logits(words, bias, 1.0, softcap)
-    target, rows = empty(n, dtype=torch.int64), empty(n)
-    products, each = empty(n, words), empty(samples, tokens)
-    running = Running(rows, rows, rows, rows if everything else None)
-    out = products if dtype == torch.float32 else empty(n, words, dtype=dtype)
-    head_rows.gather(products, logits, target, running, out, empty(n, D))
-    head_rows.pull(products, logits, target, rows, rows, out)
-    products = empty(samples, tokens, words)
-    out = products if dtype == torch.float32 else empty(samples, tokens, words, dtype=dtype)
-    head_rows.couple(products, logits, each, each, each)
-    head_rows.quadratic_pull(products, logits, target, each, each, each, rows, out)
+    bias, softcap = (empty(v), 30.0) if everything else (None, None)
+    options = LogitOptions(v, bias, 1.0, softcap)
+    target, row = empty(n, dtype=torch.int64), empty(n)
+    running = RunningSoftmax(row, row, row, row if everything else None)
+    products, sample_products = empty(n, v), empty(samples, tokens, v)
+    sample_row = empty(samples, tokens)
+    with ahead_of_time.recorded(cc) as recorded:
+        head_rows.online_softmax(products, options, target, running, out_of(products), empty(n, D))
+        head_rows.grad_logits(products, options, target, row, row, out_of(products))
+        head_rows.quadratic_dot(sample_products, options, sample_row, sample_row, sample_row)
+        head_rows.quadratic_grad_logits(
+            sample_products,
+            options,
+            target,
+            sample_row,
+            sample_row,
+            sample_row,
+            row,
+            out_of(sample_products),
+        )
     return recorded
 
 
 def main():
-    """Compile what would be launched and print one JSON object for each kernel."""
-    import argparse
-
-    import aot
-    import torch
-
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cc", nargs="+", type=int, default=[90])
     parser.add_argument("--heads", nargs="+", default=["plain"], choices=["plain", "everything"])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--words", type=int, default=16384)
+    parser.add_argument("--columns", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=8)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     for head, cc in itertools.product(options.heads, options.cc):
-        sizes = options.words, options.samples
-        for kernel, arguments, launch_options in launches(dtype, *sizes, head == "everything"):
-            built = aot.compile_launch(kernel, arguments, launch_options, cc)
-            row = {"head": head, "kernel": kernel.fn.__name__, "cc": cc}
-            row |= {"tile": [arguments.get("BM", 1), arguments["BV"]]}
-            print(json.dumps(row | aot.resources(built, cc)), flush=True)
+        for launched in launches(dtype, options.columns, options.samples, head == "everything", cc):
+            tile = [launched.arguments.get("BM", 1), launched.arguments["BV"]]
+            ahead_of_time.print_resources(launched, cc, head=head, tile=tile)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,22 @@
-"""The Triton noise against its definition in fastperturb.noise.
-
-Runs on a GPU, or with TRITON_INTERPRET=1 on the CPU (see test_interpreter.py).
-"""
-
-import os
+"""The Triton noise against its definition in fastperturb.noise."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_oracle import DEVICE, INTERPRETED, MARKS
 
 from fastperturb import noise as definition
 from fastperturb.config import LATENTS
 from fastperturb.kernels import noise
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+pytestmark = MARKS
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), -81985529216486896)
 
 
 @triton.jit
-def words_kernel(out_ptr, counter_ptr, seed_ptr, X: tl.constexpr):
+def philox_kernel(out_ptr, counter_ptr, seed_ptr, X: tl.constexpr):
     i = 4 * tl.arange(0, X)
     w0, w1, w2, w3 = noise.philox(
         tl.load(seed_ptr),
@@ -108,20 +102,20 @@ def some_numbers(X=256):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_words_are_those_of_the_definition_for_any_counter_mod_2_to_the_32(seed):
+def test_philox_gives_the_bits_of_the_definition_for_any_counter_mod_2_to_the_32(seed):
     edges = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 5, -1])
     counters = torch.cartesian_prod(edges, edges[::2], edges[1::2], edges[:4])  # 8 4 4 4
     out = torch.empty_like(counters, device=DEVICE)
-    words_kernel[(1,)](out, counters.to(DEVICE), torch.tensor(seed, device=DEVICE), len(counters))
+    philox_kernel[(1,)](out, counters.to(DEVICE), torch.tensor(seed, device=DEVICE), len(counters))
     key = torch.tensor([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF])
     assert torch.equal(out.cpu(), definition.philox(counters, key))
 
 
-def test_the_words_are_those_of_the_published_test_vectors():
+def test_philox_gives_the_bits_of_the_published_test_vector():
     counter = torch.tensor([[0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]])
     seed = 0x299F31D0A4093822
     out = torch.empty_like(counter, device=DEVICE)
-    words_kernel[(1,)](out, counter.to(DEVICE), torch.tensor(seed, device=DEVICE), 1)
+    philox_kernel[(1,)](out, counter.to(DEVICE), torch.tensor(seed, device=DEVICE), 1)
     assert out[0].tolist() == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
@@ -151,7 +145,7 @@ def test_a_million_gaussians_are_standard_and_as_defined():
     assert (ours - defined(numbers, 256, latent="gaussian")).abs().max() <= 4e-6
 
 
-def test_the_extreme_words_give_the_defined_finite_gaussians():
+def test_the_extreme_philox_words_give_the_defined_finite_gaussians():
     edges = [0, 1, 2, 255, 2**26, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2**26, 2**32 - 2**25]
     edges = torch.tensor([*edges, 2**32 - 2**12, 2**32 - 256, 2**32 - 9, 2**32 - 2, 2**32 - 1, 99])
     words = torch.cartesian_prod(edges, edges).T  # 2 256

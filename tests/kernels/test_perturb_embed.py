@@ -1,30 +1,36 @@
-"""The Triton perturb_embed against torch in fp64, judged by the error of naive torch.
-
-Runs on a GPU, or with TRITON_INTERPRET=1 on the CPU in fp32 and fp16 (see test_interpreter.py):
-the interpreter truncates bf16.
-"""
+"""The Triton perturb_embed against torch in fp64, judged by the error of naive torch."""
 
 import math
 import mmap
-import os
 import tempfile
 import zlib
 
 import pytest
 import torch
+from kernel_oracle import (
+    DEVICE,
+    HALF,
+    INTERPRETED,
+    MARKS,
+    assert_as_good,
+    interpreted_only,
+    nan_in_new_memory,
+    skip_without_memory,
+)
 
 from fastperturb import noise
 from fastperturb.config import TRANSFORMS, PerturbConfig
+from fastperturb.kernels import launch
 from fastperturb.kernels import perturb_embed as kernels
-from fastperturb.kernels import perturb_embed_tiles as tiles
-from fastperturb.ops.embed import EmbedCall
+from fastperturb.kernels import perturb_embed_backward as backward
+from fastperturb.kernels import perturb_embed_forward as forward
+from fastperturb.kernels.perturb_embed_call import Layout
+from fastperturb.ops.calls import EmbedCall
 from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import FAMILIES, make_transform
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16)
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DTYPES = (torch.float32, HALF)
+pytestmark = MARKS
 
 # Latents may differ by 4e-6; a 16-bit result of one element has no naive error to compare with.
 EPS = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -42,7 +48,7 @@ VARIANTS = ("plain", "sequence", "explicit")
 
 
 def make_call(family, dtype, shape, variant="plain", vocab=13):
-    """A call on the CPU in `dtype`; `variant` chooses its law, its numbers and its mask."""
+    """A call on the CPU in `dtype`; `variant` chooses its distribution, counters and mask."""
     torch.manual_seed(zlib.crc32(f"{family} {dtype} {shape} {variant}".encode()))
     M, B, T, D, R, H = shape
     latent, scope = {"plain": ("gaussian", "token"), "sequence": ("uniform", "sequence")}.get(
@@ -82,24 +88,20 @@ def make_call(family, dtype, shape, variant="plain", vocab=13):
     )
 
 
-def moved(call, device):
-    def move(value):
-        if isinstance(value, list):
-            return [move(each) for each in value]
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    return EmbedCall(*map(move, call))
+def on_device(value):
+    if isinstance(value, list):
+        return [on_device(element) for element in value]
+    if isinstance(value, EmbedCall):
+        return EmbedCall(*map(on_device, value))
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
 
 
 def run(function, grad, call, *options):
-    """One of the kernels' functions, over uninitialised memory filled with NaN."""
-    torch.use_deterministic_algorithms(True)  # which fills it, and refuses unordered sums
-    try:
-        inputs = [moved(call, DEVICE), *options]
+    """The result of one of the kernels' functions, on the CPU."""
+    inputs = [on_device(call), *options]
+    with nan_in_new_memory():
         result = function(*inputs) if grad is None else function(grad.to(DEVICE), *inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    return [each.cpu() for each in result] if isinstance(result, list) else result.cpu()
+    return [value.cpu() for value in result] if isinstance(result, list) else result.cpu()
 
 
 def in_fp64(call):
@@ -122,34 +124,28 @@ def naive(call, grad):
     return out.detach(), torch.autograd.grad(out, [table, *parameters], grad)
 
 
-def assert_close(ours, oracle, naive, what):
-    assert ours.shape == oracle.shape
-    error, limit = [(value.double() - oracle).abs().max() for value in (ours, naive)]
-    eps = EPS[naive.dtype] * oracle.abs().max()
-    assert error <= 2 * limit + eps, f"{what}: error {error:.2e}, naive {limit:.2e}, eps {eps:.2e}"
-
-
 def check(family, dtype, shape, variant):
     call = make_call(family, dtype, shape, variant)
     out = run(kernels.perturb_embed, None, call)
     grad = torch.randn(out.shape).to(dtype)
     exact = in_fp64(call)
     naive_out, naive_grads = naive(call, grad)
+    eps = EPS[dtype]
     assert out.dtype == dtype
-    assert_close(out, torch_embed.perturb_embed(exact), naive_out, "output")
+    assert_as_good(out, torch_embed.perturb_embed(exact), naive_out, eps=eps, name="output")
     if call.mask is not None:
-        still = call.table if call.ids is None else call.table[call.ids]
-        assert torch.equal(out[:, ~call.mask], still[~call.mask].expand(len(out), -1, -1))
+        e = call.table if call.ids is None else call.table[call.ids]
+        assert torch.equal(out[:, ~call.mask], e[~call.mask].expand(len(out), -1, -1))
 
     expected = torch_embed.perturb_embed_backward(grad.double(), exact, True)
     names = ["table", *(f"parameter {i}" for i in range(len(call.parameters)))]
     for want_table in (True, False):
         grads = run(kernels.perturb_embed_backward, grad, call, want_table)
         assert grads[0].numel() == (call.table.numel() if want_table else 0)
-        first = 0 if want_table else 1
-        for each in zip(grads[first:], expected[first:], naive_grads[first:], names[first:]):
-            assert_close(*each)
         assert [value.dtype for value in grads[1:]] == [torch.float32] * (len(grads) - 1)
+        first = 0 if want_table else 1
+        for name, *gradients in list(zip(names, grads, expected, naive_grads))[first:]:
+            assert_as_good(*gradients, eps=eps, name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,10 +177,10 @@ def test_a_real_size_is_as_good_as_naive_torch(family, dtype):
 def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gradient(family):
     call = make_call(family, torch.float32, (3, 2, 9, 24, 5, 7), "explicit")
     grad = torch.randn(3, 2, 9, 24)
-    each = run(kernels.perturb_embed_per_sample_grad, grad, call)
+    parts = run(kernels.perturb_embed_per_sample_grad, grad, call)
     whole = run(kernels.perturb_embed_backward, grad, call, False)[1:]
     expected = torch_embed.perturb_embed_per_sample_grad(grad.double(), in_fp64(call))
-    for psi, total, truth in zip(each, whole, expected):
+    for psi, total, truth in zip(parts, whole, expected):
         torch.testing.assert_close(
             psi.double(), truth, rtol=0, atol=2e-5 * float(truth.abs().max())
         )
@@ -250,13 +246,13 @@ def test_parameters_in_the_tables_dtype_get_gradients_in_it():
         assert torch.equal(one, other.to(DTYPES[1]))
 
 
-def test_an_fp64_table_is_refused_by_name():
+def test_an_fp64_table_is_rejected_by_name():
     call = make_call("lowrank", torch.float64, SHAPES["ragged"], "plain")
     with pytest.raises(TypeError, match="table must have one of the dtypes"):
         kernels.perturb_embed(call)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the next test does it in full")
+@interpreted_only
 def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     """Rows so wide that one program, launched alone over lazily mapped tensors, crosses 2^31.
 
@@ -283,19 +279,20 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     small = small._replace(ids=ids, mask=None)
     call = small._replace(table=table, parameters=[U])
 
-    for name, tile in (("_forward_tile", (512, columns)), ("_backward_tile", (32, columns))):
-        monkeypatch.setattr(kernels, name, lambda *_, tile=tile: (*tile, 16, 16, 4))
-    launch = tiles.launch
-    monkeypatch.setattr(tiles, "launch", lambda k, grid, *a, **o: launch(k, (1,), *a, **o))
-    plan = kernels._Plan(call)
+    for module, BT in ((forward, 512), (backward, 32)):
+        sizes = BT, columns, 16, 16, 4
+        monkeypatch.setattr(module, "tile_sizes", lambda *_, sizes=sizes: sizes)
+    start = launch.start
+    monkeypatch.setattr(launch, "start", lambda k, grid, *a, **o: start(k, (1,), *a, **o))
+    layout = Layout(call)
     out, grad = lazy(M, 1, N, D), lazy(M, 1, N, D)
-    plan.forward(out)
+    forward.forward(layout, out)
     exact = in_fp64(small)
     expected = torch_embed.perturb_embed(exact)
     torch.testing.assert_close(out[..., :columns].double(), expected, rtol=2e-3, atol=2e-3)
 
     grad[..., :columns] = torch.randn(M, 1, N, columns)
-    grad_e, grads = plan.backward(grad, want_table=True, per_sample=False)
+    grad_e, grads = backward.backward(layout, grad, want_table=True, per_sample=False)
     part = grad[..., :columns].double()
     expected = torch_embed.perturb_embed_backward(part, exact, False)[1]
     ours = grads[0][0, 0, :, :columns].double()
@@ -308,9 +305,8 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
 def test_tensors_of_more_than_2_to_the_31_elements():
     D, T, tail = 4096, 2**18 + 24, 24
     M, dtype = 3, torch.bfloat16
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB")
-    call = moved(make_call("lowrank", dtype, (M, 1, T, D, 16, 16), "plain"), DEVICE)
+    skip_without_memory(40)
+    call = on_device(make_call("lowrank", dtype, (M, 1, T, D, 16, 16), "plain"))
     part = call._replace(
         ids=call.ids[:, -tail:], rows=call.rows[:, -tail:], positions=call.positions[:, -tail:]
     )

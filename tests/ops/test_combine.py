@@ -1,6 +1,5 @@
 """combine, by torch and by C++, against `fastperturb.estimators` in fp64."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,11 +10,9 @@ from torch import Tensor
 
 from fastperturb import estimators, ops
 from fastperturb.config import AT_LEAST_TWO_DRAWS, MARGINALS
-from fastperturb.ops import dispatch
 from fastperturb.ops.combine import COMBINABLE
-from fastperturb.ops.cpp import build
 
-# The jackknife leaves one draw out, so it needs another.
+# The jackknife leaves one sample out, so it needs another.
 CASES = [
     (estimator, M)
     for estimator in COMBINABLE
@@ -24,44 +21,22 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["torch", "cpp"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "cpp":
-        try:
-            build._compiler()
-        except RuntimeError as error:
-            pytest.skip(str(error))
-        assert build.prepare(), build.availability()
-    with dispatch.only(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Fresh memory is NaN: what a kernel does not write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def some_log_probs(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
-    """Strided, as the model's are: it drops the last position."""
+    """Draw log-probs that are strided, as the model's are: it drops the last position."""
     generator = torch.Generator().manual_seed(seed)
     M, B, T = shape
     return (spread * torch.randn(M, B, T + 1, generator=generator) - 6)[:, :, :-1]
 
 
 def some_mask(B: int, T: int, share: float = 0.6) -> Tensor:
-    """The second row has no labels."""
+    """Draw the labelled positions; the second row has none, unless `share` is 1."""
     mask = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < share
     mask[1:2] = share == 1
     return mask
 
 
 def by_estimators(log_probs: Tensor, mask: Tensor, estimator: str, marginal: str) -> ops.Combined:
-    """The definition in plain torch, in the dtype of the log-probs."""
+    """Combine by the definition in plain torch, in the dtype of the log-probs."""
     if marginal == "sequence":
         log_probs, mask = log_probs.where(mask, 0.0).sum(-1), mask.any(-1)
     value, weights = estimators.combine(log_probs, estimator, mask=mask)
@@ -73,17 +48,17 @@ def by_estimators(log_probs: Tensor, mask: Tensor, estimator: str, marginal: str
 def with_gradient(
     function: Any, log_probs: Tensor, mask: Tensor, *arguments: Any, **options: Any
 ) -> list[Tensor]:
-    """All outputs, and the log-probs' gradient under a random upstream one."""
+    """Return all outputs, and the log-probs' gradient under a random upstream one."""
     log_probs = log_probs.detach().requires_grad_()
     combined = function(log_probs, mask, *arguments, **options)
     generator = torch.Generator().manual_seed(2)
     upstream = torch.randn(combined.value.shape, generator=generator).to(log_probs.dtype)
     (gradient,) = torch.autograd.grad(combined.value, log_probs, upstream)
-    return [*(each.detach() for each in combined), gradient]
+    return [*(output.detach() for output in combined), gradient]
 
 
 def check(log_probs: Tensor, mask: Tensor, estimator: str, marginal: str) -> list[Tensor]:
-    """No more than twice the error of naive torch in fp32, plus two units in the last place."""
+    """Check an error of at most twice naive torch's in fp32, plus two units in the last place."""
     ours = with_gradient(ops.combine, log_probs, mask, estimator, marginal=marginal)
     naive = with_gradient(by_estimators, log_probs, mask, estimator, marginal)
     exact = with_gradient(by_estimators, log_probs.double(), mask, estimator, marginal)
@@ -108,9 +83,9 @@ def test_outputs_and_gradient_are_those_of_the_estimators(
         mask = some_mask(3, 41, share)
         ours = check(some_log_probs(M, 3, 41), mask, estimator, marginal)
         labelled = mask if marginal == "token" else mask.any(-1)
-        for each in ours[:4]:
-            assert (each[..., ~labelled] == 0).all()
-            assert (each[..., labelled] != 0).any() or share == 0
+        for output in ours[:4]:
+            assert (output[..., ~labelled] == 0).all()
+            assert (output[..., labelled] != 0).any() or share == 0
         assert (ours[4][:, ~mask] == 0).all()
 
 
@@ -130,7 +105,7 @@ EXTREMES = {
 @pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("estimator", COMBINABLE)
-def test_extreme_log_probs_are_combined_as_well(
+def test_extreme_log_probs_err_no_more_than_naive_torch(
     estimator: str, extreme: str, marginal: str
 ) -> None:
     log_probs = EXTREMES[extreme]
@@ -138,22 +113,23 @@ def test_extreme_log_probs_are_combined_as_well(
 
 
 @pytest.mark.parametrize("implementation", ["cpp"], indirect=True)
-def test_impossible_draws_share_what_the_jackknife_takes_from_them(implementation: str) -> None:
+def test_impossible_samples_get_equal_jackknife_weights(implementation: None) -> None:
     log_probs = torch.tensor([-1e30] * 5 + [-2.0] + [-1e30] * 2)[:, None, None]
     weights = ops.combine(log_probs, torch.ones(1, 1) > 0, "jvi").weights
-    # fp64 would lose the log 7 of -1e30 + log 7, which seven draws share.
+    # fp64 would lose the log 7 of -1e30 + log 7, which seven samples share.
     expected = torch.tensor([-1 / 8] * 5 + [2 - 1 / 8] + [-1 / 8] * 2)[:, None, None]
     torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.usefixtures("implementation")
-def test_sequences_keep_what_thousands_of_log_probs_differ_by() -> None:
+def test_sums_of_thousands_of_log_probs_keep_their_small_differences() -> None:
     log_probs = some_log_probs(4, 2, 5000)
     log_probs = log_probs[:1] + 1e-3 * log_probs  # sums of -30,000 that differ by a few units
     mask = torch.ones(2, 5000, dtype=torch.bool)
     ours = ops.combine(log_probs, mask, "iwae", marginal="sequence")
     naive, exact = (
-        by_estimators(each, mask, "iwae", "sequence") for each in (log_probs, log_probs.double())
+        by_estimators(values, mask, "iwae", "sequence")
+        for values in (log_probs, log_probs.double())
     )
     assert 0.01 < exact.weights.min() < exact.weights.max() < 0.9
     assert (ours.weights - exact.weights).abs().max() < 1e-6
@@ -163,16 +139,14 @@ def test_sequences_keep_what_thousands_of_log_probs_differ_by() -> None:
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("estimator", COMBINABLE)
-def test_what_is_not_a_number_shows_where_it_is_labelled_and_nowhere_else(
-    estimator: str, marginal: str
-) -> None:
+def test_nan_reaches_the_labels_that_have_it_and_no_others(estimator: str, marginal: str) -> None:
     log_probs, mask = some_log_probs(4, 3, 5).clone(), some_mask(3, 5, 1.0)
     log_probs[2, 0, 0], log_probs[0, 1, 0], mask[1, 0] = torch.nan, torch.nan, False
     combined = ops.combine(log_probs, mask, estimator, marginal=marginal)
     where = torch.zeros_like(combined.value, dtype=torch.bool)
     where[(0, 0) if marginal == "token" else 0] = True
-    for each in combined[:3]:
-        assert torch.equal(each.isnan(), where)
+    for output in combined[:3]:
+        assert torch.equal(output.isnan(), where)
     assert estimator == "jensen" or torch.equal(combined.weights.isnan().all(0), where)
 
 
@@ -186,7 +160,7 @@ def test_any_strides_give_the_same_bits(marginal: str) -> None:
         turned = log_probs.permute(order).contiguous().permute(back)
         ours = with_gradient(ops.combine, turned, mask.T.contiguous().T, "jvi", marginal=marginal)
         assert all(map(torch.equal, ours, expected))
-        assert all(each.is_contiguous() for each in ours[:4])
+        assert all(output.is_contiguous() for output in ours[:4])
     row = log_probs[:, :1]
     ours = ops.combine(row.expand(4, 3, 40), mask[:1].expand(3, 40), "jvi", marginal=marginal)
     alone = ops.combine(row, mask[:1], "jvi", marginal=marginal)
@@ -196,15 +170,17 @@ def test_any_strides_give_the_same_bits(marginal: str) -> None:
 @pytest.mark.usefixtures("poisoned", "implementation")
 @pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("shape", [(3, 0, 5), (3, 2, 0)], ids=["rows", "positions"])
-def test_without_outcomes_all_is_empty_or_zero(shape: tuple[int, int, int], marginal: str) -> None:
+def test_no_rows_or_no_positions_give_empty_or_zero_results(
+    shape: tuple[int, int, int], marginal: str
+) -> None:
     ours = check(torch.randn(shape), torch.ones(shape[1:], dtype=torch.bool), "jvi", marginal)
-    assert all((each == 0).all() for each in ours)
+    assert all((output == 0).all() for output in ours)
 
 
 @pytest.mark.parametrize("implementation", ["cpp"], indirect=True)
 @pytest.mark.parametrize("marginal", MARGINALS)
 def test_the_same_bits_come_out_for_any_number_of_threads(
-    implementation: str, marginal: str
+    implementation: None, marginal: str
 ) -> None:
     log_probs, mask = some_log_probs(4, 5, 3000), some_mask(5, 3000)
     before = torch.get_num_threads()
@@ -218,14 +194,13 @@ def test_the_same_bits_come_out_for_any_number_of_threads(
     assert all(map(torch.equal, *results))
 
 
-# --- what a user sees of the op -------------------------------------------------------------
-
-
 @pytest.mark.parametrize("marginal", MARGINALS)
-def test_only_the_value_has_a_gradient_and_no_second_or_forward_one(marginal: str) -> None:
+def test_only_the_value_has_a_gradient_and_second_and_forward_derivatives_raise(
+    marginal: str,
+) -> None:
     log_probs, mask = some_log_probs(4, 3, 5).requires_grad_(), some_mask(3, 5)
     combined = ops.combine(log_probs, mask, "iwae", marginal=marginal)
-    assert [each.requires_grad for each in combined] == [True, False, False, False]
+    assert [output.requires_grad for output in combined] == [True, False, False, False]
     value = combined.value.square().sum()
     with pytest.raises(RuntimeError, match="combine has no second derivative"):
         torch.autograd.grad(value, log_probs, create_graph=True)
@@ -255,7 +230,7 @@ def test_half_precision_is_combined_in_fp32() -> None:
 
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("marginal", MARGINALS)
-def test_opcheck_finds_nothing(marginal: str) -> None:
+def test_the_registration_passes_opcheck(marginal: str) -> None:
     log_probs, mask = some_log_probs(3, 2, 5).requires_grad_(), some_mask(2, 5)
     torch.library.opcheck(torch.ops.fastperturb.combine, (log_probs, mask, "jvi_clip", marginal))
     weights = torch.rand((3, 2, 5) if marginal == "token" else (3, 2))
@@ -266,7 +241,7 @@ def test_opcheck_finds_nothing(marginal: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("marginal", MARGINALS)
-def test_compiled_it_is_one_graph_with_the_same_bits(marginal: str) -> None:
+def test_it_compiles_into_one_graph_with_the_same_bits(marginal: str) -> None:
     log_probs, mask = some_log_probs(3, 2, 5), some_mask(2, 5)
     compiled = torch.compile(ops.combine, fullgraph=True, backend="aot_eager")
     for estimator in COMBINABLE:
@@ -292,18 +267,15 @@ def test_compiled_it_is_one_graph_with_the_same_bits(marginal: str) -> None:
         ({"log_probs": torch.zeros(1, 3, 5), "estimator": "jvi"}, "num_samples must be at least 2"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_by_name(change: dict[str, Any], message: str) -> None:
     arguments = {"log_probs": torch.zeros(4, 3, 5), "mask": torch.ones(3, 5) > 0}
     with pytest.raises(ValueError, match=message):
         ops.combine(**{**arguments, "estimator": "iwae", **change})
 
 
-# --- what holds for any log-probs -----------------------------------------------------------
-
-
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, str]:
-    """Log-probs that are multiples of 2^-10, so that sums and differences of a few are exact."""
+    """Draw log-probs that are multiples of 2^-10: sums and differences of a few are exact."""
     M, B, T = draw(st.integers(2, 20)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
     spread = draw(st.sampled_from([0.0, 0.5, 3.0, 30.0]))
     log_probs = some_log_probs(M, B, T, seed=draw(st.integers(0, 999)), spread=spread)
@@ -329,7 +301,7 @@ def test_permuting_samples_permutes_weights(call: Any, estimator: str, random: A
 
 @settings(max_examples=40, deadline=None)
 @given(calls(), st.sampled_from(COMBINABLE), st.integers(-64, 64))
-def test_a_constant_moves_values_and_leaves_weights(
+def test_a_constant_shifts_values_and_leaves_weights(
     call: Any, estimator: str, constant: int
 ) -> None:
     log_probs, mask, marginal = call
@@ -337,10 +309,10 @@ def test_a_constant_moves_values_and_leaves_weights(
     after = ops.combine(log_probs + constant, mask, estimator, marginal=marginal)
     assert torch.equal(after.weights, before.weights)
     assert torch.equal(after.effective_samples, before.effective_samples)
-    moved = constant * (mask if marginal == "token" else mask.sum(-1))
-    torch.testing.assert_close(after.value, before.value + moved, rtol=1e-5, atol=1e-4)
+    shift = constant * (mask if marginal == "token" else mask.sum(-1))
+    torch.testing.assert_close(after.value, before.value + shift, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(
-        after.log_marginal, before.log_marginal + moved, rtol=1e-5, atol=1e-4
+        after.log_marginal, before.log_marginal + shift, rtol=1e-5, atol=1e-4
     )
 
 

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from fastperturb import PerturbConfig, noise, ops
 from fastperturb.config import LATENTS, TRANSFORMS
 from fastperturb.ops import reference
+from fastperturb.ops.calls import EmbedCall
 from fastperturb.transforms import make_transform
 
 
@@ -23,7 +24,7 @@ def transform_of(family, *, embed_dim=12, dtype=torch.float64, **options):
 
 
 def inputs(source, *, dtype=torch.float64, shape=(2, 7), embed_dim=12):
-    """(ids, table) or (embeddings, None), and the leaf that takes the gradient."""
+    """Draw (ids, table) or (embeddings, None), and return also the leaf that takes the gradient."""
     torch.manual_seed(1)
     if source == "ids":
         table = torch.randn(20, embed_dim).to(dtype).requires_grad_()
@@ -57,7 +58,7 @@ def test_value_and_gradients_are_the_oracles(family, source, scope, antithetic):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_low_precision_errs_no_more_than_naive_torch(family, dtype):
-    """err(ours) <= 2 err(plain torch in that dtype) + eps, both against fp64."""
+    """Check err(ours) <= 2 err(plain torch in that dtype) + eps, both against fp64."""
     transform = transform_of(family, dtype=torch.float32)
     arguments, leaf = inputs("embeddings", dtype=dtype)
     leaves = [leaf, *transform.parameters()]
@@ -157,22 +158,20 @@ def test_the_registration_passes_opcheck(family, source):
     arguments, leaf = inputs(source)
     ids = arguments[0] if source == "ids" else None
     numbers = noise.counters(4, None, None, (2, 7), antithetic=False, device=leaf.device)
-    torch.library.opcheck(
-        torch.ops.fastperturb.perturb_embed.default,
-        (
-            ids,
-            leaf,
-            list(transform.parameters()),
-            transform.embed_rms,
-            torch.tensor(5),
-            *(number.contiguous() for number in numbers),
-            torch.rand(2, 7) > 0.3,
-            family,
-            "gaussian",
-            "token",
-            False,
-        ),
+    call = EmbedCall(
+        ids,
+        leaf,
+        list(transform.parameters()),
+        transform.embed_rms,
+        torch.tensor(5),
+        *(number.contiguous() for number in numbers),
+        torch.rand(2, 7) > 0.3,
+        family,
+        "gaussian",
+        "token",
+        False,
     )
+    torch.library.opcheck(torch.ops.fastperturb.perturb_embed.default, tuple(call))
 
 
 @pytest.mark.slow
@@ -229,13 +228,11 @@ def test_checkpointing_and_accumulation_see_identical_noise():
         ({"table": torch.zeros(20, 12, device="meta")}, ValueError, "on the table's device meta"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(changes, error, message):
+def test_bad_arguments_raise_by_name(changes, error, message):
     (ids, table), _ = inputs("ids")
-    given = {"ids": ids, "table": table, "seed": 5, "samples": 4, **changes}
-    positional = [given.pop(name) for name in ("ids", "table", "seed", "samples")]
-    ids, table, seed, samples = positional
+    arguments = {"ids": ids, "table": table, "seed": 5, "samples": 4, **changes}
     with pytest.raises(error, match=message):
-        ops.perturb_embed(ids, table, transform_of("lowrank"), seed, samples, **given)
+        ops.perturb_embed(transform=transform_of("lowrank"), **arguments)
 
 
 @pytest.mark.parametrize("min_scale", [0.0, 0.5])
@@ -277,16 +274,16 @@ def test_the_gradient_of_a_frequent_token_does_not_stop_growing_in_16_bits():
     table = torch.randn(3, 12).bfloat16().requires_grad_()
     ids, grad = torch.ones(2, 2000, dtype=torch.int64), torch.rand(2, 2, 2000, 12).bfloat16()
     out = ops.perturb_embed(ids, table, transform, 5, 2)
-    (found,) = torch.autograd.grad(out, table, grad)
+    (grad_table,) = torch.autograd.grad(out, table, grad)
     expected = grad.double().sum((0, 1, 2))
-    torch.testing.assert_close(found[1].double(), expected, rtol=4e-3, atol=0)
+    torch.testing.assert_close(grad_table[1].double(), expected, rtol=4e-3, atol=0)
 
 
-@pytest.mark.parametrize("moved", ["table", "U"])
-def test_a_forward_mode_derivative_is_refused_and_not_zero(moved):
+@pytest.mark.parametrize("tangent", ["table", "U"])
+def test_a_forward_mode_derivative_raises(tangent):
     transform, table = transform_of("lowrank"), torch.randn(20, 12, dtype=torch.float64)
     with forward_ad.dual_level():
-        if moved == "table":
+        if tangent == "table":
             table = forward_ad.make_dual(table, table)
         else:
             start = transform.U.detach()
@@ -296,7 +293,7 @@ def test_a_forward_mode_derivative_is_refused_and_not_zero(moved):
             ops.perturb_embed(torch.randint(0, 20, (2, 7)), table, transform, 5, 4)
 
 
-def test_a_per_sample_gradient_of_the_wrong_shape_is_refused():
+def test_an_upstream_gradient_of_the_wrong_shape_raises():
     (ids, table), _ = inputs("ids")
     with pytest.raises(ValueError, match=r"grad must be .* \[M, B, T, D\] = \[3, 2, 7, 12\]"):
         ops.perturb_embed_per_sample_grad(
@@ -304,7 +301,7 @@ def test_a_per_sample_gradient_of_the_wrong_shape_is_refused():
         )
 
 
-def test_samples_permute_the_output():
+def test_permuted_samples_permute_the_output():
     transform = transform_of("affine")
     (embeddings, _), _ = inputs("embeddings")
     out = ops.perturb_embed(embeddings, None, transform, 5, 3)

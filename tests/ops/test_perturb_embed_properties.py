@@ -1,4 +1,4 @@
-"""What holds for every shape, family, law and seed, through whichever implementation runs here."""
+"""Properties of perturb_embed for every shape, family, distribution and seed."""
 
 import torch
 from hypothesis import given, settings
@@ -14,7 +14,7 @@ settings.load_profile("ops")
 
 @st.composite
 def calls(draw):
-    """A transform, its embeddings [B, T, D], and the keyword arguments of a call."""
+    """Draw a transform, its embeddings [B, T, D], and the keyword arguments of a call."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     D = draw(st.integers(1, 70))
     config = PerturbConfig(
@@ -61,7 +61,7 @@ def test_permuting_samples_permutes_the_output(call, random):
 
 
 @given(calls(), st.data())
-def test_where_the_mask_is_off_the_embedding_is_untouched(call, data):
+def test_masked_embeddings_stay_and_the_others_are_as_without_a_mask(call, data):
     transform, e, options = call
     bits = data.draw(st.lists(st.booleans(), min_size=e[..., 0].numel(), max_size=200))
     mask = torch.tensor(bits[: e[..., 0].numel()]).reshape(e.shape[:2])

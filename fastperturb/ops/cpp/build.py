@@ -6,8 +6,8 @@ sources, the flags, the compiler, torch and the CPU. The ninja file is our own:
 `torch.utils.cpp_extension.load` needs ninja on the PATH, where pip does not put it, needs
 setuptools, and leaves a lock behind when the process that builds is killed.
 
-`FASTPERTURB_EXT` says whether to: `1` (the default) lets torch stand in with one warning where the
-library cannot be had, `0` never tries, `require` makes that an error.
+`FASTPERTURB_EXT=1` (the default) falls back to torch with one warning where the library cannot be
+built, `0` never builds it, `require` makes a failure an error.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ _FLAGS_X86 = ("-mprefer-vector-width=512",)
 
 
 def availability() -> tuple[bool, str]:
-    """Whether to call the C++ kernels, now or after a build on first use, and why; builds nothing.
+    """Tell whether the C++ kernels are to be called, and why; build nothing.
 
-    Under FASTPERTURB_EXT=require always, so that what is missing is an error and no silence.
+    A library that is not built yet counts: its first use builds it. Under FASTPERTURB_EXT=require
+    the answer is always yes, so that a failure is an error.
     """
     mode = _mode()
     if mode == "0":
@@ -67,9 +68,9 @@ def availability() -> tuple[bool, str]:
 
 
 def prepare() -> bool:
-    """Builds and loads the library if need be; whether its kernels can be called.
+    """Build and load the library if need be; return whether its kernels can be called.
 
-    Where they cannot, warns once, or raises under FASTPERTURB_EXT=require.
+    If they cannot, warn once, or raise under FASTPERTURB_EXT=require.
     """
     mode = _mode()
     if mode == "0":
@@ -91,13 +92,13 @@ def _mode() -> str:
 
 @functools.cache
 def _warn(failure: str) -> None:
-    message = f"the C++ kernels cannot run, torch stands in and is slower: {failure}"
+    message = f"the C++ kernels cannot run, torch runs instead and is slower: {failure}"
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @functools.cache
 def _load() -> str:
-    """Loads the library, building it if need be; "" or what went wrong, in a line."""
+    """Load the library, building it if need be; return "" or the error in a line."""
     try:
         compiler = _compiler()
         library = _cache_file(compiler)
@@ -123,7 +124,7 @@ def _sources() -> dict[str, bytes]:
 
 
 def _compiler() -> list[str]:
-    """The command of the C++ compiler: CXX, or the first of the usual names."""
+    """Return the command of the C++ compiler: CXX, or the first of the usual names."""
     return _find_compiler(os.environ.get("CXX"), os.environ.get("PATH"))
 
 
@@ -145,7 +146,7 @@ def _flags() -> list[str]:
 
 
 def _cache_file(compiler: list[str]) -> Path:
-    """Where the library for these sources, flags, compiler, torch and CPU is kept."""
+    """Return the path of the library for these sources, flags, compiler, torch and CPU."""
     digest = hashlib.sha256()
     for name, text in _sources().items():
         digest.update(f"{name} {len(text)} ".encode() + text)
@@ -166,7 +167,7 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """What -march=native looks at: the library runs on CPUs that say the same."""
+    """Return what -march=native depends on: the library runs on CPUs that agree in it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -177,7 +178,7 @@ def _cpu() -> str:
 
 
 def _intact(library: Path) -> bool:
-    """Whether the file is there and ends in the digest of what stands before it."""
+    """Tell whether the file exists and ends in the digest of all that precedes it."""
     if not library.exists():
         return False
     content = library.read_bytes()
@@ -186,7 +187,7 @@ def _intact(library: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; a process that dies lets go of it."""
+    """Hold a lock that one process has at a time, and that a dying process releases."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,10 +221,10 @@ def _ninja() -> str:
         import ninja
 
         path = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
-        if found := shutil.which("ninja", path=path):
-            return found
-    if found := shutil.which("ninja"):
-        return found
+        if command := shutil.which("ninja", path=path):
+            return command
+    if command := shutil.which("ninja"):
+        return command
     raise RuntimeError("ninja not found (pip install ninja)")
 
 
@@ -232,8 +233,8 @@ def _ninja_file(compiler: list[str]) -> str:
     objects = [name.replace(".cpp", ".o") for name in units]
     libraries = ["-L" + str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu"]
 
-    def command(*words: str) -> str:
-        return shlex.join(words).replace("$", "$$")
+    def command(*arguments: str) -> str:
+        return shlex.join(arguments).replace("$", "$$")
 
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""`combine` by the C++ kernel of `csrc/combine.cpp`, for CPUs: outcomes side by side in SIMD."""
+"""`combine` by the C++ kernel of `csrc/combine.cpp`, for CPUs: many tokens side by side in SIMD."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`perturb_embed` by the C++ kernels of `csrc/`, for CPUs.
 
-The kernels compute in fp32. What depends on a token alone, gated's gain
-and mlp's hidden layer, is a GEMM that torch does; csrc/perturb_embed.h has the rest. The same bits
-come out for any number of threads, but for what torch's GEMMs bring to gated and mlp.
+The kernels compute in fp32. Gated's gain and mlp's hidden layer at z = 0 depend on a token alone
+and are GEMMs of torch's; csrc/perturb_embed.h has the rest. The same bits come out for any number
+of threads, except where torch's GEMMs differ (gated and mlp).
 
 Measured (bench/results/perturb_embed_cpu*.json): on fresh memory lowrank takes 1.1 of the floor of
 writing the output and reading its gradient. Where both stay in cache that floor is five times
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastperturb.ops.embed import EmbedCall
+from fastperturb.ops.calls import EmbedCall
 
 
 def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
@@ -38,12 +38,16 @@ def perturb_embed_backward(
     call: EmbedCall,
     want_table: bool,
 ) -> list[Tensor]:
-    """The gradients of [table, *parameters]; the table's is empty unless wanted."""
+    """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
     if grad.numel() == 0:
         grad_table = torch.zeros_like(call.table) if want_table else call.table.new_empty(0)
         return [grad_table, *(torch.zeros_like(value) for value in call.parameters)]
-    flow, grads = _gradients(_Inputs.of(call), grad, want_flow=want_table, per_row=False)
-    grad_table = call.table.new_empty(0) if flow is None else _table_gradient(flow, call)
+    inputs = _Inputs.of(call)
+    grad_embeddings, grads = _gradients(inputs, grad, want_embeddings=want_table, per_row=False)
+    if grad_embeddings is None:
+        grad_table = call.table.new_empty(0)
+    else:
+        grad_table = _table_gradient(grad_embeddings, call)
     results = (value[0].to(like.dtype) for value, like in zip(grads, call.parameters, strict=True))
     return [grad_table, *results]
 
@@ -52,14 +56,14 @@ def perturb_embed_per_sample_grad(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
 ) -> list[Tensor]:
-    """Each parameter's gradient from one (sample, row) alone: [M, B, ...]."""
+    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
     M, B = call.samples.shape
     results = [value.new_zeros((M, B, *value.shape)) for value in call.parameters]
     if grad.numel():
         for m in range(M):
-            one = slice(m, m + 1)
-            inputs = _Inputs.of(call._replace(samples=call.samples[one]))
-            _, grads = _gradients(inputs, grad[one], want_flow=False, per_row=True)
+            sample = slice(m, m + 1)
+            inputs = _Inputs.of(call._replace(samples=call.samples[sample]))
+            _, grads = _gradients(inputs, grad[sample], want_embeddings=False, per_row=True)
             for result, value in zip(results, grads, strict=True):
                 result[m] = value
     return results
@@ -76,7 +80,7 @@ class _Inputs:
     parameters: list[Tensor]
     embed_rms: Tensor
     family: str
-    options: tuple[str, bool, bool]  # the latent, whether its scope is the sequence, antithetic
+    options: tuple[str, bool, bool]  # latent, sequence scope, antithetic
 
     @classmethod
     def of(cls, call: EmbedCall) -> _Inputs:
@@ -95,24 +99,24 @@ class _Inputs:
         )
 
     def embeddings(self) -> Tensor | None:
-        """The embeddings [N, D] in fp32, for the families that project them."""
+        """Return the embeddings [N, D] in fp32, for the families that project them."""
         if self.family not in ("gated", "mlp"):
             return None
         e = self.source if self.ids is None else F.embedding(self.ids, self.source)
         return e.float()
 
     def inner(self, e: Tensor) -> Tensor:
-        """(e / rho) A [N, H]."""
+        """Return (e / rho) A [N, H]."""
         return e @ (self.parameters[1 if self.family == "gated" else 0] / self.embed_rms)
 
     def per_token(self, inner: Tensor) -> Tensor:
-        """gated's gain rho (1 + tanh(inner C)) [N, D]; mlp's hidden layer at z = 0 [N, H]."""
+        """Return gated's gain rho (1 + tanh(inner C)) [N, D], or mlp's hidden layer at z = 0."""
         if self.family == "mlp":
             return inner + self.parameters[2]
         return torch.mm(inner, self.parameters[2]).tanh_().add_(1).mul_(self.embed_rms)
 
     def weights(self, *, backward: bool) -> list[Tensor]:
-        """The kernels' weights, with rho folded in."""
+        """Return the kernels' weights, with rho folded in."""
         first, *others = self.parameters
         if self.family == "gated":
             return [first]
@@ -130,11 +134,11 @@ class _Inputs:
 
 
 def _gradients(
-    inputs: _Inputs, grad: Tensor, *, want_flow: bool, per_row: bool
+    inputs: _Inputs, grad: Tensor, *, want_embeddings: bool, per_row: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The gradient that reaches the embeddings [N, D], where wanted, and the parameters'.
+    """Return the gradient of the embeddings [N, D], where wanted, and the parameters'.
 
-    The parameters' have a dimension in front: the rows b with `per_row`, else one slot for all.
+    The parameters' have a dimension in front: the batch rows with `per_row`, else one slot for all.
     """
     family, rho, parameters = inputs.family, inputs.embed_rms, inputs.parameters
     _, B, T, D = grad.shape
@@ -142,11 +146,12 @@ def _gradients(
     e = inputs.embeddings()
     inner = None if e is None else inputs.inner(e)
     per_token = None if inner is None else inputs.per_token(inner)
-    met = {"affine": (0, 1), "mlp": (3, 1)}.get(family, (0,))
-    sums = [rho.new_empty((slots, *parameters[index].shape)) for index in met]
-    upstream_sum = rho.new_empty((B * T, D)) if want_flow else None
+    # The parameters whose gradients the kernel sums.
+    summed = {"affine": (0, 1), "mlp": (3, 1)}.get(family, (0,))
+    sums = [rho.new_empty((slots, *parameters[index].shape)) for index in summed]
+    upstream_sum = rho.new_empty((B * T, D)) if want_embeddings else None
     through = None
-    if e is not None or (family == "affine" and want_flow):
+    if e is not None or (family == "affine" and want_embeddings):
         through = rho.new_empty((B * T, parameters[1].shape[1] if family == "mlp" else D))
     upstream = grad.to(inputs.source.dtype)
     torch.ops.fastperturb_cpp.backward(
@@ -160,7 +165,7 @@ def _gradients(
         return upstream_sum, [sums[0].mul_(rho)]
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
-        """Over the tokens of each slot, the sum of left [N, I] times right [N, J]."""
+        """Sum left [N, I] times right [N, J] over the tokens of each slot."""
         left, right = (value.unflatten(0, (slots, -1)) for value in (left, right))
         return left.transpose(1, 2) @ right
 
@@ -174,18 +179,19 @@ def _gradients(
         A, grad_inner = parameters[0], through
         grad_bias = grad_inner.unflatten(0, (slots, -1)).sum(1)
         grads = [outer(e, grad_inner).div_(rho), sums[1], grad_bias, sums[0].mul_(rho)]
-    return _add(upstream_sum, grad_inner @ (A.T / rho) if want_flow else None), grads
+    return _add(upstream_sum, grad_inner @ (A.T / rho) if want_embeddings else None), grads
 
 
 def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return total if total is None or more is None else total.add_(more)
 
 
-def _table_gradient(flow: Tensor, call: EmbedCall) -> Tensor:
-    """The gradient of the table, or of the embeddings themselves, from that of each token."""
+def _table_gradient(grad_embeddings: Tensor, call: EmbedCall) -> Tensor:
+    """Return the gradient of the table, or of the embeddings where there is none."""
     if call.ids is None:
-        return flow.to(call.table.dtype).view(call.table.shape)
+        return grad_embeddings.to(call.table.dtype).view(call.table.shape)
     grad_table = torch.zeros(call.table.shape, dtype=call.table.dtype)
     ids = call.ids.reshape(-1).contiguous()
-    torch.ops.fastperturb_cpp.scatter_rows(grad_table, flow, ids, ids.argsort(stable=True))
+    order = ids.argsort(stable=True)
+    torch.ops.fastperturb_cpp.scatter_rows(grad_table, grad_embeddings, ids, order)
     return grad_table

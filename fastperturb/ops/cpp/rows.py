@@ -1,6 +1,6 @@
-"""The row passes of the heads (`torch_rows` says what each computes) by `csrc/head.cpp`.
+"""The row passes of the heads by `csrc/head.cpp`; `ops/torch/rows.py` defines each.
 
-On CPUs, where the GEMMs take and give fp32, so that each pass writes over the products.
+For CPUs, where the GEMMs take and give fp32, so that each pass writes over the products.
 """
 
 from __future__ import annotations
@@ -8,54 +8,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastperturb.ops.head_blocks import Logits, Running
+from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 
 _cpp = torch.ops.fastperturb_cpp
 
 
-def gather(
+def online_softmax(
     products: Tensor,
-    options: Logits,
+    options: LogitOptions,
     target: Tensor,
-    running: Running,
+    running: RunningSoftmax,
     weights: Tensor | None,
     total: Tensor | None,
 ) -> None:
-    weigh = weights is not None
-    _cpp.head_gather(products, *_plain(options), target, *running, weigh, total)
+    want_weights = weights is not None
+    _cpp.head_online_softmax(products, *_plain(options), target, *running, want_weights, total)
 
 
-def pull(
+def grad_logits(
     products: Tensor,
-    options: Logits,
+    options: LogitOptions,
     target: Tensor,
     lse: Tensor,
     upstream: Tensor,
     out: Tensor,
 ) -> None:
-    _cpp.head_pull(products, *_plain(options), target, lse, upstream)
+    _cpp.head_grad_logits(products, *_plain(options), target, lse, upstream)
 
 
-def couple(
-    products: Tensor, options: Logits, lse: Tensor, row_weights: Tensor, crossed: Tensor
+def quadratic_dot(
+    products: Tensor, options: LogitOptions, lse: Tensor, row_weights: Tensor, dot_others: Tensor
 ) -> None:
-    _cpp.head_couple(products, *_plain(options), lse, row_weights, crossed)
+    _cpp.head_quadratic_dot(products, *_plain(options), lse, row_weights, dot_others)
 
 
-def quadratic_pull(
+def quadratic_grad_logits(
     products: Tensor,
-    options: Logits,
+    options: LogitOptions,
     target: Tensor,
     lse: Tensor,
     row_weights: Tensor,
-    dots: Tensor,
+    dot: Tensor,
     upstream: Tensor,
     out: Tensor,
 ) -> None:
-    given = target, lse, row_weights, dots, upstream
-    _cpp.head_quadratic_pull(products, *_plain(options), *given)
+    rows = target, lse, row_weights, dot, upstream
+    _cpp.head_quadratic_grad_logits(products, *_plain(options), *rows)
 
 
-def _plain(options: Logits) -> tuple[int, Tensor | None, float, float]:
+def _plain(options: LogitOptions) -> tuple[int, Tensor | None, float, float]:
     start, bias, scale, softcap = options
     return start, bias, scale, softcap or 0.0

@@ -14,15 +14,17 @@ def combine(
     estimator: str,
     marginal: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outcomes, labelled = log_probs, mask
+    dtype, labelled = log_probs.dtype, mask
     if marginal == "sequence":
         # A sum of thousands keeps in fp32 less than the samples differ by.
-        outcomes = log_probs.where(mask, 0.0).sum(-1, dtype=torch.float64)
+        log_probs = log_probs.where(mask, 0.0).sum(-1, dtype=torch.float64)
         labelled = mask.any(-1)
-    value, weights = estimators.combine(outcomes, estimator, mask=labelled)
-    log_marginal, _ = estimators.combine(outcomes, "iwae", mask=labelled)
-    effective = estimators.effective_samples(outcomes).where(labelled, 0.0)
-    value, log_marginal, effective, weights = (
-        each.to(log_probs.dtype).contiguous() for each in (value, log_marginal, effective, weights)
+    value, weights = estimators.combine(log_probs, estimator, mask=labelled)
+    log_marginal, _ = estimators.combine(log_probs, "iwae", mask=labelled)
+    effective = estimators.effective_samples(log_probs).where(labelled, 0.0)
+    return (
+        value.to(dtype).contiguous(),
+        log_marginal.to(dtype).contiguous(),
+        effective.to(dtype).contiguous(),
+        weights.to(dtype).contiguous(),
     )
-    return value, log_marginal, effective, weights

@@ -15,21 +15,23 @@ from torch.nn import functional as F
 
 from fastperturb import noise
 from fastperturb.ops import reference
-from fastperturb.ops.embed import EmbedCall
+from fastperturb.ops.calls import EmbedCall
 from fastperturb.transforms import FAMILIES
 
 
 def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
     embeddings = _embeddings(call)
-    dtype = reference.accumulate(embeddings)
-    moved = FAMILIES[call.family].formula(
+    dtype = reference.accumulation_dtype(embeddings)
+    perturbed = FAMILIES[call.family].formula(
         embeddings.to(dtype),
         _latent(call).to(dtype),
         call.embed_rms.to(dtype),
         *(value.to(dtype) for value in call.parameters),
     )
-    moved = moved.to(embeddings.dtype)
-    return moved if call.mask is None else torch.where(call.mask[..., None], moved, embeddings)
+    perturbed = perturbed.to(embeddings.dtype)
+    if call.mask is None:
+        return perturbed
+    return torch.where(call.mask[..., None], perturbed, embeddings)
 
 
 def perturb_embed_backward(
@@ -37,12 +39,12 @@ def perturb_embed_backward(
     call: EmbedCall,
     want_table: bool,
 ) -> list[Tensor]:
-    """The gradients of [table, *parameters]; the table's is empty unless wanted."""
+    """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
     through_shift, grads = _shift_gradient(grad, call, _latent(call), _embeddings(call))
     table = call.table
     if not want_table:
         return [table.new_empty(0), *grads]
-    upstream = grad.to(reference.accumulate(table)).sum(0)
+    upstream = grad.to(reference.accumulation_dtype(table)).sum(0)
     grad_embeddings = upstream + through_shift
     if call.ids is None:
         return [grad_embeddings.to(table.dtype), *grads]
@@ -57,23 +59,18 @@ def perturb_embed_per_sample_grad(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
 ) -> list[Tensor]:
-    """Each parameter's gradient from one (sample, row) alone: [M, B, ...]."""
+    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
     z, embeddings = _latent(call), _embeddings(call)
     M, B = call.samples.shape
     results = [value.new_empty((M, B, *value.shape)) for value in call.parameters]
     for m in range(M):
         for b in range(B):
-            part = call._replace(mask=None if call.mask is None else call.mask[b : b + 1])
-            one, row = slice(m, m + 1), slice(b, b + 1)
-            _, grads = _shift_gradient(grad[one, row], part, z[one, row], embeddings[row])
+            sample, row = slice(m, m + 1), slice(b, b + 1)
+            part = call._replace(mask=None if call.mask is None else call.mask[row])
+            _, grads = _shift_gradient(grad[sample, row], part, z[sample, row], embeddings[row])
             for result, value in zip(results, grads, strict=True):
                 result[m, b] = value
     return results
-
-
-def latent_width(family: str, parameters: list[Tensor]) -> int:
-    """R, read off the parameter whose rows the latent meets (for mlp that is B)."""
-    return parameters[FAMILIES[family].latent_parameter].shape[0]
 
 
 def _embeddings(call: EmbedCall) -> Tensor:
@@ -86,7 +83,7 @@ def _latent(call: EmbedCall) -> Tensor:
         call.samples,
         call.rows,
         call.positions,
-        latent_dim=latent_width(call.family, call.parameters),
+        latent_dim=call.parameters[FAMILIES[call.family].latent_parameter].shape[0],
         latent=call.latent,
         scope=call.scope,
         antithetic=call.antithetic,
@@ -96,8 +93,8 @@ def _latent(call: EmbedCall) -> Tensor:
 def _shift_gradient(
     grad: Tensor, call: EmbedCall, z: Tensor, embeddings: Tensor
 ) -> tuple[Tensor | float, list[Tensor]]:
-    """What reaches the embeddings through the shift, and the parameters' gradients."""
-    dtype = reference.accumulate(embeddings)
+    """Return the embeddings' gradient through the shift, and the parameters' gradients."""
+    dtype = reference.accumulation_dtype(embeddings)
     upstream = grad.to(dtype)
     through_shift, grads = _SHIFT_GRADIENTS[call.family](
         embeddings.to(dtype),
@@ -112,12 +109,12 @@ def _shift_gradient(
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """sum over every leading dimension of left [..., I] times right [..., J]: [I, J]."""
+    """Sum left [..., I] times right [..., J] over every leading dimension: [I, J]."""
     return left.flatten(0, -2).T @ right.flatten(0, -2)
 
 
-# Each takes (e, z, rho, upstream gradient of the moved rows, *parameters) and returns the
-# gradient that reaches e through the shift, and the parameters' gradients.
+# Each takes (e, z, rho, upstream gradient of the perturbed rows, *parameters) and returns the
+# gradient of e through the shift, and the parameters' gradients.
 
 
 def _diagonal_gradient(
@@ -154,18 +151,18 @@ def _mlp_gradient(
     e: Tensor, z: Tensor, rho: Tensor, g: Tensor, A: Tensor, B: Tensor, b: Tensor, C: Tensor
 ) -> tuple[Tensor | float, list[Tensor]]:
     x = e / rho
-    still = x @ A + b  # (B, T, H)
-    moved = still + z @ B  # (M, B, T, H)
+    rest = x @ A + b  # (B, T, H), the hidden layer at z = 0
+    hidden = rest + z @ B  # (M, B, T, H)
     grad_gelu = rho * (g @ C.T)
-    grad_moved = grad_gelu * _gelu_slope(moved)
-    grad_still = grad_moved.sum(0) - grad_gelu.sum(0) * _gelu_slope(still)
+    grad_hidden = grad_gelu * _gelu_slope(hidden)
+    grad_inner = grad_hidden.sum(0) - grad_gelu.sum(0) * _gelu_slope(rest)
     grads = [
-        _outer(x, grad_still),
-        _outer(z, grad_moved),
-        grad_still.sum((0, 1)),
-        rho * _outer(F.gelu(moved) - F.gelu(still), g),
+        _outer(x, grad_inner),
+        _outer(z, grad_hidden),
+        grad_inner.sum((0, 1)),
+        rho * _outer(F.gelu(hidden) - F.gelu(rest), g),
     ]
-    return grad_still @ A.T / rho, grads
+    return grad_inner @ A.T / rho, grads
 
 
 def _gelu_slope(x: Tensor) -> Tensor:

@@ -1,54 +1,52 @@
-"""The row passes of the heads (`head_blocks`) in torch: what the other implementations compute.
+"""The row passes of the heads (`head_blocks`) in torch, which define the other implementations.
 
 Each takes a block of products hidden W^T, [n, v] or [M, n, v], contiguous and in at least fp32,
-and makes the logits l = softcap * tanh((products + bias) * scale / softcap) of it. What it writes
-for the next GEMM, `weights` or `out`, may be the products' own memory; nothing else changes them.
-`slope` is dl / d(products * scale), 1 without a softcap. Targets [n] are numbers of words; many
-do not lie in the block. Row statistics are [n] or [M, n] and contiguous. `lse` has the log-sum-exp
-and what its rounding took off it, [2, n] or [2, M, n]: at logits in the hundreds the rounding alone
-would keep p from summing to 1, and what cancels against p is small.
+and makes the logits l = softcap * tanh((products + bias) * scale / softcap) of it. The result for
+the next GEMM, `weights` or `out`, may be the products' own memory; nothing else changes them.
+`slope` is dl / d(products * scale), 1 without a softcap. Targets [n] are numbers of vocabulary
+entries; many do not lie in the block. Row statistics are [n] or [M, n] and contiguous. `lse` holds
+the log-sum-exp and its own rounding error, [2, n] or [2, M, n]: at logits in the hundreds the
+rounding alone would keep p from summing to 1, and differences against p are small.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastperturb.ops.head_blocks import Logits, Running
+from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 
 
-def gather(
+def online_softmax(
     products: Tensor,  # [n, v]
-    options: Logits,
+    options: LogitOptions,
     target: Tensor,  # [n]
-    running: Running,
+    running: RunningSoftmax,
     weights: Tensor | None,  # [n, v]
     total: Tensor | None,  # [n, D]
 ) -> None:
-    """Take a block into what is known of its rows, in place.
+    """Add a block to the softmax statistics of its rows, in place.
 
     weights becomes slope * exp(l - peak), with the new peak, and 0 at the target. total is
     rescaled to the new peak.
     """
     logits, slope = _logits(products, options)
-    peak, others, at_target, spread = running
+    peak, other_sum, target_logit, entropy_sum = running
     lowest = torch.finfo(logits.dtype).min
     new_peak = torch.maximum(peak, logits.amax(1))
     rescale = torch.exp(peak - new_peak)
     q = torch.exp(logits - new_peak[:, None])
-    if spread is not None:
-        # What the old peak stood for is spread further by the step to the new one. The sum of
-        # all q so far includes the target's.
-        met = torch.exp(at_target - peak).nan_to_num(0.0)
-        moved = rescale * (spread + (peak - new_peak).clamp_min(lowest) * (others + met))
-        spread.copy_(moved + (q * (logits - new_peak[:, None]).clamp_min(lowest)).sum(1))
+    if entropy_sum is not None:
+        # Each earlier term q (l - peak) grows by q times the step to the new peak. The sum of all
+        # earlier q includes the target's.
+        target_q = torch.exp(target_logit - peak).nan_to_num(0.0)
+        step = (peak - new_peak).clamp_min(lowest)
+        earlier = rescale * (entropy_sum + step * (other_sum + target_q))
+        entropy_sum.copy_(earlier + (q * (logits - new_peak[:, None]).clamp_min(lowest)).sum(1))
     here, index = _in_block(target, options.start, logits.shape[1])
-    at_target.copy_(logits.gather(1, index)[:, 0].where(here, at_target))
+    target_logit.copy_(logits.gather(1, index)[:, 0].where(here, target_logit))
     q.scatter_(1, index, q.gather(1, index).where(~here[:, None], 0.0))
-    others.mul_(rescale).add_(q.sum(1))
+    other_sum.mul_(rescale).add_(q.sum(1))
     peak.copy_(new_peak)
     if weights is not None:
         weights.copy_(q if slope is None else q * slope)
@@ -56,9 +54,9 @@ def gather(
         total.mul_(rescale[:, None])
 
 
-def pull(
+def grad_logits(
     products: Tensor,  # [n, v]
-    options: Logits,
+    options: LogitOptions,
     target: Tensor,  # [n]
     lse: Tensor,  # [2, n]
     upstream: Tensor,  # [n]
@@ -72,47 +70,47 @@ def pull(
     out.copy_(grad if slope is None else grad * slope)
 
 
-def couple(
+def quadratic_dot(
     products: Tensor,  # [M, n, v]
-    options: Logits,
+    options: LogitOptions,
     lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
-    crossed: Tensor,  # [M, n]
+    dot_others: Tensor,  # [M, n]
 ) -> None:
-    """crossed += the block's part of <p_k, S - r_k p_k>, S = sum_k r_k p_k."""
+    """dot_others += the block's part of <p_k, S - r_k p_k>, S = sum_k r_k p_k."""
     p = _softmax(_logits(products, options)[0], lse)
-    crossed += (p * _others(p, row_weights)).sum(-1)
+    dot_others += (p * _others(p, row_weights)).sum(-1)
 
 
-def quadratic_pull(
+def quadratic_grad_logits(
     products: Tensor,  # [M, n, v]
-    options: Logits,
+    options: LogitOptions,
     target: Tensor,  # [n]
     lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
-    dots: Tensor,  # [M, n]
+    dot: Tensor,  # [M, n]
     upstream: Tensor,  # [n]
     out: Tensor,  # [M, n, v]
 ) -> None:
-    """out = upstream * scale * slope * p_k * (g_k - dots_k)."""
+    """out = upstream * scale * slope * p_k * (g_k - dot_k)."""
     M = len(products)
     logits, slope = _logits(products, options)
     p = _softmax(logits, lse)
     g = _others(p, row_weights).mul_(row_weights[..., None]).mul_(-2 / (M * (M - 1)))
     _add_at_target(g, target, options.start, 2 / M * row_weights)
-    grad = p * (g - dots[..., None]) * (options.scale * upstream)[:, None]
+    grad = p * (g - dot[..., None]) * (options.scale * upstream)[:, None]
     out.copy_(grad if slope is None else grad * slope)
 
 
-def _logits(products: Tensor, options: Logits) -> tuple[Tensor, Tensor | None]:
-    """The logits, and their slope unless it is 1."""
+def _logits(products: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | None]:
+    """Return the logits, and their slope unless it is 1."""
     logits = products if options.bias is None else products + options.bias
     if options.scale != 1.0:
         logits = logits * options.scale
     if options.softcap is None:
         return logits, None
-    bent = torch.tanh(logits / options.softcap)
-    return options.softcap * bent, 1 - bent.square()
+    tanh = torch.tanh(logits / options.softcap)
+    return options.softcap * tanh, 1 - tanh.square()
 
 
 def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
@@ -126,7 +124,7 @@ def _others(p: Tensor, row_weights: Tensor) -> Tensor:
 
 
 def _in_block(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in the block, and its column [n, 1], 0 where it does not."""
+    """Mark the targets that lie in the block; return also their columns [n, 1], 0 elsewhere."""
     here = (target >= start) & (target < start + width)
     return here, (target - start).where(here, 0)[:, None]
 

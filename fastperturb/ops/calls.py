@@ -1,0 +1,96 @@
+"""The types that the ops pass to their implementations.
+
+A registered op takes its arguments one by one, in the order of a schema. `EmbedCall` and `HeadCall`
+list them once for each family of ops: they make the schema and carry the arguments from there on.
+
+This module imports nothing else of `ops`. Implementations (`ops.torch`, `ops.cpp`, `kernels`)
+import it, `dispatch` imports the implementations, and the ops import `dispatch`.
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+}
+
+
+class EmbedCall(NamedTuple):
+    """The arguments of perturb_embed."""
+
+    ids: Tensor | None  # [B, T]
+    table: Tensor  # [V, D], or the embeddings [B, T, D] where there are no ids
+    parameters: list[Tensor]  # in the family's order
+    embed_rms: Tensor  # []
+    seed: Tensor  # [] int64
+    samples: Tensor  # [M, B] int64, maybe an expanded view; so are rows and positions
+    rows: Tensor  # [B, T]
+    positions: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T] bool
+    family: str
+    latent: str
+    scope: str
+    antithetic: bool
+
+
+class HeadCall(NamedTuple):
+    """The arguments that linear_logprob and linear_quadratic share."""
+
+    hidden: Tensor  # [N, D]; linear_quadratic: [M, N, D]
+    weight: Tensor  # [V, D]
+    target: Tensor  # [N] int64
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    softcap: float | None
+    valid_vocab: int
+    ignore_index: int
+
+
+def schema(call: type[EmbedCall] | type[HeadCall]) -> str:
+    """Return the fields of a call as the arguments in an op's schema."""
+    hints = typing.get_type_hints(call)
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints.items())
+
+
+class LogitOptions(NamedTuple):
+    """How a block's products hidden W^T become logits."""
+
+    start: int  # the number of the block's first vocabulary entry
+    bias: Tensor | None  # [v]
+    scale: float
+    softcap: float | None
+
+
+class RunningSoftmax(NamedTuple):
+    """The softmax statistics of rows [n] after some vocabulary blocks, with q = exp(l - peak)."""
+
+    peak: Tensor  # the largest logit
+    other_sum: Tensor  # the sum of q over all entries but the target
+    target_logit: Tensor  # NaN until the target's block, so for good if it is out of range
+    entropy_sum: Tensor | None  # the sum of q (l - peak), where the entropy is wanted
+
+    @classmethod
+    def start(cls, rows: int, like: Tensor, *, entropy: bool = False) -> RunningSoftmax:
+        zeros = like.new_zeros(rows)
+        peak = torch.full_like(zeros, torch.finfo(like.dtype).min)
+        nan = torch.full_like(zeros, torch.nan)
+        return cls(peak, zeros, nan, torch.zeros_like(zeros) if entropy else None)
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log-probs, the log of sum q, and sum q."""
+        offset = self.target_logit - self.peak
+        sums = self.other_sum + offset.exp()
+        log_sums = sums.log()
+        return (offset - log_sums).clamp_max(0.0), log_sums, sums

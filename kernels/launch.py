@@ -1,0 +1,59 @@
+"""Sizes, checks and the start of a kernel: the parts that all launchers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Arguments that vary from batch to batch, if a kernel has them: it would be compiled again for
+# every kind of value.
+VARYING = [
+    *("M", "N", "B", "T", "vocab", "stride_m", "stride_b", "stride_t"),
+    *("samples_stride_m", "samples_stride_b", "row_ids_stride_b", "row_ids_stride_t"),
+    *("positions_stride_b", "positions_stride_t", "segment_tokens", "slab_tokens"),
+]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must have one of the dtypes {DTYPES}, got {value.dtype}")
+
+
+def start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
+    """Launch a kernel, unless its grid is empty.
+
+    Every launch goes through here, so that a test can compile what would be launched.
+    """
+    if all(grid):
+        like = next(value for value in arguments.values() if isinstance(value, Tensor))
+        with torch.cuda.device_of(like):  # Triton launches on the current device
+            kernel[grid](**arguments, **options)
+
+
+def block(size: int, limit: int) -> int:
+    """The block for a dimension of a product: a power of two of at least 16, at most `limit`."""
+    return max(16, min(limit, triton.next_power_of_2(size)))
+
+
+def warps(elements: int, *, per_thread: int, limit: int = 32) -> int:
+    """The warps of a program that keeps so many elements in registers."""
+    return max(1, min(limit, elements // (32 * per_thread)))
+
+
+def as_bytes(mask: Tensor) -> Tensor:
+    """A bool tensor as kernels read it."""
+    return mask.contiguous().view(torch.uint8)
+
+
+def has_fast_maths() -> bool:
+    """True on a GPU; the interpreter has no special function unit."""
+    return not triton.knobs.runtime.interpret
+
+
+def capability(device: torch.device) -> int:
+    """The major compute capability; the interpreter runs what Hopper would."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

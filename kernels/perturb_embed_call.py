@@ -1,0 +1,106 @@
+"""A call of `perturb_embed` laid out for its kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastperturb.kernels import launch
+
+if TYPE_CHECKING:
+    from fastperturb.ops.calls import EmbedCall
+
+# The role of each parameter in the kernels, in the family's order.
+ROLES = {"diagonal": "U", "lowrank": "U", "gated": "UAC", "affine": "UV", "mlp": "AUbC"}
+
+
+class Sums(NamedTuple):
+    """The shape of a parameter's gradient: a sum for each group of samples and segment of tokens.
+
+    The gradient proper is one group of all samples and one segment of all tokens. Per-sample
+    gradients have a group for each sample and a segment for each batch row.
+    """
+
+    groups: int
+    segments: int
+    segment_tokens: int
+
+    def slabs(self, BT: int, column_blocks: int, wanted: int) -> tuple[int, int]:
+        """Cut a segment into slabs of whole tiles, for about `wanted` programs in all.
+
+        Return the tokens of a slab and the number of slabs.
+        """
+        programs = max(1, column_blocks * self.groups * self.segments)  # with one slab a segment
+        tiles = triton.cdiv(triton.cdiv(self.segment_tokens, BT), triton.cdiv(wanted, programs))
+        slab_tokens = BT * max(1, tiles)
+        return slab_tokens, triton.cdiv(self.segment_tokens, slab_tokens)
+
+
+class Layout:
+    """Tokens in one dimension, parameters by role, and the arguments that kernels share.
+
+    Sample numbers, row ids and positions may be expanded views, which are read through their
+    strides. Tensors that are read row by row (parameters, ids, mask) become contiguous.
+    """
+
+    def __init__(self, call: EmbedCall) -> None:
+        table, ids = call.table, call.ids
+        launch.check_dtype("table", table)
+        self.family, self.half = call.family, table.dtype != torch.float32
+        self.M, self.D = call.samples.shape[0], table.shape[-1]
+        self.B, self.T = call.positions.shape
+        self.N = self.B * self.T
+        if self.N >= 2**31:
+            raise ValueError(f"ids must have fewer than 2^31 entries, got {self.B} x {self.T}")
+        if ids is None:
+            table = table.reshape(self.N, self.D)
+        self.table = table if table.stride(-1) == 1 else table.contiguous()
+
+        values = [value.contiguous() for value in call.parameters]
+        roles: dict[str, Any] = dict(zip(ROLES[call.family], values, strict=True))
+        self.A, self.b = roles.get("A"), roles.get("b")
+        U, C = roles["U"], roles.get("C")
+        self.R = 1 if call.family == "diagonal" else U.shape[0]
+        self.H = 1
+        if C is not None:
+            C, self.H = C.to(table.dtype), C.shape[0]
+
+        self.source = {
+            "table_ptr": self.table,
+            "ids_ptr": None if ids is None else ids.contiguous(),
+            "rho_ptr": call.embed_rms,
+            "table_stride": self.table.stride(0),
+            "N": self.N,
+            "vocab": self.table.shape[0],
+            "D": self.D,
+            "H": self.H,
+        }
+        self.noise = {
+            "seed_ptr": call.seed,
+            "samples_ptr": call.samples,
+            "row_ids_ptr": call.rows,
+            "positions_ptr": call.positions,
+            "mask_ptr": None if call.mask is None else launch.as_bytes(call.mask),
+            "T": self.T,
+            "samples_stride_m": call.samples.stride(0),
+            "samples_stride_b": call.samples.stride(1),
+            "row_ids_stride_b": call.rows.stride(0),
+            "row_ids_stride_t": call.rows.stride(1),
+            "positions_stride_b": call.positions.stride(0),
+            "positions_stride_t": call.positions.stride(1),
+            "R": self.R,
+            "SCOPE": call.scope,
+            "LATENT": call.latent,
+            "ANTITHETIC": call.antithetic,
+            "FAST": launch.has_fast_maths(),
+        }
+        self.parameters = {"U_ptr": U, "V_ptr": roles.get("V"), "C_ptr": C}
+
+    def sums(self, *, per_sample: bool) -> Sums:
+        return Sums(self.M, self.B, self.T) if per_sample else Sums(1, 1, self.N)
+
+    def fp32(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.table.device)
