@@ -73,7 +73,7 @@ def test_saved_deterministic_model_loads_as_deterministic(tmp_path):
 
 
 def test_features_of_several_samples_are_rejected():
-    with pytest.raises(ValueError, match="deterministic=True has one"):
+    with pytest.raises(ValueError, match="deterministic=True has only one"):
         PerturbConfig(antithetic=True, deterministic=True)
     with pytest.raises(TypeError, match="deterministic must be True or False"):
         PerturbConfig(deterministic=1)
