@@ -28,7 +28,7 @@ from fastperturb.kernels.perturb_embed_call import ROLES, Layout
 @triton.jit(do_not_specialize=launch.VARYING)
 def backward_kernel(
     grad_ptr,  # [M, N, D]
-    grad_e_ptr,  # [PARTS, N, D], sum_m g and what else reaches e here, or None
+    grad_e_ptr,  # [PARTS, N, D], the gradient of e apart from the projection's, or None
     grad_U_ptr,  # [G, S, R, D] fp32; diagonal: [G, S, 1, D]; mlp: [G, S, ND, R, H]
     grad_V_ptr,  # affine: [G, S, R, D] fp32
     grad_C_ptr,  # gated, mlp: [G, S, PARTS, H, D] fp32
