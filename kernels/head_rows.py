@@ -93,7 +93,7 @@ def online_softmax_kernel(
         entropy_sum += tiles.entropy_term(block_logit - peak)
     other_sum *= tl.exp(old_peak - peak)
     target_logit = tl.where(target >= 0, block_logit, target_logit)
-    # disable_licm: what could be hoisted out of these loops would fill the registers.
+    # disable_licm: values hoisted out of these loops would fill the registers.
     for tile in tl.range(0, num_tiles, disable_licm=True):
         b_v = tile * BV + tl.arange(0, BV)
         b_l = tiles.other_logits(products_ptr + first, bias_ptr, b_v, target, v, scale, softcap)

@@ -28,7 +28,7 @@ from fastperturb.kernels.perturb_embed_call import ROLES, Layout
 @triton.jit(do_not_specialize=launch.VARYING)
 def backward_kernel(
     grad_ptr,  # [M, N, D]
-    grad_e_ptr,  # [PARTS, N, D], sum_m g and what else reaches e here, or None
+    grad_e_ptr,  # [PARTS, N, D], the gradient of e apart from the projection's, or None
     grad_U_ptr,  # [G, S, R, D] fp32; diagonal: [G, S, 1, D]; mlp: [G, S, ND, R, H]
     grad_V_ptr,  # affine: [G, S, R, D] fp32
     grad_C_ptr,  # gated, mlp: [G, S, PARTS, H, D] fp32
@@ -62,10 +62,9 @@ def backward_kernel(
     R: tl.constexpr,
     H: tl.constexpr,
     FAMILY: tl.constexpr,
+    PARTS: tl.constexpr,  # gated, affine: blocks of R, each with partial sums of its own; else 1
     SCOPE: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,  # (latent, antithetic, fast)
     BT: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
@@ -76,7 +75,6 @@ def backward_kernel(
     PROJECTED: tl.constexpr = projected_ptr is not None  # gated and mlp
     ND: tl.constexpr = (D + BD - 1) // BD
     NR: tl.constexpr = (R + BR - 1) // BR
-    PARTS: tl.constexpr = NR if FAMILY == "gated" or FAMILY == "affine" else 1
     slab, first, last = tiles.slab_of_tokens(segment_tokens, slab_tokens, N, ND)
     block_d = tl.program_id(0) % ND
     group = tl.program_id(1)
@@ -88,6 +86,8 @@ def backward_kernel(
     b_h = block_h * BH + tl.arange(0, BH)
     seed = tl.load(seed_ptr)
     rho = tl.load(rho_ptr).to(tl.float32)
+    row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
+    positions = positions_ptr, positions_stride_b, positions_stride_t
     sample_stride = tl.cast(N, tl.int64) * D
     grad_ptr += tl.cast(group, tl.int64) * M * sample_stride
     samples_ptr += tl.cast(group, tl.int64) * M * samples_stride_m
@@ -113,20 +113,7 @@ def backward_kernel(
         b_live = b_token < last
         b_offset = b_token.to(tl.int64)[:, None] * D + b_d[None, :]
         b_mask = b_live[:, None] & (b_d < D)[None, :]
-        tokens = tiles.load_tokens(
-            seed,
-            b_token,
-            b_live,
-            T,
-            row_ids_ptr,
-            row_ids_stride_b,
-            row_ids_stride_t,
-            positions_ptr,
-            positions_stride_b,
-            positions_stride_t,
-            mask_ptr,
-            SCOPE,
-        )
+        tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, SCOPE)
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         if FAMILY == "affine":
             b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
@@ -143,9 +130,7 @@ def backward_kernel(
         tile_ptr = grad_ptr
         for _ in range(M):
             b_g = tl.load(tile_ptr + b_offset, mask=b_mask, other=0.0)
-            b_z = tiles.latent_tile(
-                tokens, b_sample_ptr, first_latent, BZ, LATENT, ANTITHETIC, FAST
-            )
+            b_z = tiles.latent_tile(tokens, b_sample_ptr, first_latent, BZ, NOISE)
             if FAMILY == "diagonal":
                 b_grad_s = families.add_diagonal(b_grad_s, b_g, b_z)
             elif FAMILY == "lowrank":
@@ -161,19 +146,7 @@ def backward_kernel(
             else:
                 tl.static_assert(FAMILY == "mlp", "unknown family")
                 b_hidden = families.hidden_tile(
-                    tokens,
-                    b_sample_ptr,
-                    b_projected,
-                    b_z,
-                    U_ptr,
-                    b_U,
-                    b_h,
-                    R,
-                    H,
-                    LATENT,
-                    ANTITHETIC,
-                    FAST,
-                    DTYPE,
+                    tokens, b_sample_ptr, b_projected, b_z, U_ptr, b_U, b_h, R, H, NOISE, DTYPE
                 )
                 b_grad_U, b_grad_C, b_grad_projected = families.add_mlp(
                     b_grad_U,
@@ -343,6 +316,7 @@ def backward(
             "segment_tokens": sums.segment_tokens,
             "slab_tokens": slab_tokens,
             "FAMILY": family,
+            "PARTS": parts,
             "BT": BT,
             "BD": BD,
             "BR": BR,

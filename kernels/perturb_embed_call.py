@@ -93,9 +93,7 @@ class Layout:
             "positions_stride_t": call.positions.stride(1),
             "R": self.R,
             "SCOPE": call.scope,
-            "LATENT": call.latent,
-            "ANTITHETIC": call.antithetic,
-            "FAST": launch.has_fast_maths(),
+            "NOISE": (call.latent, call.antithetic, launch.has_fast_maths()),
         }
         self.parameters = {"U_ptr": U, "V_ptr": roles.get("V"), "C_ptr": C}
 

@@ -24,13 +24,11 @@ def diagonal_shift(
     rho,
     b_s,  # [BD]
     first_d,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     """rho s z."""
     BD: tl.constexpr = b_s.shape[0]
-    b_z = tiles.latent_tile(tokens, b_sample_ptr, first_d, BD, LATENT, ANTITHETIC, FAST)
+    b_z = tiles.latent_tile(tokens, b_sample_ptr, first_d, BD, NOISE)
     return b_s[None, :] * b_z * rho
 
 
@@ -49,9 +47,7 @@ def latent_product(
     b_d,
     D: tl.constexpr,
     R: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """z U, the shift of lowrank and the shift before the gate of gated, without rho."""
@@ -62,7 +58,7 @@ def latent_product(
             b_rows = b_U
         else:
             b_rows = tiles.matrix_tile(U_ptr, r + tl.arange(0, BR), b_d, R, D)
-        b_z = tiles.latent_tile(tokens, b_sample_ptr, r, BR, LATENT, ANTITHETIC, FAST)
+        b_z = tiles.latent_tile(tokens, b_sample_ptr, r, BR, NOISE)
         b_sum = maths.dot(b_z, b_rows, b_sum, DTYPE)
     return b_sum
 
@@ -142,9 +138,7 @@ def affine_shift(
     b_d,
     D: tl.constexpr,
     R: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """rho z V + (z U) e, with one draw of z for both products."""
@@ -157,7 +151,7 @@ def affine_shift(
         else:
             b_U_rows = tiles.matrix_tile(U_ptr, r + tl.arange(0, BR), b_d, R, D)
             b_V_rows = tiles.matrix_tile(V_ptr, r + tl.arange(0, BR), b_d, R, D)
-        b_z = tiles.latent_tile(tokens, b_sample_ptr, r, BR, LATENT, ANTITHETIC, FAST)
+        b_z = tiles.latent_tile(tokens, b_sample_ptr, r, BR, NOISE)
         b_bias = maths.dot(b_z, b_V_rows, b_bias, DTYPE)
         b_slope = maths.dot(b_z, b_U_rows, b_slope, DTYPE)
     return b_bias * rho + b_slope * b_e.to(tl.float32)
@@ -195,9 +189,7 @@ def mlp_shift(
     D: tl.constexpr,
     R: tl.constexpr,
     H: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """rho (gelu(h + z B) - gelu(h)) C, block after block of hidden units."""
@@ -217,7 +209,7 @@ def mlp_shift(
                 b_rows = b_U
             else:
                 b_rows = tiles.matrix_tile(U_ptr, r + tl.arange(0, BR), b_h, R, H)
-            b_z = tiles.latent_tile(tokens, b_sample_ptr, r, BR, LATENT, ANTITHETIC, FAST)
+            b_z = tiles.latent_tile(tokens, b_sample_ptr, r, BR, NOISE)
             b_hidden = maths.dot(b_z, b_rows, b_hidden, DTYPE)
         b_change = maths.gelu(b_hidden) - b_gelu_h
         b_sum = maths.dot_narrow(b_change, b_C_rows, b_sum, DTYPE)
@@ -235,9 +227,7 @@ def hidden_tile(
     b_h,
     R: tl.constexpr,
     H: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """h + z B [BT, BH]; b_z is all of z where R <= BR, else it is drawn again block by block."""
@@ -248,7 +238,7 @@ def hidden_tile(
     else:
         for r in range(0, R, BR):
             b_rows = tiles.matrix_tile(U_ptr, r + tl.arange(0, BR), b_h, R, H)
-            b_zr = tiles.latent_tile(tokens, b_sample_ptr, r, BR, LATENT, ANTITHETIC, FAST)
+            b_zr = tiles.latent_tile(tokens, b_sample_ptr, r, BR, NOISE)
             b_hidden = maths.dot(b_zr, b_rows, b_hidden, DTYPE)
     return b_hidden
 

@@ -47,9 +47,7 @@ def forward_kernel(
     H: tl.constexpr,
     FAMILY: tl.constexpr,
     SCOPE: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,  # (latent, antithetic, fast)
     BT: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
@@ -66,22 +64,11 @@ def forward_kernel(
     b_live = b_token < N
     seed = tl.load(seed_ptr)
     rho = tl.load(rho_ptr).to(tl.float32)
+    row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
+    positions = positions_ptr, positions_stride_b, positions_stride_t
     b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
     b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, float("nan"))
-    tokens = tiles.load_tokens(
-        seed,
-        b_token,
-        b_live,
-        T,
-        row_ids_ptr,
-        row_ids_stride_b,
-        row_ids_stride_t,
-        positions_ptr,
-        positions_stride_b,
-        positions_stride_t,
-        mask_ptr,
-        SCOPE,
-    )
+    tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, SCOPE)
     b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
 
     # The first blocks of what all samples share: the whole of it, unless R or H is large.
@@ -104,26 +91,10 @@ def forward_kernel(
     b_mask = b_live[:, None] & (b_d < D)[None, :]
     for _ in range(M):
         if FAMILY == "diagonal":
-            b_shift = families.diagonal_shift(
-                tokens, b_sample_ptr, rho, b_s, first_d, LATENT, ANTITHETIC, FAST
-            )
+            b_shift = families.diagonal_shift(tokens, b_sample_ptr, rho, b_s, first_d, NOISE)
         elif FAMILY == "affine":
             b_shift = families.affine_shift(
-                tokens,
-                b_sample_ptr,
-                rho,
-                b_e,
-                U_ptr,
-                V_ptr,
-                b_U,
-                b_V,
-                b_d,
-                D,
-                R,
-                LATENT,
-                ANTITHETIC,
-                FAST,
-                DTYPE,
+                tokens, b_sample_ptr, rho, b_e, U_ptr, V_ptr, b_U, b_V, b_d, D, R, NOISE, DTYPE
             )
         elif FAMILY == "mlp":
             b_shift = families.mlp_shift(
@@ -143,15 +114,13 @@ def forward_kernel(
                 D,
                 R,
                 H,
-                LATENT,
-                ANTITHETIC,
-                FAST,
+                NOISE,
                 DTYPE,
             )
         else:
             tl.static_assert(FAMILY == "lowrank" or FAMILY == "gated", "unknown family")
             b_shift = families.latent_product(
-                tokens, b_sample_ptr, U_ptr, b_U, b_d, D, R, LATENT, ANTITHETIC, FAST, DTYPE
+                tokens, b_sample_ptr, U_ptr, b_U, b_d, D, R, NOISE, DTYPE
             )
             if FAMILY == "gated":
                 b_shift = b_shift * b_gain

@@ -61,22 +61,18 @@ def load_tokens(
     b_token,
     b_live,
     T,
-    row_ids_ptr,
-    row_ids_stride_b,
-    row_ids_stride_t,
-    positions_ptr,
-    positions_stride_b,
-    positions_stride_t,
+    row_ids,  # the pointer and the strides of b and t; so is positions
+    positions,
     mask_ptr,
     SCOPE: tl.constexpr,
 ):
     b_batch = (b_token // T).to(tl.int64)
     b_time = (b_token % T).to(tl.int64)
-    b_offset = b_batch * row_ids_stride_b + b_time * row_ids_stride_t
-    b_row_id = tl.load(row_ids_ptr + b_offset, mask=b_live, other=0).to(tl.int32)
+    b_offset = b_batch * row_ids[1] + b_time * row_ids[2]
+    b_row_id = tl.load(row_ids[0] + b_offset, mask=b_live, other=0).to(tl.int32)
     if SCOPE == "token":
-        b_offset = b_batch * positions_stride_b + b_time * positions_stride_t
-        b_position = tl.load(positions_ptr + b_offset, mask=b_live, other=0).to(tl.int32)
+        b_offset = b_batch * positions[1] + b_time * positions[2]
+        b_position = tl.load(positions[0] + b_offset, mask=b_live, other=0).to(tl.int32)
     else:
         b_position = tl.zeros_like(b_row_id)
     b_perturbed = b_live
@@ -91,14 +87,15 @@ def latent_tile(
     b_sample_ptr,  # [BT], where each token's sample number is
     first,
     BR: tl.constexpr,
-    LATENT: tl.constexpr,
-    ANTITHETIC: tl.constexpr,
-    FAST: tl.constexpr,
+    NOISE: tl.constexpr,  # (latent, antithetic, fast)
 ):
     """z [BT, BR] from latent `first` on, 0 for tokens that keep their embedding.
 
     Latents beyond R are drawn too: they meet zeros, or sums that are masked out when stored.
     """
+    LATENT: tl.constexpr = NOISE[0]
+    ANTITHETIC: tl.constexpr = NOISE[1]
+    FAST: tl.constexpr = NOISE[2]
     b_sample = tl.load(b_sample_ptr, mask=tokens.b_perturbed, other=0).to(tl.int32)
     b_pair, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
     b_factor = tl.where(tokens.b_perturbed, b_sign, 0.0)

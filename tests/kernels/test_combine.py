@@ -93,7 +93,7 @@ EXTREMES = {
 @pytest.mark.parametrize("marginal", MARGINALS)
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("estimator", COMBINABLE)
-def test_extreme_log_probs_are_combined_as_well(estimator, extreme, marginal):
+def test_extreme_log_probs_are_combined_as_well_as_by_naive_torch(estimator, extreme, marginal):
     log_probs = EXTREMES[extreme]
     check(log_probs, torch.ones(log_probs.shape[1:], dtype=torch.bool), estimator, marginal)
 
@@ -164,7 +164,7 @@ def test_log_probs_more_than_2_to_the_31_elements_apart_are_read(marginal, tmp_p
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the memory of a GPU")
 @pytest.mark.gpu
-def test_more_than_2_to_the_31_weights_are_written_where_they_belong():
+def test_the_last_of_more_than_2_to_the_31_weights_are_those_of_their_tokens():
     skip_without_memory(20)
     M, T = 128, 2**24 + 100
     row = some_log_probs(M, 1, T // 4).to(DEVICE)

@@ -1,7 +1,7 @@
-"""The kernel tests in Triton's interpreter, where there is no GPU.
+"""The kernel tests in Triton's interpreter, for machines without a GPU.
 
-Triton chooses its interpreter when it is imported, so those tests run in a process of their own;
-in this one they are marked `gpu`.
+Triton chooses its interpreter when it is imported, so those tests run in a process of their own.
+In this process they are marked `gpu`.
 """
 
 import os

@@ -120,7 +120,7 @@ def test_philox_gives_the_bits_of_the_published_test_vector():
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-def test_all_four_lanes_are_within_4e_6_of_the_definition(latent):
+def test_latents_are_within_4e_6_of_the_definition(latent):
     numbers = some_numbers()
     ours, expected = draw(numbers, 64, latent=latent), defined(numbers, 64, latent=latent)
     assert (ours - expected).abs().max() <= 4e-6
@@ -137,7 +137,7 @@ def test_an_odd_sample_is_the_negative_of_the_even_one_before_it():
     assert (ours - expected).abs().max() <= 4e-6
 
 
-def test_a_million_gaussians_are_standard_and_as_defined():
+def test_a_million_gaussians_have_a_standard_distribution_and_their_defined_values():
     numbers = torch.stack([torch.arange(4096) for _ in range(3)])
     ours = draw(numbers, 256, latent="gaussian")  # a million draws
     assert ours.isfinite().all() and 4.5 < ours.abs().max() < 6.8

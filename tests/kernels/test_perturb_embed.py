@@ -194,8 +194,7 @@ def test_the_same_seed_gives_the_same_bits_run_after_run(family):
     call = make_call(family, DTYPES[1], (2, 2, 20, 24, 5, 7), "plain")
     grad = torch.randn(2, 2, 20, 24).to(DTYPES[1])
     first, again = [run(kernels.perturb_embed_backward, grad, call, True) for _ in range(2)]
-    for one, other in zip(first, again):
-        assert torch.equal(one, other)
+    assert all(map(torch.equal, first, again))
     assert torch.equal(
         run(kernels.perturb_embed, None, call), run(kernels.perturb_embed, None, call)
     )
@@ -211,8 +210,7 @@ def test_strided_gradients_tables_and_masks_give_what_contiguous_ones_do():
     )
     assert not strided.table.is_contiguous() and not strided.mask.is_contiguous()
     plain = run(kernels.perturb_embed_backward, grad.mT.contiguous(), call, True)
-    for one, other in zip(run(kernels.perturb_embed_backward, grad.mT, strided, True), plain):
-        assert torch.equal(one, other)
+    assert all(map(torch.equal, run(kernels.perturb_embed_backward, grad.mT, strided, True), plain))
     padded = torch.cat([call.table, call.table], 1)[:, : call.table.shape[1]]
     out = run(kernels.perturb_embed, None, call._replace(table=padded))
     assert torch.equal(out, run(kernels.perturb_embed, None, call))
@@ -241,9 +239,9 @@ def test_parameters_in_the_tables_dtype_get_gradients_in_it():
     rounded = call._replace(parameters=[value.to(DTYPES[1]) for value in call.parameters])
     widened = call._replace(parameters=[value.float() for value in rounded.parameters])
     grad = torch.randn(3, 2, 5, 24).to(DTYPES[1])
-    ours = run(kernels.perturb_embed_backward, grad, rounded, False)[1:]
-    for one, other in zip(ours, run(kernels.perturb_embed_backward, grad, widened, False)[1:]):
-        assert torch.equal(one, other.to(DTYPES[1]))
+    _, *narrow = run(kernels.perturb_embed_backward, grad, rounded, False)
+    _, *wide = run(kernels.perturb_embed_backward, grad, widened, False)
+    assert all(torch.equal(ours, fp32.to(DTYPES[1])) for ours, fp32 in zip(narrow, wide))
 
 
 def test_an_fp64_table_is_rejected_by_name():
@@ -302,7 +300,7 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(INTERPRETED, reason="needs the memory of a GPU")
 @pytest.mark.gpu
-def test_tensors_of_more_than_2_to_the_31_elements():
+def test_the_last_tokens_of_more_than_2_to_the_31_elements_are_as_of_a_small_batch():
     D, T, tail = 4096, 2**18 + 24, 24
     M, dtype = 3, torch.bfloat16
     skip_without_memory(40)

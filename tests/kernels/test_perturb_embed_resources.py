@@ -24,7 +24,7 @@ def check(rows, families=TRANSFORMS):
     for row in rows:
         assert row["wide_loads"] > 0, row
         if row["kernel"] != "backward_kernel" or row["family"] != "diagonal":
-            assert row["wide_stores"] > 0, row  # diagonal's stores one row of s a program
+            assert row["wide_stores"] > 0, row  # diagonal's stores a row of s a program
         # Past H = 64 mlp's forward holds two blocks of C, too much memory for two of it on Ampere.
         ahead_of_time.assert_fits([row], warps_per_sm=8 if row["size"] == "16x64" else 4)
 
@@ -95,7 +95,8 @@ def launches(call, want_table, cc):
         out = perturb_embed.perturb_embed(call)
     with ahead_of_time.recorded(cc) as backward:
         perturb_embed.perturb_embed_backward(torch.empty_like(out), call, want_table)
-    return [("forward", each) for each in forward] + [("backward", each) for each in backward]
+    passes = {"forward": forward, "backward": backward}
+    return [(direction, launched) for direction in passes for launched in passes[direction]]
 
 
 def main():
