@@ -75,7 +75,7 @@ def test_models_with_different_tokenizers_are_rejected(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 4096}, "block_size = 4096 is more than the 2048 positions that model 'm' was made for"),
+        ({"block_size": 4096}, "block_size = 4096 is more than the 2048 positions that model 'm'"),
         (
             {"continuations": 2, "prompt_tokens": 4, "continuation_tokens": 3000},
             "prompt_tokens . continuation_tokens = 3004 is more than the 2048 positions",
