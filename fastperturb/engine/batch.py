@@ -21,7 +21,7 @@ class Batch:
 
     parts: CausalLM
     embeddings: Tensor  # [B, T, D], exact
-    input_ids: Tensor | None  # None where embeddings were given
+    input_ids: Tensor | None  # None if the call has inputs_embeds
     attention_mask: Tensor | None
     perturb_mask: Tensor | None  # [B, T] bool, the perturbed positions; None: all
     positions: Tensor | None  # [B, T], for the model and for the noise; None: 0, 1, ...

@@ -19,8 +19,10 @@ from fastperturb.engine.sequences import Sequences
 from fastperturb.engine.trunk import TrunkInputs, repeated
 from fastperturb.transforms import Transform, make_transform
 
-# A shift below this share of its start is a collapse; how often a GPU's shift is looked at.
-_COLLAPSED, _WATCHED_STEPS = 0.01, 100
+# A shift below this share of its start is a collapse.
+_COLLAPSED = 0.01
+# On a GPU the shift is read once in so many steps, since reading it costs a synchronisation.
+_WATCHED_STEPS = 100
 
 
 class Continuous(Perturbation):
@@ -54,7 +56,7 @@ class Continuous(Perturbation):
                 f"embeddings are, got {list(inputs_embeds.shape)}"
             )
 
-    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+    def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         perturbed = lm.perturb(
             batch.embeddings,
             batch.sampling.seed,
@@ -69,7 +71,7 @@ class Continuous(Perturbation):
         )
 
     def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
-        if lm.config.deterministic:  # one latent for all
+        if lm.config.deterministic:  # one latent for all samples, rows and positions
             zeros = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
             keys = {key: torch.zeros_like(noise[key]) for key in ("seed", "samples", "rows")}
             noise = {**noise, **keys, "positions": zeros}
@@ -112,7 +114,7 @@ class Continuous(Perturbation):
             return
         lm.state.training_steps += 1
         if shift.device.type != "cpu" and lm.state.training_steps % _WATCHED_STEPS:
-            return  # to look at it costs a GPU a synchronisation
+            return
         lm.state.collapsed = bool(0 < shift < _COLLAPSED * lm.config.init_scale)
         if lm.state.collapsed:
             warnings.warn(

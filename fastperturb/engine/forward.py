@@ -67,7 +67,7 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
     if batch.exact:
         inputs = _exact(batch, samples)
     else:
-        inputs = lm.perturbation.perturbed(lm, batch, samples)
+        inputs = lm.perturbation.trunk_inputs(lm, batch, samples)
     hidden = inputs.hidden_states(batch.parts.trunk, batch.prefix)  # (m, B, T, D)
     equations, log_probs, log_sum = batch.sampling.equations, None, None
     weight, options = batch.parts.head.weight, batch.parts.head_options

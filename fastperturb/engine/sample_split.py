@@ -7,7 +7,8 @@ all of them in every process.
 
 Every process then has the same loss, and sends it backward through its own samples. The gradients
 add up to the whole one over the processes of the axis, but DDP and FSDP2 average over processes:
-what goes backward into a process's samples is therefore multiplied by their number. The gradient
+the gradient that enters a process's samples is therefore multiplied by the number of processes. The
+gradient
 of the quadratic estimator's head, computed from gathered hidden states, is whole in each process
 already, and an average leaves it so. There is no collective in the backward, nor inside a
 checkpointed region, that FSDP2's own could come out of order with. FSDP2 also wants all processes

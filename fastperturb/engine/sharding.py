@@ -1,8 +1,8 @@
 """Parameters that are sharded over processes: gather FSDP2 shards; reject other sharded tensors.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard` of the wrapper) is what is supported. FSDP1 has no
-answer to frozen and trained weights of different dtypes and leaves nothing to tell shards by;
-ZeRO-3 gathers a weight when its module is called, and the fused head reads its weight without.
+FSDP2 (`torch.distributed.fsdp.fully_shard` of the wrapper) is supported. FSDP1 cannot hold frozen
+and trained weights of different dtypes, and its shards look like ordinary tensors. ZeRO-3 gathers a
+weight when its module is called, and the fused head reads its weight without a call.
 """
 
 from __future__ import annotations
