@@ -1,4 +1,4 @@
-"""Scoring: how likely a batch is under the marginal, and how far M samples can be trusted on it.
+"""Scoring: the marginal log-likelihood of a batch, and the Monte-Carlo error of M samples on it.
 
 An event is a labelled token (token marginal) or a row with labels (sequence marginal). With
 w[m] = p[m] / sum p the share of sample m in an event's mean probability, sample m's influence on
@@ -33,7 +33,7 @@ from fastperturb.engine.protocol import WrappedModel
 
 
 class Curve(NamedTuple):
-    """The result with fewer samples, by the mean over disjoint groups of the same samples."""
+    """The nll with fewer samples: the mean over disjoint groups of the same samples."""
 
     num_samples: list[int]  # 1, 2, 4, ... and M (antithetic: 2, 4, ... and M)
     nll: Tensor  # [len(num_samples)] fp64, a token
@@ -54,7 +54,7 @@ class Score:
     sum, count: of log_marginal and of labels over the batch. Over batches both add, and so do
         the squares of `nll_standard_error * count` if each batch has its own seed or rows.
     nll_standard_error: Monte-Carlo standard error of `nll`.
-    curve: the nll at 1, 2, 4, ..., M samples: where it still falls, M is too small.
+    curve: the nll at 1, 2, 4, ..., M samples: where it falls to the end, M is too small.
     """
 
     log_marginal: Tensor
