@@ -125,13 +125,7 @@ class PerturbConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerturbConfig:
         """Return a config from plain data; raise on a key that is not a field."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"values must be a mapping of PerturbConfig's keys, got {values!r}")
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in fields:
-                hint = suggestion(str(key), fields)
-                raise ValueError(f"PerturbConfig has no key {key!r}{hint}; keys are {fields}")
+        check_keys(cls, values)
         return cls(**values)
 
 
@@ -173,6 +167,18 @@ def check_num_samples(estimator: str, num_samples: int, *, antithetic: bool = Fa
             f"antithetic=True pairs the samples, but estimator={estimator!r} needs independent "
             f"ones; use antithetic=False or an estimator of {allowed}"
         )
+
+
+def check_keys(config_class: Any, values: object) -> None:
+    """Raise unless `values` is a mapping whose keys are all fields of a config class."""
+    name = config_class.__name__
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values must be a mapping of {name}'s keys, got {values!r}")
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    for key in values:
+        if key not in fields:
+            hint = suggestion(str(key), fields)
+            raise ValueError(f"{name} has no key {key!r}{hint}; keys are {fields}")
 
 
 def check_backward_samples(backward_samples: int | None, num_samples: int) -> None:

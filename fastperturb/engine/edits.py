@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastperturb.config import PerturbConfig, suggestion
+from fastperturb.config import PerturbConfig, check_keys, suggestion
 from fastperturb.engine.architectures import CausalLM, embedding_rms, understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.edit_layout import KINDS, Edits
@@ -99,7 +99,8 @@ class EditConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
-        """Return a config from plain data; raise on an unknown key."""
+        """Return a config from plain data; raise on a key that is not a field."""
+        check_keys(cls, values)
         return cls(**values)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastperturb.config import MARGINALS, check_num_samples
 from fastperturb.ops import dispatch, reference
 
-# The estimators whose weights depend on one token's, or one sequence's, M log-probs alone.
+# The estimators whose weights depend only on the M log-probs of one token, or of one sequence.
 COMBINABLE = ("jensen", "iwae", "jvi", "jvi_clip")
 
 

@@ -282,7 +282,7 @@ def _trainable(lm: PerturbedLM) -> dict[str, nn.Parameter]:
 
 def _as_sharded(value: Tensor, parameter: Any) -> Tensor:
     """Return this process's part of a whole tensor; a scalar is held by all."""
-    if value.ndim == 0 or not hasattr(parameter, "full_tensor"):
+    if value.ndim == 0 or not sharding.is_shard(parameter):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
