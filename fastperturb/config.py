@@ -47,7 +47,7 @@ class PerturbConfig:
     """Probability that is averaged over the samples: of each token, or of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
-    """Estimator of the loss, such as iwae or jvi_clip, or several with their weights."""
+    """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""

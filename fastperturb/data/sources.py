@@ -66,7 +66,7 @@ class Source:
 
 
 def open_source(name: str, options: DataOptions) -> Source:
-    """Open the source that an entry of `--data` names; only a hub id reaches for the network."""
+    """Open the source that an entry of `--data` names; only a hub id uses the network."""
     path = Path(name).expanduser()
     if path.is_file():
         return _open_files(name, [path], options)
@@ -210,9 +210,12 @@ def _open_saved(name: str, folder: Path, options: DataOptions) -> Source:
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
+        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
+        if options.split not in splits:
+            raise ValueError(
+                f"data {name!r} has no split {options.split!r}; its splits are {', '.join(splits)}"
+            )
         folder = folder / options.split
-        if not (folder / "state.json").is_file():
-            raise ValueError(f"data {name!r} has no split {options.split!r}")
     try:
         files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
         names = [file["filename"] for file in files]

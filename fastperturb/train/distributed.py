@@ -254,7 +254,7 @@ def _optimizer_states(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
 
 
 def _check_shapes(trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the first problems, if tensors do not fit what trains."""
+    """Raise ValueError, with the first problems, if tensors do not fit the trainable parameters."""
     states = _optimizer_states(tensors)
     keys = {key for state in states.values() for key in state}
     shapes = {f"parameter.{name}": [value.shape] for name, value in trainable.items()}
@@ -271,8 +271,8 @@ def _check_shapes(trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"tensors do not fit what trains here: {'; '.join(problems[:5])}{more}; make the model "
-            "and its optimizer as they were when the tensors were saved"
+            f"tensors do not fit the trainable parameters: {'; '.join(problems[:5])}{more}; make "
+            "the model and its optimizer as they were when the tensors were saved"
         )
 
 

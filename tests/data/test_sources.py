@@ -208,7 +208,7 @@ def test_a_hub_id_without_a_network_raises_with_advice(
     ("changes", "complaint"),
     [
         ({"text_field": "body"}, "no field 'body' .*its fields are text"),
-        ({"split": "dev"}, "has no split 'dev'"),
+        ({"split": "dev"}, "has no split 'dev'; its splits are "),
     ],
 )
 def test_a_saved_folder_without_the_field_or_the_split_raises(
