@@ -289,7 +289,7 @@ def _at_peak(
     """An equation's value and weights, from differences to the largest log-prob.
 
     A constant added to all l is added to every value and leaves every weight. Sequences have
-    log-probs in the thousands, whose products with M would lose what fp32 keeps of them.
+    log-probs in the thousands: in fp32 their products with M round off the samples' differences.
     """
     peak = log_probs.amax(0)
     value, weights = equation(log_probs - peak)

@@ -139,7 +139,7 @@ def summarise(
     owners = rows[:, : mask.shape[1]]  # label t + 1 is predicted from position t
     events = log_probs
     if marginal == "sequence":
-        # A sum of thousands keeps in fp32 less than the samples differ by.
+        # In fp32 a sum of thousands is rounded by more than the samples differ.
         events = log_probs.sum(-1, keepdim=True, dtype=torch.float64)
         mask, owners = mask.any(-1, keepdim=True), owners[:, :1]
     independent = events

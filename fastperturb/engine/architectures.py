@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastperturb.engine.sharding import is_shard, reject_foreign
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def _advice(head: Any) -> str:
 
 def _is_plain(weight: Tensor) -> bool:
     """Return whether the weight is a plain tensor: not quantised, sharded or another subclass."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
 
 
 def _describe(weight: Tensor) -> str:

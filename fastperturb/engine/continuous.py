@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastperturb import ops
 from fastperturb.config import PerturbConfig
 from fastperturb.engine import validate
-from fastperturb.engine.architectures import CausalLM, embedding_rms
+from fastperturb.engine.architectures import FLOATS, CausalLM, embedding_rms
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.positions import real_positions
 from fastperturb.engine.protocol import Perturbation, WrappedModel
@@ -48,8 +48,7 @@ class Continuous(Perturbation):
     ) -> None:
         if inputs_embeds is None:
             return
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        validate.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", floats)
+        validate.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", FLOATS)
         if inputs_embeds.shape[-1] != lm.transform.embed_dim:
             raise ValueError(
                 f"inputs_embeds must be {lm.transform.embed_dim} wide, as the model's "

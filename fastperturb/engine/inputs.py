@@ -104,7 +104,7 @@ def _sampling(
         )
     device = embeddings.device
     if seed is None:
-        seed = lm.state.split.agreed(noise.drawn_seed().to(device, non_blocking=True))
+        seed = lm.state.split.from_first(noise.drawn_seed().to(device, non_blocking=True))
     seed = noise.seed_tensor(seed, device).clone()  # the caller may change the tensor
     if rows is None:
         rows = torch.arange(len(embeddings), device=device)
@@ -120,7 +120,7 @@ def _sampling(
         # One level for the whole step: every row and micro-batch agrees on it, and every rank
         # whose passes gather the shards of the others.
         one_row = torch.zeros(1, dtype=torch.int64, device=device)
-        uniform = noise.auxiliary_uniforms(sharding.agreed(lm, seed), 1, one_row)
+        uniform = noise.auxiliary_uniforms(sharding.from_first(lm, seed), 1, one_row)
         level = telescope.sample(uniform.reshape(()))
         count = int(telescope.draws(level))
     return Sampling(

@@ -48,9 +48,7 @@ class Planner:
         """Return `size`, or fewer samples at a time where `step_down` has set a limit."""
         return size if self._most is None else min(size, self._most)
 
-    def choose(
-        self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module, device: torch.device
-    ) -> PlanReport:
+    def choose(self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module) -> PlanReport:
         """Return `batched` if all samples fit, else `chunked` with the largest chunk that does.
 
         kind: everything that a sample's activations depend on.
@@ -72,7 +70,7 @@ class Planner:
         if (kind, count) not in self._chosen:
             if kind not in self._measured:
                 self._measured[kind] = memory.kept_bytes(run, samples[:1], owner)
-            free = memory.spare_bytes(owner, device)
+            free = memory.spare_bytes(owner, samples.device)
             self._chosen[kind, count] = fitting(count, self._measured[kind], free)
         chosen = self._chosen[kind, count]
         size = self.limited(chosen.chunk_size)

@@ -129,4 +129,4 @@ def _choose(lm: WrappedModel, batch: Batch, run: Run, samples: Tensor) -> PlanRe
         sum(value.requires_grad for value in lm.parameters()),
         any(getattr(part, "gradient_checkpointing", False) for part in lm.base.modules()),
     )
-    return lm.state.planner.choose(run, samples, kind, lm, samples.device)
+    return lm.state.planner.choose(run, samples, kind, lm)

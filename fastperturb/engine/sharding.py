@@ -29,8 +29,8 @@ def _shards(module: nn.Module) -> list[Any]:
     return [value for value in module.parameters() if is_shard(value)]
 
 
-def agreed(module: nn.Module, value: Tensor) -> Tensor:
-    """Return the value of the first of the processes that share FSDP2's shards."""
+def from_first(module: nn.Module, value: Tensor) -> Tensor:
+    """Return the value of the first process in all those that share FSDP2's shards."""
     shards = _shards(module)
     if not shards:
         return value

@@ -269,8 +269,10 @@ class PerturbedLM(WrappedModel):
     ) -> None:
         """Write everything that trained into a folder that `fastperturb.load` reads.
 
-        The transform, and the adapter by PEFT. save_base: whether to write a base without
-        adapters too; None is whether any of its parameters requires a gradient.
+        The files are the transform's, and the adapter's by PEFT.
+
+        save_base: whether to write a base without adapters too, by its own save_pretrained; None
+            is whether any of its parameters requires a gradient.
         is_main_process: the other processes of a distributed run write nothing. Under FSDP2 all of
             them must call: the first one writes, and gathers the model in its CPU memory for it.
         """
