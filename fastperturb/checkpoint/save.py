@@ -2,8 +2,8 @@
 
 Beside the transform go the adapter, by PEFT, or the base that trained without one, by its own
 save_pretrained. Files are written aside, flushed and renamed into place, the config that vouches
-for the others last: whatever interrupts a save, what is left is the old checkpoint, the new one,
-or one that `load` rejects.
+for the others last. Whatever interrupts a save leaves the old checkpoint, the new one, or one that
+`load` rejects.
 """
 
 from __future__ import annotations

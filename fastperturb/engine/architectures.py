@@ -269,8 +269,8 @@ def _plain_head(name: str, module: Any) -> nn.Linear:
         )
     if not _is_plain(head.weight):
         raise ValueError(
-            f"{label} has a weight of {_describe(head.weight)}, which is no plain floating-point "
-            "parameter; keep quantisation off the head"
+            f"{label} has a weight of {_describe(head.weight)}, which is not a plain "
+            "floating-point parameter; keep quantisation off the head"
         )
     return head
 

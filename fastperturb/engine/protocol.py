@@ -1,7 +1,7 @@
 """The two sides of a wrapped model: the module, and the perturbation that it is given.
 
-`WrappedModel` is what the engine, the diagnostics and checkpoints use of a wrapper; people call
-`model.PerturbedLM`, which adds the public methods. A kind of perturbation is one file with one
+`WrappedModel` is the part of a wrapper that the engine, the diagnostics and checkpoints use; people
+call `model.PerturbedLM`, which adds the public methods. A kind of perturbation is one file with one
 subclass of `Perturbation`.
 """
 
