@@ -17,11 +17,11 @@ ESTIMATORS = ("jensen", "iwae", "jvi", "jvi_clip", "resample", "sumo", "mlmc", "
 PLANS = ("auto", "batched", "chunked", "resample")
 
 # These combine samples as if they were independent; an antithetic pair is not.
-INDEPENDENT_DRAWS = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
+INDEPENDENT_SAMPLES = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
 # These can be mixed in one loss: their values come from all samples of one pass.
 MIXABLE = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
-# One sample leaves nothing to pair, to leave out or to telescope.
-AT_LEAST_TWO_DRAWS = ("quadratic", "jvi", "jvi_clip", "mlmc")
+# These compare samples with each other: one sample leaves nothing to compare.
+AT_LEAST_TWO_SAMPLES = ("quadratic", "jvi", "jvi_clip", "mlmc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class PerturbConfig:
     """Probability that is averaged over the samples: of each token, or of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
-    """Estimator of the loss, such as iwae or jvi_clip, or several with their weights."""
+    """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""
@@ -109,7 +109,7 @@ class PerturbConfig:
                 f"{tuple(plan for plan in PLANS if plan != 'resample')}"
             )
         for name in self.equations:
-            check_draws(name, self.num_samples, antithetic=self.antithetic)
+            check_num_samples(name, self.num_samples, antithetic=self.antithetic)
 
     @property
     def equations(self) -> dict[str, float]:
@@ -124,14 +124,8 @@ class PerturbConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerturbConfig:
-        """Make a config of plain data; a key that is no field raises, and is never ignored."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"values must be a mapping of PerturbConfig's keys, got {values!r}")
-        fields = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in fields:
-                hint = suggestion(str(key), fields)
-                raise ValueError(f"PerturbConfig has no key {key!r}{hint}; keys are {fields}")
+        """Return a config from plain data; raise on a key that is not a field."""
+        check_keys(cls, values)
         return cls(**values)
 
 
@@ -155,10 +149,10 @@ def _check_mixture(estimator: Mapping[Any, Any]) -> None:
         _require_scale(f"the weight of {name!r} in estimator", weight, positive=True)
 
 
-def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -> None:
+def check_num_samples(estimator: str, num_samples: int, *, antithetic: bool = False) -> None:
     """Raise for a number of samples, or for pairs of them, that the estimator cannot use."""
     _require_count("num_samples", num_samples)
-    if num_samples < 2 and estimator in AT_LEAST_TWO_DRAWS:
+    if num_samples < 2 and estimator in AT_LEAST_TWO_SAMPLES:
         raise ValueError(
             f"num_samples must be at least 2 for estimator={estimator!r}, got {num_samples}"
         )
@@ -167,12 +161,24 @@ def check_draws(estimator: str, num_samples: int, *, antithetic: bool = False) -
             f"num_samples must be even with antithetic=True (samples come in pairs z, -z), "
             f"got {num_samples}"
         )
-    if antithetic and estimator in INDEPENDENT_DRAWS:
-        allowed = tuple(name for name in ESTIMATORS if name not in INDEPENDENT_DRAWS)
+    if antithetic and estimator in INDEPENDENT_SAMPLES:
+        allowed = tuple(name for name in ESTIMATORS if name not in INDEPENDENT_SAMPLES)
         raise ValueError(
             f"antithetic=True pairs the samples, but estimator={estimator!r} needs independent "
             f"ones; use antithetic=False or an estimator of {allowed}"
         )
+
+
+def check_keys(config_class: Any, values: object) -> None:
+    """Raise unless `values` is a mapping whose keys are all fields of a config class."""
+    name = config_class.__name__
+    if not isinstance(values, Mapping):
+        raise TypeError(f"values must be a mapping of {name}'s keys, got {values!r}")
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    for key in values:
+        if key not in fields:
+            hint = suggestion(str(key), fields)
+            raise ValueError(f"{name} has no key {key!r}{hint}; keys are {fields}")
 
 
 def check_backward_samples(backward_samples: int | None, num_samples: int) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastperturb.config import ESTIMATORS, check_backward_samples, check_draws
+from fastperturb.config import ESTIMATORS, check_backward_samples, check_num_samples
 
 # Stands for the log-prob of an impossible label, so that weights stay finite.
 _LOWEST = -1e30
@@ -61,7 +61,7 @@ def combine(
         raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
     mask = _check_log_probs(log_probs, mask)
     num_samples, batch = log_probs.shape[:2]
-    check_draws(estimator, num_samples)
+    check_num_samples(estimator, num_samples)
     if estimator in ("sumo", "mlmc"):
         telescope = Telescope(estimator, num_samples)
         uniforms = torch.rand(batch, generator=generator, device=log_probs.device)
@@ -165,7 +165,7 @@ class Telescope:
     def __post_init__(self) -> None:
         if self.estimator not in ("sumo", "mlmc"):
             raise ValueError(f"estimator must be 'sumo' or 'mlmc', got {self.estimator!r}")
-        check_draws(self.estimator, self.max_samples)
+        check_num_samples(self.estimator, self.max_samples)
 
     @property
     def level_draws(self) -> list[int]:
@@ -289,7 +289,7 @@ def _at_peak(
     """An equation's value and weights, from differences to the largest log-prob.
 
     A constant added to all l is added to every value and leaves every weight. Sequences have
-    log-probs in the thousands, whose products with M would lose what fp32 keeps of them.
+    log-probs in the thousands: in fp32 their products with M round off the samples' differences.
     """
     peak = log_probs.amax(0)
     value, weights = equation(log_probs - peak)

@@ -194,8 +194,8 @@ class MLP(Transform):
     def scale(self) -> Tensor:
         x = self._probe(self.embed_dim, row=0)
         z = self._probe(self.latent_dim, row=1, latent=self.latent)
-        one = torch.ones_like(self.embed_rms)
-        return _root((mlp(x, z, one, self.A, self.B, self.b, self.C) - x).square().mean())
+        unit_rms = torch.ones_like(self.embed_rms)
+        return _root((mlp(x, z, unit_rms, self.A, self.B, self.b, self.C) - x).square().mean())
 
 
 def _root(mean_square: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ are dense; or it sums one sequence's [M, T] first and holds [BM, 1]. For each la
 reads M floats once and writes M + 3, in one launch, with about 10 M operations (30 M for the
 jackknife): memory bounds it.
 
-Sequences are summed, and differences between their sums taken, in fp64: fp32 keeps of a sum of
-thousands less than the samples differ by.
+Sequences are summed, and differences between their sums taken, in fp64: in fp32 a sum of thousands
+is rounded by more than the samples differ by.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def combine(
     estimator: str,
     marginal: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The value, log marginal and effective samples [B, T] or [B], and the weights [M, ...]."""
+    """Return value, log marginal and effective samples [B, T] or [B], and weights [M, ...]."""
     M, B, T = log_probs.shape
     shape = (M, B, T) if marginal == "token" else (M, B)
     value, log_marginal, effective = (log_probs.new_empty(shape[1:]) for _ in range(3))

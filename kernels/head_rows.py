@@ -14,7 +14,7 @@ All are bound by memory. Each reads a block of fp32 products, [n, v] or [M, n, v
 No sum has an order that could vary: the same inputs give the same bits. Where the result goes over
 the products themselves, no element is read after it has been overwritten.
 
-The speed to expect of an H100 at 3.0 TB/s, with blocks of 2048 x 16384, for N = 8192 rows
+The expected speed of an H100 at 3.0 TB/s, with blocks of 2048 x 16384, for N = 8192 rows
 (quadratic: 8 samples of 1024 tokens), D = 4096, V = 128,256, bf16. PREDICTED: this code has been
 compiled for sm_80, sm_90 and sm_100 and run in the interpreter, never yet on a GPU. Instructions
 are SASS per element and thread, plain / with bias and soft cap; one costs 1.1 us a block at the
@@ -48,7 +48,7 @@ from fastperturb.kernels import launch
 if TYPE_CHECKING:
     from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 
-_VARYING = ["n", "start"]  # from batch to batch or block to block (see launch.VARYING)
+_VARYING = ["n", "start"]  # vary from batch to batch or block to block (see launch.VARYING)
 _ROW_TILE = 16384  # columns of a row that stays in registers, 16 a thread
 _LONG_ROW_TILE = 8192  # of a longer row, 8 a thread: then two programs share a multiprocessor
 _FLAT_TILE = 2048
@@ -373,6 +373,6 @@ def _logits_arguments(products: Tensor, options: LogitOptions) -> dict[str, Any]
 
 
 def _samples_block(M: int, v: int) -> tuple[int, int]:
-    """BM >= M samples by BV columns: at least 128 bytes of them, which a memory access moves."""
+    """Return BM >= M samples by BV columns, at least the 128 bytes of one memory access."""
     BM = triton.next_power_of_2(M)
     return BM, launch.block(v, max(32, _SAMPLES_TILE // BM))

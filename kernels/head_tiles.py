@@ -2,7 +2,7 @@
 
 b_v are columns of a vocabulary block, v its width. With q = exp(l - peak), a row's running
 statistics are `other_sum`, the sum of q over all entries but the target, and `entropy_sum`, the sum
-of q (l - peak) over all. A target that has not been met has the logit NaN.
+of q (l - peak) over all. The target's logit is NaN until its block has been read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 @triton.jit
 def logits(b_products_ptr, bias_ptr, b_v, b_mask, v, scale, softcap):
-    """The logits of a tile against which its columns b_v broadcast, -inf outside the mask."""
+    """The logits of a tile, to whose shape its columns b_v broadcast; -inf outside the mask."""
     b_l = tl.load(b_products_ptr, mask=b_mask, other=0.0)
     if bias_ptr is not None:
         b_l += tl.load(bias_ptr + b_v, mask=b_v < v, other=0.0).to(tl.float32)
@@ -61,8 +61,8 @@ def entropy_term(offset):
 @triton.jit
 def entropy_sum_at(entropy_sum, other_sum, target_logit, peak, new_peak):
     """The sum of q (l - peak) after the peak has risen to new_peak and each l - peak fallen."""
-    is_met = target_logit == target_logit
-    target_q = tl.where(is_met, tl.exp(target_logit - peak), 0.0)
+    is_read = target_logit == target_logit  # False for NaN
+    target_q = tl.where(is_read, tl.exp(target_logit - peak), 0.0)
     step = tl.maximum(peak - new_peak, LOWEST)
     return tl.exp(step) * (entropy_sum + step * (other_sum + target_q))
 

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-# Arguments that vary from batch to batch, if a kernel has them: it would be compiled again for
-# every kind of value.
+# Arguments that vary from batch to batch, for `do_not_specialize`: without it Triton would compile
+# a kernel again for values that are 1 or multiples of 16. A kernel need not have all of them.
 VARYING = [
     *("M", "N", "B", "T", "vocab", "stride_m", "stride_b", "stride_t"),
     *("samples_stride_m", "samples_stride_b", "row_ids_stride_b", "row_ids_stride_t"),
@@ -35,25 +35,25 @@ def start(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **optio
 
 
 def block(size: int, limit: int) -> int:
-    """The block for a dimension of a product: a power of two of at least 16, at most `limit`."""
+    """Return the block for a dimension of a product: a power of two from 16 to `limit`."""
     return max(16, min(limit, triton.next_power_of_2(size)))
 
 
 def warps(elements: int, *, per_thread: int, limit: int = 32) -> int:
-    """The warps of a program that keeps so many elements in registers."""
+    """Return the number of warps of a program that keeps so many elements in registers."""
     return max(1, min(limit, elements // (32 * per_thread)))
 
 
 def as_bytes(mask: Tensor) -> Tensor:
-    """A bool tensor as kernels read it."""
+    """Return a bool tensor as kernels read it."""
     return mask.contiguous().view(torch.uint8)
 
 
 def has_fast_maths() -> bool:
-    """True on a GPU; the interpreter has no special function unit."""
+    """Return True on a GPU; the interpreter has no special function unit."""
     return not triton.knobs.runtime.interpret
 
 
 def capability(device: torch.device) -> int:
-    """The major compute capability; the interpreter runs what Hopper would."""
+    """Return the major compute capability; the interpreter takes Hopper's tile sizes."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

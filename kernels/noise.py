@@ -48,7 +48,7 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def draw(seed, quad, t, m, b, LATENT: tl.constexpr, FAST: tl.constexpr):
+def draw_quad(seed, quad, t, m, b, LATENT: tl.constexpr, FAST: tl.constexpr):
     """The latents r = 4 quad + (0, 1, 2, 3) of counters of one shape, four fp32 tensors."""
     w0, w1, w2, w3 = philox(seed, quad, t, m, b)
     if LATENT == "gaussian":
@@ -74,14 +74,14 @@ def tile(
     LATENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """factor z [X, 4 Q] of X tokens, all four lanes of each draw side by side."""
+    """factor z [X, 4 Q] of X tokens; the four lanes of a quad are side by side."""
     X: tl.constexpr = t.shape[0]
     Q: tl.constexpr = quad.shape[0]
     c0 = tl.broadcast_to(quad[None, :], [X, Q])
     c1 = tl.broadcast_to(t[:, None], [X, Q])
     c2 = tl.broadcast_to(m[:, None], [X, Q])
     c3 = tl.broadcast_to(b[:, None], [X, Q])
-    z0, z1, z2, z3 = draw(seed, c0, c1, c2, c3, LATENT, FAST)
+    z0, z1, z2, z3 = draw_quad(seed, c0, c1, c2, c3, LATENT, FAST)
     scale = factor[:, None]
     even = tl.join(z0 * scale, z2 * scale)
     odd = tl.join(z1 * scale, z3 * scale)
@@ -90,7 +90,7 @@ def tile(
 
 @triton.jit
 def pair_and_sign(m, ANTITHETIC: tl.constexpr):
-    """The sample number that keys the draw, and the sign of the latent: 2j + 1 is minus 2j."""
+    """The sample number that keys the latent, and its sign: sample 2j + 1 is minus sample 2j."""
     if ANTITHETIC:
         return m & -2, (1 - 2 * (m & 1)).to(tl.float32)
     return m, tl.full(m.shape, 1.0, tl.float32)

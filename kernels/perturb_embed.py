@@ -20,10 +20,9 @@ keeps its embedding:
     both      dA = (e / rho)' q, de = sum_m g + q A' / rho
 
 g is read once for up to 64 latents (32 for gated, affine and in fp32) and 64 hidden units (32 in
-fp32 on Ampere), and again for each further block of either. q sums over all columns and is linear
-in what a block of columns knows, so blocks store partial sums of it. All partial sums are added up
-in a fixed order: the same seed gives the same bits. The table's gradient is torch's own of an
-embedding, in fp32, rounded once.
+fp32 on Ampere), and again for each further block of either. q is a sum over all columns, of which
+blocks of columns store partial sums. All partial sums are added up in a fixed order: the same seed
+gives the same bits. The table's gradient is torch's own of an embedding, in fp32, rounded once.
 
 The cost for M = 8, N = 8192, D = 4096, R = 16, H = 64, bf16 and a frozen table, and the speed to
 expect of an H100 at 3.0 TB/s. PREDICTED: this code has been compiled for sm_80, sm_90 and sm_100
@@ -46,8 +45,8 @@ element and thread; one costs 9.1 us at the issue limit. The output is 537 MB: w
     mlp            805   0.27     86    27.9   231  66 KB        8   0.55  registers, then issue
 
 So gated's and mlp's backward should miss 75% of the speed of a copy: dC of a block of columns
-fills the registers, 8 warps a multiprocessor hide little, and their partial sums of q and dC are
-half of what they move beyond g.
+fills the registers, 8 warps a multiprocessor hide little latency, and their partial sums of q and
+dC are half of the memory traffic beyond g.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def perturb_embed_backward(
     call: EmbedCall,
     want_table: bool,
 ) -> list[Tensor]:
-    """The gradients of [table, *parameters]; the table's is empty unless wanted."""
+    """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
     grad_e, grads = backward.backward(Layout(call), grad, want_table=want_table, per_sample=False)
     grads = [value[0, 0].to(like.dtype) for value, like in zip(grads, call.parameters)]
     if grad_e is None:
@@ -95,6 +94,6 @@ def perturb_embed_per_sample_grad(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
 ) -> list[Tensor]:
-    """Each parameter's gradient from one (sample, batch row) alone: [M, B, ...]."""
+    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
     _, grads = backward.backward(Layout(call), grad, want_table=False, per_sample=True)
     return [value.to(like.dtype) for value, like in zip(grads, call.parameters)]

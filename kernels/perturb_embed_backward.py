@@ -8,9 +8,9 @@ fixed order. No atomics, so the same seed gives the same bits in every run.
 Slabs lie within segments: one segment of all N tokens for the gradient, one per batch row for
 per-sample gradients, where each sample is also a group of its own (grid axis 1).
 
-A sum over all D columns is linear in what one block of columns knows, so blocks store partial
-sums of the gradient of (e / rho) A, and `perturb_embed_projection` carries their total on to A
-and e. R or H beyond one block goes to grid axis 2, and each of those reads the gradient.
+The gradient of (e / rho) A is a sum over all D columns. Blocks of columns store partial sums of it,
+and `perturb_embed_projection` carries their total on to A and e. R or H beyond one block goes to
+grid axis 2, and each of those programs reads the upstream gradient.
 """
 
 from __future__ import annotations
@@ -237,10 +237,10 @@ _PROGRAMS = {"diagonal": 1024, "lowrank": 1024, "affine": 1024, "gated": 512, "m
 def tile_sizes(
     family: str, want_table: bool, half: bool, R: int, H: int, major: int
 ) -> tuple[int, int, int, int, int]:
-    """(BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256.
+    """Return (BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256.
 
     The gradients of U [BR, BD] and C [BH, BD] stay in registers, so more latents or hidden units
-    take a smaller tile; the smallest still moves 16 bytes a thread. Before Hopper the operands of
+    take a smaller tile; the smallest reads 16 bytes a thread. Before Hopper the operands of
     a product take registers too.
     """
     BT, BD, warps = _TILES[family, want_table][0 if half else 1]
@@ -258,7 +258,7 @@ def tile_sizes(
 
 
 def partial_shapes(layout: Layout, ND: int, parts: int) -> dict[str, tuple[int, ...]]:
-    """The partial sums of the parameters whose gradients this kernel makes, by role."""
+    """Return the shapes of the partial sums that this kernel makes, by the parameter's role."""
     family, D, R, H = layout.family, layout.D, layout.R, layout.H
     shapes: dict[str, tuple[int, ...]] = {"U": (1, R, D), "V": (1, R, D), "C": (parts, H, D)}
     if family == "diagonal":
@@ -275,9 +275,10 @@ def backward(
     want_table: bool,
     per_sample: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The embeddings' gradient [N, D], and the parameters' [groups, segments, ...] in fp32.
+    """Return the gradients of the embeddings [N, D], and of the parameters in fp32.
 
-    `per_sample` makes a group of each sample and a segment of each batch row.
+    The parameters' are [groups, segments, ...]; `per_sample` makes a group of each sample and a
+    segment of each batch row.
     """
     family, N, D, R, H = layout.family, layout.N, layout.D, layout.R, layout.H
     major = launch.capability(layout.table.device)

@@ -141,7 +141,7 @@ def affine_shift(
     NOISE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """rho z V + (z U) e, with one draw of z for both products."""
+    """rho z V + (z U) e; z is drawn once for both products."""
     BR: tl.constexpr = b_U.shape[0]
     b_bias = tl.zeros(b_e.shape, tl.float32)
     b_slope = tl.zeros(b_e.shape, tl.float32)

@@ -71,7 +71,7 @@ def forward_kernel(
     tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, SCOPE)
     b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
 
-    # The first blocks of what all samples share: the whole of it, unless R or H is large.
+    # Tiles that all samples share; where R or H is large, their first blocks.
     if FAMILY == "diagonal":
         b_s = tl.load(U_ptr + b_d, mask=b_d < D, other=0.0).to(tl.float32)
     elif FAMILY == "mlp":
@@ -143,7 +143,7 @@ _TILES = {
 
 
 def tile_sizes(family: str, half: bool, R: int, H: int) -> tuple[int, int, int, int, int]:
-    """(BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256."""
+    """Return (BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256."""
     BT, BD, warps = _TILES[family][0 if half else 1]
     if family == "mlp" and not half and H > 64:
         BT = BT // 2

@@ -109,11 +109,11 @@ def project_backward_kernel(
 
 
 def project(layout: Layout) -> Tensor | None:
-    """(e / rho) A [N, H] in fp32, for mlp + b; None for a family without A."""
+    """Return (e / rho) A [N, H] in fp32, for mlp + b; None for a family without A."""
     if layout.A is None:
         return None
     BT, BD, BH = 64 if layout.half else 32, 64, launch.block(layout.H, 64)
-    # A few programs along D, since there are too few along N to fill a GPU.
+    # A few programs along D: those along N are too few to fill a GPU.
     part = BD * triton.cdiv(triton.cdiv(layout.D, BD), 4)
     parts = triton.cdiv(layout.D, part)
     projected = layout.fp32(parts, layout.N, layout.H)
@@ -141,7 +141,7 @@ def project_backward(
     grad_sum: Tensor | None,  # sum_m g [1, N, D]
     sums: Sums,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of A [groups, segments, D, H] and, given sum_m g, of e [N, D]."""
+    """Return the gradients of A [groups, segments, D, H] and, if grad_sum is set, of e [N, D]."""
     BT = 32 if layout.H <= 64 else 16
     BD, BH = launch.block(layout.D, 64), launch.block(layout.H, 64)
     ND = triton.cdiv(layout.D, BD)

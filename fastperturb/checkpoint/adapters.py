@@ -1,4 +1,4 @@
-"""PEFT adapters on a base: finding them, putting a saved one on, rejecting what is not saved."""
+"""PEFT adapters on a base: putting a saved one on, rejecting weights that PEFT would not save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastperturb.engine.adapters import is_adapted, unadapted, without_peft_depr
 
 
 def reject_unsaved_weights(base: Any, save_base: bool | None) -> None:
-    """Raise if PEFT's files would leave out trained weights, unless told to leave them."""
+    """Raise if PEFT's files would leave out trained weights, unless save_base is False."""
     from peft import get_peft_model_state_dict
 
     if len(base.peft_config) > 1:
@@ -73,13 +73,13 @@ def put_on(
     half = any(value.dtype in (torch.bfloat16, torch.float16) for value in adapter.values())
     try:
         with without_peft_deprecations():
-            # PEFT widens a half-precision adapter unless told not to.
+            # By default PEFT widens a half-precision adapter.
             return PeftModel.from_pretrained(
                 model, saved.folder, is_trainable=is_trainable, autocast_adapter_dtype=not half
             )
-    except Exception as error:  # PEFT raises whatever its methods do
+    except Exception as error:  # PEFT promises no types of errors
         raise ValueError(
-            f"the adapter of {saved.folder} does not fit this {kind(model)}: {error}; it was "
+            f"the adapter of {saved.folder} does not fit this {class_name(model)}: {error}; it was "
             f"saved over {saved.base}"
         ) from error
 
@@ -91,13 +91,13 @@ def check_adapter(model: Any, adapter: Mapping[str, Tensor], saved: Checkpoint) 
     held = get_peft_model_state_dict(
         model, adapter_name=model.active_adapter, save_embedding_layers=False
     )
-    own = model.state_dict()  # of which PEFT saves resized embeddings too
+    own = model.state_dict()  # PEFT also saves resized embeddings, which held lacks
     held = {name: own[name] for name in adapter if name in own} | held
     names = sorted(held.keys() | adapter.keys())
     differ = [name for name in names if not _same(held.get(name), adapter.get(name))]
     if differ:
         raise ValueError(
-            f"the adapter of {saved.folder} and the one on this {kind(model)} differ in "
+            f"the adapter of {saved.folder} and the one on this {class_name(model)} differ in "
             f"{len(differ)} of {len(names)} tensors, the first {differ[0]!r}; give the base that "
             f"it was saved over, without an adapter: {saved.base}"
         )
@@ -114,5 +114,5 @@ def base_name(adapter_key: str) -> str:
     return adapter_key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def kind(model: nn.Module) -> str:
+def class_name(model: nn.Module) -> str:
     return type(unadapted(model)).__name__

@@ -25,17 +25,17 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def explaining(what: str) -> Iterator[None]:
-    """Prefix errors of the disk within the body with what they mean for the user."""
+def explaining(consequence: str) -> Iterator[None]:
+    """Begin the message of an error of the disk in the body with its consequence for the user."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise explained(error, what) from error
+        raise explained(error, consequence) from error
 
 
-def explained(error: OSError | SafetensorError, what: str) -> OSError:
-    message = f"{what}: {error}"
-    errno = getattr(error, "errno", None)  # safetensors only words it
+def explained(error: OSError | SafetensorError, consequence: str) -> OSError:
+    message = f"{consequence}: {error}"
+    errno = getattr(error, "errno", None)  # errors of safetensors have none
     return OSError(message) if errno is None else OSError(errno, message)
 
 
@@ -63,7 +63,10 @@ def read_json(path: Path, *, most_bytes: int) -> dict[str, Any]:
     with open(path, "rb") as file:
         text = file.read(most_bytes + 1)
     if len(text) > most_bytes:
-        raise ValueError(f"{path} is longer than {most_bytes} bytes, so not what was saved")
+        raise ValueError(
+            f"{path} is longer than {most_bytes} bytes, so it is not the file that was saved; copy "
+            "the whole folder again"
+        )
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
 """The format of a checkpoint folder, and the checks that its files belong together.
 
-    perturbation_config.json   the config, what it was saved over, every file's SHA-256
+    perturbation_config.json   the config, the base it was saved over, every file's SHA-256
     perturbation.safetensors   the transform's parameters and embed_rms, in fp32
     adapter_config.json, adapter_model.safetensors    PEFT's own, where there is an adapter
 
@@ -40,7 +40,7 @@ CONFIG_NAME = "perturbation_config.json"
 TENSORS_NAME = "perturbation.safetensors"
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
-# Far above what is ever written, far below what hurts.
+# Far above the size of any checkpoint's config and header, and small enough to read into memory.
 _MOST_CONFIG_BYTES = 1 << 20
 _MOST_HEADER_BYTES = 1 << 16
 # Casting a table to another dtype changes its root mean square by much less than this, another
@@ -92,7 +92,7 @@ class Base:
         if here.dtypes == self.dtypes and here.sample != self.sample:
             warnings.warn(
                 f"this {here.model} does not have the weights that {folder} was saved over, "
-                f"those of {self}, so it will not compute what was saved. Was one of them "
+                f"those of {self}, so its results will differ. Was one of them "
                 "fine-tuned, or an adapter merged into it?",
                 stacklevel=3,
             )
@@ -181,10 +181,13 @@ def write_manifest(
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def reject_non_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+def reject_non_finite(tensors: Mapping[str, Tensor], consequence: str) -> None:
+    """Raise on NaN or infinity, in a message that begins with the consequence."""
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{what}: {name} holds nan or inf; go back to an older checkpoint")
+            raise ValueError(
+                f"{consequence}: {name} holds nan or inf; go back to an older checkpoint"
+            )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -205,7 +208,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if values.pop("sha256", None) != digest(values):
         raise ValueError(
             f"{path} was changed after it was saved, or is damaged; copy the checkpoint again, "
-            "or change options on what is loaded: lm.config = dataclasses.replace(lm.config, ...)"
+            "or change options of the loaded model: lm.config = dataclasses.replace(lm.config, ...)"
         )
     return values
 

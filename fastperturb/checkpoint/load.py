@@ -18,7 +18,7 @@ from torch import nn
 from fastperturb.checkpoint.adapters import (
     base_name,
     check_adapter,
-    kind,
+    class_name,
     put_on,
     reject_hidden_adapters,
 )
@@ -61,7 +61,7 @@ def read(model: nn.Module, folder: Path) -> Checkpoint:
     if width != saved.embed_dim:
         raise ValueError(
             f"{saved.folder} perturbs embeddings {saved.embed_dim} wide, and those of this "
-            f"{kind(model)} are {width}; it was saved over {saved.base}"
+            f"{class_name(model)} are {width}; it was saved over {saved.base}"
         )
     return saved
 

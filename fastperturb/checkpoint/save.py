@@ -2,8 +2,8 @@
 
 Beside the transform go the adapter, by PEFT, or the base that trained without one, by its own
 save_pretrained. Files are written aside, flushed and renamed into place, the config that vouches
-for the others last: whatever interrupts a save, what is left is the old checkpoint, the new one,
-or one that `load` rejects.
+for the others last. Whatever interrupts a save leaves the old checkpoint, the new one, or one that
+`load` rejects.
 """
 
 from __future__ import annotations
@@ -47,13 +47,7 @@ def save_pretrained(
     save_base: bool | None = None,
     is_main_process: bool = True,
 ) -> None:
-    """Write everything that trained into a folder that `load` reads.
-
-    save_base: whether to write a base without adapters too, by its own save_pretrained; None
-        is whether any of its parameters requires a gradient.
-    is_main_process: the other processes of a distributed run write nothing. Under FSDP2 all of
-        them must call: the first one writes, and gathers the model in its CPU memory for it.
-    """
+    """Write a checkpoint; `PerturbedLM.save_pretrained` describes the arguments."""
     if sharding.is_sharded(lm):
         is_main_process = dist.get_rank() == 0
         with sharding.made_whole(lm, here=is_main_process):

@@ -5,15 +5,13 @@ import itertools
 import json
 import math
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ninja
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from fastperturb import ops, runs
 from fastperturb.config import MARGINALS, PerturbConfig
 from fastperturb.ops import dispatch, reference
 from fastperturb.ops.combine import COMBINABLE
+from fastperturb.ops.cpp import build
 from fastperturb.transforms import FAMILIES, make_transform
 
 # fp32 against fp64 on sums of a few hundred terms: rounding stays far below, a bug far above.
@@ -133,17 +132,19 @@ def _takes_flash(device: torch.device, heads: int, kv_heads: int) -> bool:
 
 
 def compiler() -> dict[str, str | None]:
-    """Return the first line of each tool's --version, None for a tool that is missing."""
-    return {"c++": _version(os.environ.get("CXX", "c++")), "ninja": _version("ninja")}
+    """Return the first line of each build tool's --version, None for a tool that is missing."""
+    return {
+        "c++": _version(build.compiler_command),
+        "ninja": _version(lambda: [build.ninja_command()]),
+    }
 
 
-def _version(tool: str) -> str | None:
-    # pip puts ninja beside its package, which need not be on the path.
-    path = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
-    executable = shutil.which(tool, path=path)
-    if executable is None:
+def _version(find: Callable[[], list[str]]) -> str | None:
+    try:
+        command = [*find(), "--version"]
+    except RuntimeError:
         return None
-    done = subprocess.run([executable, "--version"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return next(iter(done.stdout.splitlines()), None)
 
 
@@ -304,6 +305,6 @@ def _implementations(report: dict[str, Any]) -> Any:
             for name in ("value_error", "gradient_error")
         ]
         verdict = "[green]ok" if checked["ok"] else f"[red]FAIL {escape(checked.get('error', ''))}"
-        runs_on = chosen["runs"] or "nothing"
-        table.add_row(chosen["device"], chosen["op"], runs_on, *errors, verdict)
+        name = chosen["runs"] or "nothing"
+        table.add_row(chosen["device"], chosen["op"], name, *errors, verdict)
     return table

@@ -74,7 +74,7 @@ class TextOptions:
     """Number of tokens to keep from the start of each document; default: all."""
 
     def __post_init__(self) -> None:
-        self.data_options("text")  # raises on what training raises on
+        self.data_options("text")  # raises where training would
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"max_documents must be at least 1, got {self.max_documents}")
         if self.document_tokens is not None and self.document_tokens < 2:

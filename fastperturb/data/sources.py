@@ -66,7 +66,7 @@ class Source:
 
 
 def open_source(name: str, options: DataOptions) -> Source:
-    """Open the source that an entry of `--data` names; only a hub id reaches for the network."""
+    """Open the source that an entry of `--data` names; only a hub id uses the network."""
     path = Path(name).expanduser()
     if path.is_file():
         return _open_files(name, [path], options)
@@ -107,14 +107,16 @@ def no_progress_bars() -> Iterator[None]:
 def _text(row: Any, field: str, where: str) -> str:
     """Return the text of a row; `where` begins the error about a row without one."""
     if not isinstance(row, dict) or field not in row:
-        fields = f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is no mapping"
+        fields = (
+            f"its fields are {', '.join(row)}" if isinstance(row, dict) else "it is not a mapping"
+        )
         raise ValueError(f"{where}: no field {field!r} (text_field); {fields}")
     if not isinstance(row[field], str):
         raise ValueError(f"{where}: field {field!r} (text_field) holds no text: {row[field]!r}")
     try:
         row[field].encode()
     except UnicodeEncodeError as error:  # JSON can escape half of a character
-        raise ValueError(f"{where}: field {field!r} (text_field) is no Unicode: {error}") from None
+        raise ValueError(f"{where}: field {field!r} (text_field) is not Unicode: {error}") from None
     return row[field]
 
 
@@ -166,7 +168,9 @@ def _file_rows(paths: list[str], field: str, separator: str | None) -> Iterator[
                 f"as by: iconv -f latin1 -t utf-8 {path}"
             ) from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file: {error}") from error
+            raise ValueError(
+                f"{path} is not a complete gzip file: {error}; copy or compress it again"
+            ) from error
 
 
 def _documents(file: TextIO, separator: str | None) -> Iterator[str]:
@@ -210,9 +214,12 @@ def _open_saved(name: str, folder: Path, options: DataOptions) -> Source:
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
+        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
+        if options.split not in splits:
+            raise ValueError(
+                f"data {name!r} has no split {options.split!r}; its splits are {', '.join(splits)}"
+            )
         folder = folder / options.split
-        if not (folder / "state.json").is_file():
-            raise ValueError(f"data {name!r} has no split {options.split!r}")
     try:
         files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
         names = [file["filename"] for file in files]
@@ -220,7 +227,9 @@ def _open_saved(name: str, folder: Path, options: DataOptions) -> Source:
             raise ValueError(f"it names files outside its folder: {outside[0]}")
         dataset = datasets.Dataset.load_from_disk(str(folder)).with_format(None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data {name!r} is no whole folder of save_to_disk: {error}") from error
+        raise ValueError(
+            f"data {name!r} is not a complete folder of save_to_disk: {error}; save it again"
+        ) from error
     return _from_dataset(name, dataset, options)
 
 

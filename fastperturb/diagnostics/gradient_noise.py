@@ -1,19 +1,19 @@
-"""Gradient noise: how far a step's gradient can be trusted, by estimator and at equal flops.
+"""Gradient noise: signal and variance of a step's gradient, by estimator and at equal flops.
 
 The gradient g of a loss varies with the latents, with the samples that `resample` draws to send
 backward, and with the examples. Over a few seeds, on one batch, traces of variances are
 
-    latents    tr Var g_iwae
-    draws      E |g_resample - g_iwae|^2 at the same seeds. g_iwae is the mean of g_resample over
-               the samples it draws, so this adds to the latents' part. They are drawn
-               independently: measured with K = 1, and K have 1 / K of it.
-    data       E |g_A - g_B|^2 - latents, for random halves A and B of the batch's rows and
-               g = g_A + g_B: rows are examples, drawn alike.
+    latents      tr Var g_iwae
+    resampling   E |g_resample - g_iwae|^2 at the same seeds. g_iwae is the mean of g_resample over
+                 its choice of samples, so this adds to the latents' part. The choices are
+                 independent: it is measured with K = 1, and K have 1 / K of it.
+    data         E |g_A - g_B|^2 - latents, for random halves A and B of the batch's rows and
+                 g = g_A + g_B: rows are independent examples.
 
 and the batch's own signal is |E g|^2 = |mean g|^2 - tr Var g / repeats. A step of resample costs
-2M + 4K and has a variance of latents + data + draws / K; their product is least at
-K = sqrt(c M / 2), c = draws / (latents + data). While all samples weigh alike, draws is about
-M - 1 latents: resample pays where the data's part is larger still.
+2M + 4K and has a variance of latents + data + resampling / K; their product is least at
+K = sqrt(c M / 2), c = resampling / (latents + data). While all samples weigh alike, resampling is
+about M - 1 latents: resample pays where the data's part is even larger.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     estimator: Estimator
     backward_samples: int | None  # K of resample
     signal: float  # |E g|^2, the batch held
-    variance: float  # tr Var g over latents and draws, the batch held
+    variance: float  # tr Var g over latents and resampling, the batch held
     plan: str
     cost: float  # of the trunk, in halves of one sample's forward
     at_equal_flops: float  # signal / (variance + data) / cost, over that of iwae, batched
@@ -59,7 +59,7 @@ class GradientNoise:
     """The result of `PerturbedLM.gradient_noise`; `str` of it is a table.
 
     data_noise: the data's part of the variance, in units of iwae's latents; 0 if B = 1.
-    draw_noise: c, what `resample` with K = 1 adds, in units of latents and data together.
+    draw_noise: c, the variance that `resample` adds with K = 1, in units of latents plus data.
     backward_samples: the best K for `resample` at equal flops, sqrt(c M / 2).
     """
 
@@ -94,49 +94,22 @@ def gradient_noise(
     M = inputs.get("num_samples") or lm.config.num_samples
     others = [name for name in _compared(lm, M, compared) if name not in ("iwae", "resample")]
     step = _Step(lm, inputs, _parameters(lm, parameters))
-    equations = ["iwae", *others]
-    moments = [_Moments() for _ in equations]
-    iwae, draws, halves = moments[0], _Moments(), _Moments()
     with lm.unsplit():
-        for number, half in _repeats(step, repeats, seed):
-            gradients, plans = zip(*(step.gradient(name, number) for name in equations))
-            for moment, gradient in zip(moments, gradients):
-                moment.add(gradient)
-            whole = gradients[0]
-            drawn, _ = step.gradient("resample", number, plan="resample", backward_samples=1)
-            draws.add(drawn - whole)
-            if step.size > 1:
-                part, _ = step.gradient("iwae", number, rows=half)
-                halves.add(2 * part - whole)
-    latents = iwae.variance
+        measures = _measure(step, ["iwae", *others], repeats, seed)
+    latents = measures.iwae.variance
     if latents == 0:
         raise ValueError(
-            "the gradient is the same for every seed: no labelled token follows a perturbed one"
+            "the gradient is the same for every seed: no labelled token follows a perturbed one; "
+            "give labels after a perturbed token"
         )
-    data = _data_variance(step, iwae, halves)
-
-    def worth(signal: float, variance: float, cost: float) -> float:
-        # Signal 0 is one that the repeats do not show; iwae's and resample's are one number.
-        scale = 1.0 if signal == iwae.signal else math.nan
-        if signal and iwae.signal:
-            scale = iwae.signal / signal
-        total = variance * scale + data
-        return (latents + data) / total * 4 * M / cost if total else math.inf
-
-    rows = []
-    for name, plan, moment in zip(equations, plans, moments):
-        signal, variance, cost = moment.signal, moment.variance, _cost(name, plan, M)
-        gain = worth(signal, variance, cost)
-        rows.append(Row(name, None, signal, variance, plan, cost, gain))
-    for kept in (2**k for k in range(M.bit_length())):
-        variance = latents + draws.mean_square / kept
-        again = 6 if kept > (lm.config.chunk_size or kept) else 4
-        cost = 2 * M + again * kept
-        gain = worth(iwae.signal, variance, cost)
-        rows.append(Row("resample", kept, iwae.signal, variance, "resample", cost, gain))
-    draw_noise = draws.mean_square / (latents + data)
-    best = estimators.default_backward_samples(M, None, draw_noise)
-    return GradientNoise(rows, data / latents, draw_noise, best)
+    data = _data_variance(step, measures)
+    draw_noise = measures.resampling.mean_square / (latents + data)
+    return GradientNoise(
+        rows=_rows(measures, data, M, lm.config.chunk_size),
+        data_noise=data / latents,
+        draw_noise=draw_noise,
+        backward_samples=estimators.default_backward_samples(M, None, draw_noise),
+    )
 
 
 @dataclass(frozen=True)
@@ -202,7 +175,7 @@ class _Moments:
     @property
     def variance(self) -> float:
         spread = self.mean_square - self.square_of_mean
-        # Below the rounding of the two it is none.
+        # A difference below the rounding of the two is taken for 0.
         return spread * self.count / (self.count - 1) if spread > 1e-12 * self.mean_square else 0.0
 
     @property
@@ -211,10 +184,70 @@ class _Moments:
         return max(0.0, self.square_of_mean - self.variance / self.count)
 
 
-def _data_variance(step: _Step, iwae: _Moments, halves: _Moments) -> float:
-    """Return what the choice of examples adds to the variance, from the halves' difference."""
+class _Measures(NamedTuple):
+    """Moments of gradients and of their differences, over the repeats."""
+
+    estimators: list[Estimator]  # iwae first
+    plans: Sequence[str]
+    moments: list[_Moments]  # of each estimator's gradient
+    resampling: _Moments  # of g_resample - g_iwae, with K = 1
+    halves: _Moments  # of g_A - g_B
+
+    @property
+    def iwae(self) -> _Moments:
+        return self.moments[0]
+
+
+def _measure(
+    step: _Step, compared: list[Estimator], repeats: int, seed: int | Tensor | None
+) -> _Measures:
+    moments = [_Moments() for _ in compared]
+    plans: Sequence[str] = ()
+    resampling, halves = _Moments(), _Moments()
+    for number, half in _repeats(step, repeats, seed):
+        gradients, plans = zip(*(step.gradient(estimator, number) for estimator in compared))
+        for moment, gradient in zip(moments, gradients):
+            moment.add(gradient)
+        whole = gradients[0]
+        resampled, _ = step.gradient("resample", number, plan="resample", backward_samples=1)
+        resampling.add(resampled - whole)
+        if step.size > 1:
+            part, _ = step.gradient("iwae", number, rows=half)
+            halves.add(2 * part - whole)
+    return _Measures(compared, plans, moments, resampling, halves)
+
+
+def _rows(measures: _Measures, data: float, M: int, chunk_size: int | None) -> list[Row]:
+    """Return a row for each estimator, and for resample at each power of two up to M."""
+    iwae = measures.iwae
+
+    def at_equal_flops(signal: float, variance: float, cost: float) -> float:
+        # A signal of 0 is hidden by the noise, so how it compares with iwae's is not known.
+        scale = 1.0 if signal == iwae.signal else math.nan
+        if signal and iwae.signal:
+            scale = iwae.signal / signal
+        total = variance * scale + data
+        return (iwae.variance + data) / total * 4 * M / cost if total else math.inf
+
+    rows = []
+    for name, plan, moment in zip(measures.estimators, measures.plans, measures.moments):
+        signal, variance, cost = moment.signal, moment.variance, _cost(name, plan, M)
+        gain = at_equal_flops(signal, variance, cost)
+        rows.append(Row(name, None, signal, variance, plan, cost, gain))
+    for kept in (2**k for k in range(M.bit_length())):
+        variance = iwae.variance + measures.resampling.mean_square / kept
+        again = 6 if kept > (chunk_size or kept) else 4
+        cost = 2 * M + again * kept
+        gain = at_equal_flops(iwae.signal, variance, cost)
+        rows.append(Row("resample", kept, iwae.signal, variance, "resample", cost, gain))
+    return rows
+
+
+def _data_variance(step: _Step, measures: _Measures) -> float:
+    """Return the variance that the choice of examples adds, from the halves' difference."""
     if step.size == 1:
         return 0.0
+    iwae, halves = measures.iwae, measures.halves
     # An odd batch has halves that differ by a row, and so by that share of the gradient.
     share = (step.size % 2 / step.size) ** 2
     both = (halves.mean_square - share * iwae.mean_square) / (1 - share)
@@ -245,7 +278,7 @@ def _check(lm: WrappedModel, inputs: dict[str, Any], repeats: int) -> None:
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 2:
         raise ValueError(f"repeats must be an int of 2 or more, got {repeats!r}")
     if "labels" not in inputs:
-        raise ValueError(f"labels must be given, got only {list(inputs)}")
+        raise ValueError(f"labels are needed for a loss, got only {list(inputs)}; pass labels=")
     validate.tensor("labels", inputs["labels"], "[B, T]", (torch.int64,))
     if lm.is_exact:
         raise ValueError("lm.exact() perturbs nothing, so its gradient has no noise")

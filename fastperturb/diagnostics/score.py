@@ -1,4 +1,4 @@
-"""Scoring: how likely a batch is under the marginal, and how far M samples can be trusted on it.
+"""Scoring: the marginal log-likelihood of a batch, and the Monte-Carlo error of M samples on it.
 
 An event is a labelled token (token marginal) or a row with labels (sequence marginal). With
 w[m] = p[m] / sum p the share of sample m in an event's mean probability, sample m's influence on
@@ -33,7 +33,7 @@ from fastperturb.engine.protocol import WrappedModel
 
 
 class Curve(NamedTuple):
-    """The result with fewer samples, by the mean over disjoint groups of the same samples."""
+    """The nll with fewer samples: the mean over disjoint groups of the same samples."""
 
     num_samples: list[int]  # 1, 2, 4, ... and M (antithetic: 2, 4, ... and M)
     nll: Tensor  # [len(num_samples)] fp64, a token
@@ -54,7 +54,7 @@ class Score:
     sum, count: of log_marginal and of labels over the batch. Over batches both add, and so do
         the squares of `nll_standard_error * count` if each batch has its own seed or rows.
     nll_standard_error: Monte-Carlo standard error of `nll`.
-    curve: the nll at 1, 2, 4, ..., M samples: where it still falls, M is too small.
+    curve: the nll at 1, 2, 4, ..., M samples: where it falls to the end, M is too small.
     """
 
     log_marginal: Tensor
@@ -98,7 +98,7 @@ def score(
     rows = sampling["rows"]
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    paired = lm.config.antithetic and not lm.has_one_draw
+    paired = lm.config.antithetic and not lm.has_one_sample
     return summarise(log_probs, labels, rows, marginal=lm.config.marginal, paired=paired)
 
 
@@ -139,7 +139,7 @@ def summarise(
     owners = rows[:, : mask.shape[1]]  # label t + 1 is predicted from position t
     events = log_probs
     if marginal == "sequence":
-        # A sum of thousands keeps in fp32 less than the samples differ by.
+        # In fp32 a sum of thousands is rounded by more than the samples differ.
         events = log_probs.sum(-1, keepdim=True, dtype=torch.float64)
         mask, owners = mask.any(-1, keepdim=True), owners[:, :1]
     independent = events

@@ -6,14 +6,15 @@ over the labels of example i (a row of a batch). At the solution its covariance 
     information    A^-1 B A^-1,   A = -sum_i dpsi_i / dtheta,   B = sum_i psi_i psi_i^T
     outer          B^-1
 
-`information` is the sandwich, right for any of the equations and whether or not the model is true;
+`information` is the sandwich, right for every estimator and whether or not the model is true;
 A is the observed information, by central differences of sum_i psi_i: 2P passes over the data.
 `outer` takes outer products for the information, which holds where the value is the log-likelihood
 of a true model: for iwae and jvi with many samples. One pass; with few samples it is too small.
 
-The samples are held (one seed, examples numbered through), so what M samples add to psi counts as
-variance. Training that draws anew every step averages some of it out, and errors here are then
-on the safe side; more samples close the gap. The base and its adapters are held at their values.
+The samples are held (one seed, examples numbered through), so the noise of M samples in psi counts
+as variance. Training that draws new samples every step averages some of it out, and errors here are
+then too large rather than too small; more samples close the gap. The base and its adapters are
+fixed at their values.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class StandardErrors:
     covariance: [P, P], the parameters flattened one after the other in the order of `errors`; a
         function g of them has variance grad g^T covariance grad g.
     bread: "information" or "outer". examples: how many rows there were.
-    newton_step: the largest step, in standard errors, that Newton's method would still take.
+    newton_step: the largest step, in standard errors, that Newton's method would take from here.
         Well below 1 at a solution; above, the errors are those of no solution.
     """
 

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastperturb.engine.sharding import is_shard, reject_foreign
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ _HEADS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 def understand(model: nn.Module) -> CausalLM:
     """Return the parts of a supported model, with or without PEFT adapters; reject others."""
-    base = _without_adapters(model)
+    base = _inside_peft(model)
     known, name = _known_class(base), type(base).__name__
     reject_foreign(base.get_input_embeddings())
     for outer in (model, base):
@@ -128,7 +128,7 @@ def embedding_rms(embed: Any) -> tuple[Tensor, int]:
 def dropout_sources(model: nn.Module) -> list[str]:
     """Return the modules that draw random numbers in their present mode, with their rates.
 
-    These are dropout (LoRA's too, and what attention applies as a function) and a router's jitter.
+    These are dropout (LoRA's too, and the function that attention calls) and a router's jitter.
     Each Monte-Carlo sample has its own, as each row of a batch does; a plan that runs a pass twice
     without the random state of the first must reject them.
     """
@@ -150,9 +150,9 @@ def reject_dropout(model: nn.Module, why: str, *, remedy: str = "call lm.eval() 
 
 
 def _drop_rates(module: nn.Module) -> Iterator[tuple[str, float]]:
-    all_are = isinstance(module, _DropoutNd) or "drop" in type(module).__name__.lower()
+    is_dropout = isinstance(module, _DropoutNd) or "drop" in type(module).__name__.lower()
     for key, value in vars(module).items():
-        if not (all_are or "drop" in key or "jitter" in key):
+        if not (is_dropout or "drop" in key or "jitter" in key):
             continue
         # Some adapters keep a rate for each adapter's name.
         for rate in value.values() if isinstance(value, Mapping) else (value,):
@@ -177,7 +177,8 @@ def _known_class(base: nn.Module) -> Any:
     )
 
 
-def _without_adapters(model: Any) -> Any:
+def _inside_peft(model: Any) -> Any:
+    """Return the model inside PEFT's, or itself; reject what PEFT would do in its own forward."""
     if "peft" not in sys.modules:
         return model
     from peft import PeftMixedModel, PeftModel
@@ -192,7 +193,7 @@ def _without_adapters(model: Any) -> Any:
     if config.is_prompt_learning:
         does = "adds virtual tokens"
     elif type(model.base_model).forward is not BaseTuner.forward:
-        does = "adds to what the layers do (to the loss, for example)"
+        does = "adds to the work of the layers (to the loss, for example)"
     elif getattr(config, "alora_invocation_tokens", None) is not None:
         does = "looks for alora_invocation_tokens"
     else:
@@ -251,25 +252,25 @@ def _check_embedding(name: str, embed: nn.Module) -> None:
 
 def _plain_head(name: str, module: Any) -> nn.Linear:
     """Return the linear layer that runs as the head."""
-    what, head = f"the LM head of {name}", _trained_copy(module)
+    label, head = f"the LM head of {name}", _trained_copy(module)
     if type(head) is not nn.Linear:
         raise ValueError(
-            f"{what} is a {_type_name(head)}, not a plain torch.nn.Linear; {_advice(head)}"
+            f"{label} is a {_type_name(head)}, not a plain torch.nn.Linear; {_advice(head)}"
         )
     if _is_hooked(module) or _is_hooked(head) or "forward" in vars(head):
         raise ValueError(
-            f"{what} carries hooks or a forward of its own (of offloading, ZeRO-3 or a quantiser, "
+            f"{label} carries hooks or a forward of its own (of offloading, ZeRO-3 or a quantiser, "
             "for example), which the fused head would skip; remove them"
         )
     if is_shard(head.weight):
         raise ValueError(
-            f"{what} has a weight sharded by itself ({_describe(head.weight)}); shard the wrapper, "
-            "which gathers the weights of its root unit, and make no unit of the head"
+            f"{label} has a weight sharded by itself ({_describe(head.weight)}); shard the "
+            "wrapper, which gathers the weights of its root unit, and make no unit of the head"
         )
     if not _is_plain(head.weight):
         raise ValueError(
-            f"{what} has a weight of {_describe(head.weight)}, which is no plain floating-point "
-            "parameter; keep quantisation off the head"
+            f"{label} has a weight of {_describe(head.weight)}, which is not a plain "
+            "floating-point parameter; keep quantisation off the head"
         )
     return head
 
@@ -301,7 +302,7 @@ def _advice(head: Any) -> str:
 
 def _is_plain(weight: Tensor) -> bool:
     """Return whether the weight is a plain tensor: not quantised, sharded or another subclass."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _FLOATS
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in FLOATS
 
 
 def _describe(weight: Tensor) -> str:

@@ -21,7 +21,7 @@ class Batch:
 
     parts: CausalLM
     embeddings: Tensor  # [B, T, D], exact
-    input_ids: Tensor | None  # None where embeddings were given
+    input_ids: Tensor | None  # None if the call has inputs_embeds
     attention_mask: Tensor | None
     perturb_mask: Tensor | None  # [B, T] bool, the perturbed positions; None: all
     positions: Tensor | None  # [B, T], for the model and for the noise; None: 0, 1, ...
@@ -47,7 +47,7 @@ class Batch:
         """Return log-probs of the marginal's events: of labels [m, B, T-1], or of rows [m, B]."""
         if self.marginal == "token":
             return log_probs
-        # A sum of thousands keeps in fp32 less than the samples differ by.
+        # In fp32 a sum of thousands is rounded by more than the samples differ.
         return log_probs.sum(-1, dtype=torch.float64)
 
     def marginal_mask(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastperturb import ops
 from fastperturb.config import PerturbConfig
 from fastperturb.engine import validate
-from fastperturb.engine.architectures import CausalLM, embedding_rms
+from fastperturb.engine.architectures import FLOATS, CausalLM, embedding_rms
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.positions import real_positions
 from fastperturb.engine.protocol import Perturbation, WrappedModel
@@ -19,8 +19,10 @@ from fastperturb.engine.sequences import Sequences
 from fastperturb.engine.trunk import TrunkInputs, repeated
 from fastperturb.transforms import Transform, make_transform
 
-# A shift below this share of its start is a collapse; how often a GPU's shift is looked at.
-_COLLAPSED, _WATCHED_STEPS = 0.01, 100
+# A shift below this share of its start is a collapse.
+_COLLAPSED = 0.01
+# On a GPU the shift is read once in so many steps, since reading it costs a synchronisation.
+_WATCHED_STEPS = 100
 
 
 class Continuous(Perturbation):
@@ -46,15 +48,14 @@ class Continuous(Perturbation):
     ) -> None:
         if inputs_embeds is None:
             return
-        floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        validate.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", floats)
+        validate.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", FLOATS)
         if inputs_embeds.shape[-1] != lm.transform.embed_dim:
             raise ValueError(
                 f"inputs_embeds must be {lm.transform.embed_dim} wide, as the model's "
                 f"embeddings are, got {list(inputs_embeds.shape)}"
             )
 
-    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+    def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         perturbed = lm.perturb(
             batch.embeddings,
             batch.sampling.seed,
@@ -69,7 +70,7 @@ class Continuous(Perturbation):
         )
 
     def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
-        if lm.config.deterministic:  # one latent for all
+        if lm.config.deterministic:  # one latent for all samples, rows and positions
             zeros = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
             keys = {key: torch.zeros_like(noise[key]) for key in ("seed", "samples", "rows")}
             noise = {**noise, **keys, "positions": zeros}
@@ -112,7 +113,7 @@ class Continuous(Perturbation):
             return
         lm.state.training_steps += 1
         if shift.device.type != "cpu" and lm.state.training_steps % _WATCHED_STEPS:
-            return  # to look at it costs a GPU a synchronisation
+            return
         lm.state.collapsed = bool(0 < shift < _COLLAPSED * lm.config.init_scale)
         if lm.state.collapsed:
             warnings.warn(

@@ -1,4 +1,4 @@
-"""Random edits of token ids, laid out so that every label is still predicted causally.
+"""Random edits of token ids, laid out so that no label is predicted by a token that has seen it.
 
 In sample m of row b, position t has an edit with probability `rate`, of a kind drawn evenly:
 
@@ -9,19 +9,20 @@ In sample m of row b, position t has an edit with probability `rate`, of a kind 
     delete    nothing                 the token before
     swap      x_{t+1}, then x_t       the token before, where x_t is missing; label t + 2 at x_t
 
-so what predicts label t + 1 has seen edits of x_0 .. x_t and nothing else. Position t + 1 of a
-swap has no edit of its own. If x_{t+1} may not be edited, the two keep their order, but label t + 1
-is predicted at the token before all the same: where it is predicted must not tell what it is.
+so the token that predicts label t + 1 has seen edits of x_0 .. x_t and nothing else. Position t + 1
+of a swap has no edit of its own. If x_{t+1} may not be edited, the two keep their order, but label
+t + 1 is predicted at the token before all the same: the place of a prediction must not depend on
+its label.
 
 Special tokens are neither edited nor drawn, the first token of a document is neither deleted nor
 swapped, and documents do not mix. A document of n tokens has room for `max_positions` - n more:
 an insertion is dropped where the insertions drawn so far outnumber that room plus the deletions
-so far, so no sample has a position that the model has not. This alone looks ahead: at n, never at
-tokens.
+so far, so no sample has more positions than the model. This rule alone looks ahead: at the number
+n, never at tokens.
 
 Edits are drawn by the words w of Philox (see `noise`) for counter (2^32 - 1, t, m, b), a block that
-no latent uses: an edit if w0 < rate 2^32, of kind floor(w1 2^-32 #kinds), with token
-floor(w2 2^-32 #tokens) of those that may come.
+no latent uses: an edit if w0 < rate 2^32, of kind floor(w1 2^-32 #kinds), with token number
+floor(w2 2^-32 #tokens) of the tokens to choose from.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Edits(nn.Module):
 
         def laid(values: Tensor, extra: Tensor | int) -> Tensor:
             """Scatter each position's value [m, B, T] to its place in L, and those inserted."""
-            out = values.new_zeros(*values.shape[:2], length + 1)  # the last takes what is not laid
+            out = values.new_zeros(*values.shape[:2], length + 1)  # the last place is dropped
             out.scatter_(2, at, values)
             extra = torch.as_tensor(extra, dtype=out.dtype, device=out.device)
             return out.scatter_(2, before, extra.expand_as(before))[..., :length]
@@ -181,18 +182,18 @@ class Edits(nn.Module):
         return action.masked_fill(inserted & (excess > 0), _KEEP)
 
     def _tokens(
-        self, table: Tensor, ids: Tensor, action: Tensor, movable: Tensor, word: Tensor
+        self, table: Tensor, ids: Tensor, action: Tensor, trades: Tensor, word: Tensor
     ) -> Tensor:
-        """Return each position's own token [m, B, T]; movable: it may trade places with t - 1."""
+        """Return each position's own token [m, B, T]; where `trades`, t and t - 1 trade places."""
         tokens = ids.expand_as(action)
-        traded = F.pad(movable[..., 1:], (0, 1))
-        tokens = torch.where(traded, ids.roll(-1, 1), tokens)
-        tokens = torch.where(movable, ids.roll(1, 1), tokens)
+        trades_with_next = F.pad(trades[..., 1:], (0, 1))
+        tokens = torch.where(trades_with_next, ids.roll(-1, 1), tokens)
+        tokens = torch.where(trades, ids.roll(1, 1), tokens)
         replaced = action == _REPLACE
-        asked, which = tokens[replaced].unique(return_inverse=True)
-        near = nearest(table, asked, self.neighbors, self.special)
+        unique, index = tokens[replaced].unique(return_inverse=True)
+        near = nearest(table, unique, self.neighbors, self.special)
         chosen = word[replaced] * near.shape[1] >> 32
-        return tokens.masked_scatter(replaced, near[which, chosen])
+        return tokens.masked_scatter(replaced, near[index, chosen])
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}, kinds={self.kinds}, neighbors={self.neighbors}"
@@ -200,10 +201,10 @@ class Edits(nn.Module):
 
 @torch.no_grad()
 def nearest(table: Tensor, tokens: Tensor, count: int, special: Tensor) -> Tensor:  # [U, count]
-    """Return the `count` other tokens of highest cosine similarity to each; never a special one.
+    """Return the `count` other tokens most similar by cosine to each of `tokens`, none special.
 
-    The tokens [U] are looked up anew at each call, so the result follows a table that trains. A
-    token costs what the LM head costs for one position.
+    They are looked up anew at each call, so the result follows a table that trains. A token costs
+    as much as one position in the LM head.
     """
     count = min(count, int((~special).sum()) - 1)
     indices = []
@@ -219,7 +220,7 @@ def nearest(table: Tensor, tokens: Tensor, count: int, special: Tensor) -> Tenso
 
 
 def _documents(real: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return which tokens are the first of a document [B, T], and each one's document's start."""
+    """Return which tokens begin a document, and where each token's document begins: [B, T]."""
     if position_ids is None:
         first = real & (real.cumsum(1) == 1)
     else:

@@ -1,7 +1,7 @@
 """Discrete perturbations: each sample is the prefix with random edits of its tokens.
 
-Our reconstruction of a published idea (arXiv 2605.04344): the prefix gives way to a random
-neighbour of it, at training and at inference alike. Tokens are replaced, inserted, deleted and
+Our reconstruction of a published idea (arXiv 2605.04344): a random neighbour replaces the prefix,
+at training and at inference alike. Tokens are replaced, inserted, deleted and
 swapped as `edit_layout` draws them. Marginals, estimators, plans, scoring, decoding and saving are
 those of continuous perturbations.
 """
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastperturb.config import PerturbConfig, suggestion
+from fastperturb.config import PerturbConfig, check_keys, suggestion
 from fastperturb.engine.architectures import CausalLM, embedding_rms, understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.edit_layout import KINDS, Edits
@@ -99,21 +99,22 @@ class EditConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditConfig:
-        """Return a config from plain data; raise on an unknown key."""
+        """Return a config from plain data; raise on a key that is not a field."""
+        check_keys(cls, values)
         return cls(**values)
 
 
 class TokenEdits(Perturbation):
     """Edits token ids; `lm.transform` draws the edits and has nothing to learn.
 
-    A call needs input_ids; its perturb_mask says which tokens may be edited. Entries of the output
-    are about the labels as given. The shift compares, in embeddings, the token at which a label is
-    predicted with the one that precedes it: an insertion alone is no shift.
+    A call needs input_ids; its perturb_mask says which tokens may be edited. Labels are not edited,
+    and outputs have one entry for each. The shift compares the embedding of the token at which a
+    label is predicted with that of the token before the label: an insertion alone is no shift.
     """
 
     config_class = EditConfig
     described_by = ("rate", "kinds", "neighbors")
-    keeps_prefix = False  # any edit shifts all that follows
+    keeps_prefix = False  # an edit can renumber all later tokens
 
     def make_transform(self, parts: CausalLM, config: Any) -> Edits:
         if not isinstance(config, EditConfig):
@@ -138,7 +139,7 @@ class TokenEdits(Perturbation):
         if inputs_embeds is not None:
             raise ValueError("inputs_embeds holds no tokens to edit: give input_ids")
 
-    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+    def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         assert batch.input_ids is not None
         return _edited(
             lm,

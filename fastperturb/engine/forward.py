@@ -67,14 +67,14 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
     if batch.exact:
         inputs = _exact(batch, samples)
     else:
-        inputs = lm.perturbation.perturbed(lm, batch, samples)
+        inputs = lm.perturbation.trunk_inputs(lm, batch, samples)
     hidden = inputs.hidden_states(batch.parts.trunk, batch.prefix)  # (m, B, T, D)
     equations, log_probs, log_sum = batch.sampling.equations, None, None
     weight, options = batch.parts.head.weight, batch.parts.head_options
     if batch.labels is not None and set(equations) != {"quadratic"}:
         target = batch.target().repeat(len(samples))
         log_probs = ops.linear_logprob(hidden.flatten(0, 2), weight, target, **options)
-        # No view: FSDP2 hooks what a module returns.
+        # A copy: FSDP2 puts hooks on the outputs of a module, which must not be views.
         log_probs = log_probs.view(hidden.shape[:-1])[:, :, :-1].contiguous()
     if batch.return_logits:
         log_sum = _log_sum(hidden, weight, options)

@@ -24,13 +24,14 @@ from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from fastperturb import noise
-from fastperturb.config import check_draws, suggestion
+from fastperturb.config import check_num_samples, suggestion
 from fastperturb.engine import validate
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sequences import Sequences
 
 MODES = ("sequence", "token", "mixture")
 
+# Arguments of transformers' generate that are not supported, and why.
 _ARGUMENTS = {
     "inputs": "give the prompt as input_ids",
     "inputs_embeds": "give the prompt as input_ids",
@@ -40,7 +41,7 @@ _ARGUMENTS = {
     "custom_generate": "mode= chooses the decoding loop",
     "synced_gpus": "every rank must hold the whole model",
 }
-# Of the generation config, with the value that asks for nothing.
+# Settings of the generation config that are not supported: the value that turns each off, and why.
 _SETTINGS = {
     "guidance_scale": (1, "its second pass would come without the noise"),
     "return_dict_in_generate": (False, "it returns token ids"),
@@ -103,8 +104,8 @@ class Decoder:
     perturb_mask: Tensor | None  # [B, T]
     streamer: Any
 
-    # An argument with a name that transformers' own loop has not would be kept from `generate`,
-    # so the mask and the cache are taken from **model_kwargs.
+    # transformers withholds an argument that its own loop does not name, so the mask and the cache
+    # are taken from **model_kwargs.
     def __call__(
         self,
         model: Any,
@@ -115,8 +116,8 @@ class Decoder:
         **model_kwargs: Any,
     ) -> Tensor:
         _check_settings(generation_config)
-        copies = len(input_ids) // len(self.rows)
-        sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), copies)
+        per_row = len(input_ids) // len(self.rows)
+        sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), per_row)
         keeps_prefix = self.lm.perturbation.keeps_prefix and not self.fresh_samples
         cached = model_kwargs["use_cache"] and keeps_prefix
         cache = model_kwargs["past_key_values"] if cached else None
@@ -131,7 +132,7 @@ class Decoder:
         while unfinished.any():
             if cached:
                 logits = self._next_logits(model, sequences, cache)
-            else:  # what will be padding need not be encoded
+            else:  # a finished sequence gets only padding, so it is not encoded
                 live = unfinished | (pad is None)
                 live_logits = self._next_logits(model, sequences.select(live))
                 logits = live_logits.new_zeros(len(live), live_logits.shape[-1])
@@ -146,13 +147,13 @@ class Decoder:
             self._stream(tokens)
             sequences = sequences.append(tokens)
             if self.fresh_samples:
-                sequences = sequences._replace(samples=sequences.samples + copies)
+                sequences = sequences._replace(samples=sequences.samples + per_row)
             unfinished = unfinished & ~stopping_criteria(sequences.ids, None)
         if self.streamer is not None:
             self.streamer.end()
         return sequences.ids
 
-    def _prompt(self, ids: Tensor, mask: Tensor | None, copies: int) -> Sequences:
+    def _prompt(self, ids: Tensor, mask: Tensor | None, per_row: int) -> Sequences:
         mask = torch.ones_like(ids) if mask is None else mask
         if (mask[:, -1] == 0).any() or (mask.diff(dim=1) < 0).any():
             raise ValueError(
@@ -161,14 +162,14 @@ class Decoder:
             )
         perturbed = mask.bool()
         if self.perturb_mask is not None:
-            perturbed = perturbed & self.perturb_mask.repeat_interleave(copies, 0)
-        numbers = torch.arange(copies * self.samples, device=ids.device)
+            perturbed = perturbed & self.perturb_mask.repeat_interleave(per_row, 0)
+        numbers = torch.arange(per_row * self.samples, device=ids.device)
         return Sequences(
             ids,
             mask,
             perturbed,
-            rows=self.rows.repeat_interleave(copies),
-            samples=numbers.view(copies, self.samples).repeat(len(self.rows), 1),
+            rows=self.rows.repeat_interleave(per_row),
+            samples=numbers.view(per_row, self.samples).repeat(len(self.rows), 1),
         )
 
     def _next_logits(self, model: Any, sequences: Sequences, cache: Any = None) -> Tensor:
@@ -186,16 +187,16 @@ class Decoder:
 
 
 def _sample_count(lm: WrappedModel, mode: str, num_samples: int | None) -> int:
-    """Return M, which only the mixture has more than one of."""
+    """Return M, which is 1 in all modes but the mixture."""
     if mode != "mixture":
         if num_samples is not None:
             raise ValueError(
-                f"num_samples is what mode='mixture' averages, and mode={mode!r} takes one sample; "
+                f"num_samples is for mode='mixture', and mode={mode!r} takes one sample; "
                 "leave it None"
             )
         return 1
     count = lm.config.num_samples if num_samples is None else num_samples
-    check_draws("iwae", count, antithetic=lm.config.antithetic)
+    check_num_samples("iwae", count, antithetic=lm.config.antithetic)
     return count
 
 
@@ -218,11 +219,11 @@ def _with_stop_strings(base: Any, options: dict[str, Any]) -> dict[str, Any]:
     """
     tokenizer = options.pop("tokenizer", None)
     configs = (options.get("generation_config"), base.generation_config)
-    asked = (
+    settings = (
         options.get("stop_strings"),
         *(getattr(config, "stop_strings", None) for config in configs),
     )
-    strings = next((value for value in asked if value is not None), None)
+    strings = next((value for value in settings if value is not None), None)
     if strings is None:
         return options
     if tokenizer is None:
@@ -237,12 +238,12 @@ def _check_settings(config: Any) -> None:
     if strategy not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
             f"generate under noise is greedy or samples, and the generation config asks for "
-            f"{strategy.value}, which moves sequences between rows, whose numbers key the noise; "
+            f"{strategy.value}, which reorders sequences among the rows that key the noise; "
             "use num_beams=1 and no assistant"
         )
-    for name, (nothing, why) in _SETTINGS.items():
+    for name, (off, why) in _SETTINGS.items():
         value = getattr(config, name, None)
-        if value is not None and value != nothing:
+        if value is not None and value != off:
             raise ValueError(f"{name}={value!r} is not supported by generate under noise: {why}")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperturb import estimators, noise
-from fastperturb.config import check_draws
+from fastperturb.config import check_num_samples
 from fastperturb.engine import architectures, sharding, validate
 from fastperturb.engine.architectures import CausalLM, understand
 from fastperturb.engine.batch import IGNORED, Batch
@@ -37,7 +37,7 @@ def lay_out(
     validate.like(embeddings, "position_ids", position_ids, (torch.int64,))
     validate.like(embeddings, "labels", labels, (torch.int64,))
     validate.like(embeddings, "perturb_mask", perturb_mask, (torch.bool,))
-    if labels is not None and labels.device.type == "cpu":  # where looking at them costs no sync
+    if labels is not None and labels.device.type == "cpu":  # reading them costs a GPU a sync
         real = labels[labels != IGNORED]
         vocab = parts.head.weight.shape[0]
         validate.range("labels", real, vocab, f"be {IGNORED} (no label) or ")
@@ -94,9 +94,9 @@ def _sampling(
     rows: Tensor | None,
     num_samples: int | None,
 ) -> Sampling:
-    """Return the sampling of a call, with a seed where none was given."""
+    """Return the sampling of a call; without a seed, draw one."""
     config = lm.config
-    equations = {"iwae": 1.0} if lm.has_one_draw else config.equations
+    equations = {"iwae": 1.0} if lm.has_one_sample else config.equations
     if "jvi" in equations and lm.training and torch.is_grad_enabled():
         raise ValueError(
             "estimator='jvi' is for evaluation: its weights can be negative and training "
@@ -104,15 +104,15 @@ def _sampling(
         )
     device = embeddings.device
     if seed is None:
-        seed = lm.state.split.agreed(noise.drawn_seed().to(device, non_blocking=True))
-    seed = noise.seed_tensor(seed, device).clone()  # the caller may change his tensor
+        seed = lm.state.split.from_first(noise.drawn_seed().to(device, non_blocking=True))
+    seed = noise.seed_tensor(seed, device).clone()  # the caller may change the tensor
     if rows is None:
         rows = torch.arange(len(embeddings), device=device)
-    if lm.has_one_draw:
+    if lm.has_one_sample:
         return Sampling(seed=seed, rows=rows, count=1, equations=equations)
     count = config.num_samples if num_samples is None else num_samples
     for name in equations:
-        check_draws(name, count, antithetic=config.antithetic)
+        check_num_samples(name, count, antithetic=config.antithetic)
     telescope = level = None
     first = next(iter(equations))
     if first in ("sumo", "mlmc"):
@@ -120,7 +120,7 @@ def _sampling(
         # One level for the whole step: every row and micro-batch agrees on it, and every rank
         # whose passes gather the shards of the others.
         one_row = torch.zeros(1, dtype=torch.int64, device=device)
-        uniform = noise.auxiliary_uniforms(sharding.agreed(lm, seed), 1, one_row)
+        uniform = noise.auxiliary_uniforms(sharding.from_first(lm, seed), 1, one_row)
         level = telescope.sample(uniform.reshape(()))
         count = int(telescope.draws(level))
     return Sampling(

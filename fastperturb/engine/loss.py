@@ -21,7 +21,7 @@ def estimate(
     config: Any,
     num_items_in_batch: int | Tensor | None,
 ) -> dict[str, Tensor]:
-    """Return the loss and what `PerturbedOutput` tells of the samples."""
+    """Return the loss and the statistics of the samples, by their names in `PerturbedOutput`."""
     sampling, mask = batch.sampling, batch.token_mask()
     values = {}
     log_probs = scored.log_probs

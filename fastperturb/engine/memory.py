@@ -38,7 +38,7 @@ def kept_bytes(run: Run, samples: Tensor, owner: nn.Module) -> int:
 
 
 def spare_bytes(owner: nn.Module, device: torch.device) -> int:
-    """Return the free bytes, less what a first step allocates: gradients and AdamW's moments."""
+    """Return the free bytes, less the gradients and AdamW's moments that a first step allocates."""
     trained = (value for value in owner.parameters() if value.requires_grad and value.grad is None)
     coming = sum(3 * value.numel() * value.element_size() for value in trained)
     return max(0, free_bytes(device) - coming)
@@ -67,7 +67,7 @@ def _machine_bytes() -> int:
 
 
 def _container_bytes() -> int:
-    """Return what is left of a control group's limit; without a limit, a huge number."""
+    """Return the bytes left under a control group's limit; without a limit, a huge number."""
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
         return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())

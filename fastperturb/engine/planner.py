@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from fastperturb.engine import memory, sharding
 from fastperturb.engine.passes import Run
 
-# What of the free memory auto plans for, and what a sample may need beyond what was measured.
+# auto uses this share of the free memory, and takes a sample to need this many times its measure.
 _SHARE, _MARGIN = 0.7, 1.2
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Which plan a forward took and why."""
+    """The plan that a forward took, and why."""
 
     plan: str
     chunk_size: int  # samples at a time
@@ -45,12 +45,10 @@ class Planner:
         return last.chunk_size > 1
 
     def limited(self, size: int) -> int:
-        """Return `size`, or fewer samples at a time where so many ran out of memory."""
+        """Return `size`, or fewer samples at a time where `step_down` has set a limit."""
         return size if self._most is None else min(size, self._most)
 
-    def choose(
-        self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module, device: torch.device
-    ) -> PlanReport:
+    def choose(self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module) -> PlanReport:
         """Return `batched` if all samples fit, else `chunked` with the largest chunk that does.
 
         kind: everything that a sample's activations depend on.
@@ -67,12 +65,12 @@ class Planner:
                 return PlanReport("chunked", self.limited(count), "memory ran out with more")
             return PlanReport("batched", count, "nothing is kept without a gradient")
         if sharding.is_sharded(owner):
-            # Ranks must gather the shards equally often, and what each could hold differs.
+            # Ranks must gather the shards equally often, and their free memory may differ.
             return PlanReport("batched", count, "sharded parameters: set plan='chunked' if need be")
         if (kind, count) not in self._chosen:
             if kind not in self._measured:
                 self._measured[kind] = memory.kept_bytes(run, samples[:1], owner)
-            free = memory.spare_bytes(owner, device)
+            free = memory.spare_bytes(owner, samples.device)
             self._chosen[kind, count] = fitting(count, self._measured[kind], free)
         chosen = self._chosen[kind, count]
         size = self.limited(chosen.chunk_size)

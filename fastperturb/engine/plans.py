@@ -43,7 +43,7 @@ class Rerun:
 
 
 def execute(lm: WrappedModel, batch: Batch, run: Run) -> tuple[Pass, Rerun | None]:
-    """Run all samples by the configured plan: every sample scored, and what resample runs again."""
+    """Run all samples by the configured plan; `resample` also returns those that it ran again."""
     count = batch.sampling.count
     samples = torch.arange(count, device=batch.embeddings.device)
     split = lm.state.split
@@ -88,7 +88,7 @@ def _resamples(lm: WrappedModel, batch: Batch) -> bool:
     plan = lm.config.plan
     by_default = "resample" in batch.sampling.equations and plan == "auto"
     wanted = torch.is_grad_enabled() and (by_default or plan == "resample")
-    return wanted and batch.labels is not None and not lm.has_one_draw
+    return wanted and batch.labels is not None and not lm.has_one_sample
 
 
 def _resample(
@@ -129,4 +129,4 @@ def _choose(lm: WrappedModel, batch: Batch, run: Run, samples: Tensor) -> PlanRe
         sum(value.requires_grad for value in lm.parameters()),
         any(getattr(part, "gradient_checkpointing", False) for part in lm.base.modules()),
     )
-    return lm.state.planner.choose(run, samples, kind, lm, samples.device)
+    return lm.state.planner.choose(run, samples, kind, lm)

@@ -1,7 +1,7 @@
 """The two sides of a wrapped model: the module, and the perturbation that it is given.
 
-`WrappedModel` is what the engine, the diagnostics and checkpoints use of a wrapper; people call
-`model.PerturbedLM`, which adds the public methods. A kind of perturbation is one file with one
+`WrappedModel` is the part of a wrapper that the engine, the diagnostics and checkpoints use; people
+call `model.PerturbedLM`, which adds the public methods. A kind of perturbation is one file with one
 subclass of `Perturbation`.
 """
 
@@ -24,12 +24,12 @@ from fastperturb.engine.trunk import TrunkInputs
 
 
 class Perturbation(ABC):
-    """One kind of perturbation: how samples of a prefix differ from it."""
+    """A kind of perturbation: the rule by which samples of a prefix differ from it."""
 
     config_class: ClassVar[type]
     # Keys of the config that describe the transform, beside the shapes of its parameters.
     described_by: ClassVar[tuple[str, ...]]
-    # Whether the encoding of a prefix stays as it is when tokens are appended.
+    # True if appended tokens leave the encoding of a prefix as it is, so that a cache can hold it.
     keeps_prefix: ClassVar[bool]
 
     @abstractmethod
@@ -47,26 +47,29 @@ class Perturbation(ABC):
         """Raise on inputs of a call that this kind of perturbation cannot take."""
 
     @abstractmethod
-    def perturbed(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
+    def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         """Return the trunk's inputs for the samples with these numbers, [m] or [m, B]."""
 
     @abstractmethod
     def next_logits(
         self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
     ) -> Tensor:  # [M N, V]
-        """Return each sample's logits of the next token; the cache takes what is encoded."""
+        """Return each sample's logits of the next token; add the tokens it encodes to the cache."""
 
     def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
         """Return perturbed embeddings [M, B, T, D], where the perturbation is of embeddings."""
         raise TypeError(f"{type(self).__name__} perturbs tokens, not embeddings")
 
     def watch(self, lm: WrappedModel, shift: Tensor) -> None:
-        """Look at the shift of a training step, and warn if the perturbation is lost."""
-        return  # what is not learned cannot be lost
+        """Warn if the shift of a training step shows that training has removed the perturbation.
+
+        By default never: only a perturbation that is learned can vanish.
+        """
+        return
 
 
 class WrappedModel(nn.Module):
-    """A base model, a config, a perturbation and what is remembered between calls."""
+    """A base model, a config, a perturbation and the state between calls."""
 
     base: nn.Module
     transform: Any  # a Transform, or the module of another perturbation
@@ -86,8 +89,8 @@ class WrappedModel(nn.Module):
         return self.state.exact
 
     @property
-    def has_one_draw(self) -> bool:
-        """True if all samples would be the same."""
+    def has_one_sample(self) -> bool:
+        """True if all samples of a call would be the same."""
         return self.state.exact or self.config.deterministic
 
     @contextlib.contextmanager
@@ -128,7 +131,7 @@ class WrappedModel(nn.Module):
         antithetic: bool | None = None,
         perturb_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return the samples with these numbers of embeddings [B, T, D]: [M, B, T, D].
+        """Perturb embeddings [B, T, D], once for each of these sample numbers: [M, B, T, D].
 
         antithetic: whether samples come in pairs; default as the config says.
         The other arguments are those of `ops.perturb_embed`.

@@ -7,7 +7,8 @@ all of them in every process.
 
 Every process then has the same loss, and sends it backward through its own samples. The gradients
 add up to the whole one over the processes of the axis, but DDP and FSDP2 average over processes:
-what goes backward into a process's samples is therefore multiplied by their number. The gradient
+the gradient that enters a process's samples is therefore multiplied by the number of processes. The
+gradient
 of the quadratic estimator's head, computed from gathered hidden states, is whole in each process
 already, and an average leaves it so. There is no collective in the backward, nor inside a
 checkpointed region, that FSDP2's own could come out of order with. FSDP2 also wants all processes
@@ -59,15 +60,29 @@ class SampleSplit:
         """Return this process's part of a tensor with all samples along its first dimension."""
         return samples.tensor_split(self.size)[self.rank]
 
-    def agreed(self, value: Tensor) -> Tensor:
+    def from_first(self, value: Tensor) -> Tensor:
         """Return the value of the group's first process in all of them."""
         if self.group is not None:
             dist.broadcast(value, group=self.group, group_src=0)
         return value
 
     def never_idle(self, run: Run) -> Run:
-        """Return `run`, but such that a process without samples runs the trunk all the same."""
-        return run if self.group is None else _never_idle(run)
+        """Return `run`, which without samples runs the trunk on one all the same, backward too."""
+        if self.group is None:
+            return run
+
+        def run_some(samples: Tensor) -> Pass:
+            if len(samples):
+                return run(samples)
+            idle = run(samples.new_zeros(1, *samples.shape[1:]))
+            return Pass(
+                torch.zeros_like(idle.shift_norms),
+                None if idle.log_probs is None else idle.log_probs[:0],
+                None if idle.hidden is None else idle.hidden[:0],
+                None if idle.log_sum is None else torch.full_like(idle.log_sum, -torch.inf),
+            )
+
+        return run_some
 
     def gathered(self, own: Pass, count: int) -> Pass:
         """Return the pass of all `count` samples from each process's own."""
@@ -86,23 +101,6 @@ class SampleSplit:
             gather(own.hidden, count),
             None if log_sums is None else log_sums.logsumexp(0),
         )
-
-
-def _never_idle(run: Run) -> Run:
-    """For no samples, run the trunk on one all the same, in the backward too."""
-
-    def run_some(samples: Tensor) -> Pass:
-        if len(samples):
-            return run(samples)
-        idle = run(samples.new_zeros(1, *samples.shape[1:]))
-        return Pass(
-            torch.zeros_like(idle.shift_norms),
-            None if idle.log_probs is None else idle.log_probs[:0],
-            None if idle.hidden is None else idle.hidden[:0],
-            None if idle.log_sum is None else torch.full_like(idle.log_sum, -torch.inf),
-        )
-
-    return run_some
 
 
 class _Gathered(torch.autograd.Function):

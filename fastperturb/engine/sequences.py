@@ -1,4 +1,4 @@
-"""Sequences that are being decoded."""
+"""The state of decoding: token sequences and the numbers that key their noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Sequences(NamedTuple):
-    """The tokens decoded so far and what keys their noise, for N = B S sequences."""
+    """The tokens decoded so far and the keys of their noise, for N = B S sequences."""
 
     ids: Tensor  # [N, T]
     mask: Tensor  # [N, T], 1 where there is a token

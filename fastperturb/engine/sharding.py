@@ -1,8 +1,8 @@
 """Parameters that are sharded over processes: gather FSDP2 shards; reject other sharded tensors.
 
-FSDP2 (`torch.distributed.fsdp.fully_shard` of the wrapper) is what is supported. FSDP1 has no
-answer to frozen and trained weights of different dtypes and leaves nothing to tell shards by;
-ZeRO-3 gathers a weight when its module is called, and the fused head reads its weight without.
+FSDP2 (`torch.distributed.fsdp.fully_shard` of the wrapper) is supported. FSDP1 cannot hold frozen
+and trained weights of different dtypes, and its shards look like ordinary tensors. ZeRO-3 gathers a
+weight when its module is called, and the fused head reads its weight without a call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def _shards(module: nn.Module) -> list[Any]:
     return [value for value in module.parameters() if is_shard(value)]
 
 
-def agreed(module: nn.Module, value: Tensor) -> Tensor:
-    """Return the value of the first of the processes that share FSDP2's shards."""
+def from_first(module: nn.Module, value: Tensor) -> Tensor:
+    """Return the value of the first process in all those that share FSDP2's shards."""
     shards = _shards(module)
     if not shards:
         return value

@@ -47,12 +47,12 @@ class TrunkInputs:
         return values.gather(2, self.source[..., None].expand(-1, -1, -1, values.shape[-1]))
 
     def _packed_lengths(self, trunk: Any) -> dict[str, Any]:
-        """Return where documents begin, for a flash kernel that takes a row for one document."""
+        """Return where documents begin, for flash kernels, which would take a row for one."""
         attention = str(getattr(trunk.config, "_attn_implementation", None))
         if self.position_ids is None or not attention.startswith("flash"):
             return {}
         if self.attention_mask is not None:
-            return {}  # with which documents are not packed
+            return {}  # packed documents have no mask
         begins = document_starts(self.position_ids)
         if int(begins.sum()) == len(begins):
             return {}  # a document a row

@@ -29,7 +29,7 @@ class EvalOptions(DomainOptions):
     """Folder or Hugging Face id of the base model, if it is not where the checkpoints say."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with a model's repository."""
+    """Allow Python code from a model's repository to run."""
 
     baseline: str | None = None
     """Name of the model that all others are compared with; the default is the first model."""
@@ -60,8 +60,8 @@ class EvalOptions(DomainOptions):
     """Length in tokens of each continuation."""
 
     continuation_mode: Literal["mixture", "sequence", "token"] = "mixture"
-    """How continuations are sampled: mixture averages num_samples samples at every step, sequence
-    keeps one sample for all steps, and token draws a fresh one for each step."""
+    """Sampling of continuations. mixture: average num_samples noise samples at each step. sequence:
+    keep one noise sample for all steps. token: draw a new noise sample for each step."""
 
     mauve_features: Path | None = None
     """Folder of a model whose last hidden states are the features for MAUVE, which then also

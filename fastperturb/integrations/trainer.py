@@ -60,7 +60,7 @@ class PerturbTrainer(transformers.Trainer):
         self.transform_learning_rate = transform_learning_rate
         self.transform_weight_decay = transform_weight_decay
         self.num_eval_samples = num_eval_samples
-        super().__init__(model if model is None else _presented(model), *args, **options)
+        super().__init__(model if model is None else _as_trainer_view(model), *args, **options)
         self._reject_unsupported()
         # Sums of ess, shift and 1 since the last log.
         self._log_sums = torch.zeros(3, device=self.args.device)
@@ -71,10 +71,11 @@ class PerturbTrainer(transformers.Trainer):
         return self.model.lm
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        return _presented(super().call_model_init(trial))
+        return _as_trainer_view(super().call_model_init(trial))
 
     def _reject_unsupported(self) -> None:
-        args, no_logits = self.args, "needs logits, and the perturbed model's loss makes none"
+        args = self.args
+        no_logits = "needs logits, and the perturbed model's loss makes none: leave it unset"
         sharding = "shards parameters: use DDP, by torchrun or `accelerate launch`"
         copying = "DataParallel would copy lm to: use DDP, by torchrun or `accelerate launch`"
         unsupported = {
@@ -84,8 +85,14 @@ class PerturbTrainer(transformers.Trainer):
             "label_smoothing_factor": (args.label_smoothing_factor, no_logits),
             "compute_loss_func": (self.compute_loss_func, no_logits),
             "compute_metrics": (self.compute_metrics, no_logits),
-            "neftune_noise_alpha": (args.neftune_noise_alpha, "is another noise than lm.config's"),
-            "use_liger_kernel": (args.use_liger_kernel, "replaces the forward that lm goes around"),
+            "neftune_noise_alpha": (
+                args.neftune_noise_alpha,
+                "is another noise than lm.config's: leave it unset",
+            ),
+            "use_liger_kernel": (
+                args.use_liger_kernel,
+                "replaces a forward that lm does not call: leave it off",
+            ),
         }
         for name, (is_set, reason) in unsupported.items():
             if is_set:
@@ -222,11 +229,11 @@ class PerturbTrainer(transformers.Trainer):
         restore(self.lm, self.state.best_model_checkpoint)
 
 
-class _Presented(nn.Module):
+class _TrainerView(nn.Module):
     """A PerturbedLM with the attributes that trainers expect of a pretrained model.
 
-    Those of `_OF_BASE` are the base's, `config` among them, which trainers write to. All others are
-    the PerturbedLM's.
+    Names in `_OF_BASE` are looked up on the base (trainers write to `config`), all others on the
+    PerturbedLM.
     """
 
     _OF_BASE = (
@@ -252,13 +259,13 @@ class _Presented(nn.Module):
         return getattr(lm.base if name in self._OF_BASE else lm, name)
 
 
-def _presented(model: Any) -> _Presented:
+def _as_trainer_view(model: Any) -> _TrainerView:
     if not isinstance(model, PerturbedLM):
         raise TypeError(
             f"model must be a PerturbedLM, got {type(model).__name__}: wrap it first, by "
             "fastperturb.wrap(model, PerturbConfig(...))"
         )
-    return _Presented(model)
+    return _TrainerView(model)
 
 
 def _set_rows(batch: Any, first: int) -> None:

@@ -25,8 +25,8 @@ def load(
         the base was saved too, `from_pretrained(directory)` makes it.
     directory: a folder, or the id of a repository on the Hugging Face Hub (`revision` and
         `token` are for it).
-    is_trainable: go on learning. As in PEFT, what is loaded is frozen by default, and the model
-        is in eval mode.
+    is_trainable: continue training. By default, as in PEFT, the loaded parameters are frozen and
+        the model is in eval mode.
 
     Raises ValueError or OSError on files that are missing, damaged, changed or made for another
     model, and leaves the model as it was.

@@ -45,14 +45,14 @@ def edit(model: nn.Module, config: EditConfig) -> EditedLM:
 class PerturbedLM(WrappedModel):
     """A causal LM whose prefixes are perturbed at random, in training and in use.
 
-    base: the model as given, its parameters and adapters untouched.
+    base: the model that was wrapped, its parameters and adapters untouched.
     config: a PerturbConfig, or the config of another kind of perturbation.
     perturbation: the kind of perturbation; default `Continuous`, a transform of embeddings.
     transform: the module with the perturbation's parameters; the learned T(e, z).
     """
 
     # For Hugging Face's Trainer: the loss divides by num_items_in_batch itself, and that count
-    # is of shifted labels. (Its plain class still fails, since it writes to model.config.)
+    # is of shifted labels. (Its plain class fails all the same, since it writes to model.config.)
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
 
@@ -84,7 +84,7 @@ class PerturbedLM(WrappedModel):
         num_samples: M for this call.
         rows: row ids that key the noise, [B], or [B, T] for packed documents; default 0..B-1.
         seed: keys the noise; default drawn from torch's generator.
-        num_items_in_batch: the labelled tokens of the global batch, which divide the loss.
+        num_items_in_batch: number of labelled tokens in the global batch, which divides the loss.
         """
         return forward.run(
             self,
@@ -240,7 +240,7 @@ class PerturbedLM(WrappedModel):
         )
 
     def plan_report(self) -> PlanReport:
-        """Return which plan the last forward took, and why."""
+        """Return the plan that the last forward took, and why."""
         if self.state.report is None:
             raise RuntimeError("there is no plan to report before the first forward")
         return self.state.report
@@ -260,9 +260,9 @@ class PerturbedLM(WrappedModel):
         """Run in each of these processes, from now on, a share of every call's samples.
 
         group: one dimension of a mesh, as mesh["mc"]. Its processes call with the same arguments,
-        and all get what one process would: loss, log-probs and all else of all M samples. Their
-        gradients are for averaging over processes, as DDP and FSDP2 do. `generate`,
-        `gradient_noise` and `standard_errors` stay whole in every process.
+        and each gets the result of a single process: loss, log-probs and all else of all M samples.
+        Their gradients are for averaging over processes, as DDP and FSDP2 do. `generate`,
+        `gradient_noise` and `standard_errors` run all samples in every process.
         """
         self.state.split = SampleSplit.over(group)
 
@@ -275,8 +275,10 @@ class PerturbedLM(WrappedModel):
     ) -> None:
         """Write everything that trained into a folder that `fastperturb.load` reads.
 
-        The transform, and the adapter by PEFT. save_base: whether to write a base without
-        adapters too; None is whether any of its parameters requires a gradient.
+        The files are the transform's, and the adapter's by PEFT.
+
+        save_base: whether to write a base without adapters too, by its own save_pretrained; None
+            is whether any of its parameters requires a gradient.
         is_main_process: the other processes of a distributed run write nothing. Under FSDP2 all of
             them must call: the first one writes, and gathers the model in its CPU memory for it.
         """
@@ -285,7 +287,7 @@ class PerturbedLM(WrappedModel):
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload what save_pretrained writes to the Hugging Face Hub, as one commit.
+        """Upload the files of save_pretrained to the Hugging Face Hub, as one commit.
 
         options: private, token, save_base, commit_message, and those of `upload_folder`.
         """

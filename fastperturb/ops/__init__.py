@@ -1,4 +1,4 @@
-"""The ops of the engine: one schema each, the implementation chosen in `dispatch`."""
+"""The ops of the engine: one schema each; `dispatch` chooses the implementation."""
 
 from fastperturb.ops.combine import Combined, combine
 from fastperturb.ops.embed import perturb_embed, perturb_embed_per_sample_grad

@@ -65,7 +65,7 @@ def schema(call: type[EmbedCall] | type[HeadCall]) -> str:
 
 
 class LogitOptions(NamedTuple):
-    """How a block's products hidden W^T become logits."""
+    """The options that turn a block's products hidden W^T into logits."""
 
     start: int  # the number of the block's first vocabulary entry
     bias: Tensor | None  # [v]
@@ -78,7 +78,7 @@ class RunningSoftmax(NamedTuple):
 
     peak: Tensor  # the largest logit
     other_sum: Tensor  # the sum of q over all entries but the target
-    target_logit: Tensor  # NaN until the target's block, so for good if it is out of range
+    target_logit: Tensor  # NaN until the target's block: to the end for a target out of range
     entropy_sum: Tensor | None  # the sum of q (l - peak), where the entropy is wanted
 
     @classmethod

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastperturb.config import MARGINALS, check_draws
+from fastperturb.config import MARGINALS, check_num_samples
 from fastperturb.ops import dispatch, reference
 
-# The estimators whose weights depend on one token's, or one sequence's, M log-probs alone.
+# The estimators whose weights depend only on the M log-probs of one token, or of one sequence.
 COMBINABLE = ("jensen", "iwae", "jvi", "jvi_clip")
 
 
@@ -75,7 +75,7 @@ def _check(log_probs: Tensor, mask: Tensor, estimator: str, marginal: str) -> No
             f"mask must be bool [B, T] = {list(shape)} on {device}, "
             f"got {mask.dtype} {list(mask.shape)} on {mask.device}"
         )
-    check_draws(estimator, log_probs.shape[0])
+    check_num_samples(estimator, log_probs.shape[0])
 
 
 @torch.library.custom_op("fastperturb::combine", mutates_args=())

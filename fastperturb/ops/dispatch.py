@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: one choice, by device and availability.
+"""The choice of an op's implementation, by device and availability.
 
 An implementation is a module: for perturb_embed, one with the functions that `embed` calls; for
 the heads, one with the row passes that `head_blocks` calls between its GEMMs; for combine, one

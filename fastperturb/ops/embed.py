@@ -109,8 +109,8 @@ def _call(
     shape, device = (ids.shape[0], ids.shape[1]), embeddings.device
     if device != transform.embed_rms.device:
         raise ValueError(
-            f"transform lies on {transform.embed_rms.device} and the embeddings on {device}; "
-            "move one with .to(device)"
+            f"transform must be on {device}, like the embeddings, got "
+            f"{transform.embed_rms.device}; use .to(device)"
         )
     if perturb_mask is not None and (
         perturb_mask.dtype != torch.bool

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [n, k] @ right [k, m], in fp32 on a GPU, else in their dtype."""
+    """Return left [n, k] @ right [k, m] in their dtype; on a GPU, 16-bit inputs give fp32."""
     if left.device.type != "cpu":
         if left.dtype in (torch.float32, torch.float64):
             return torch.mm(left, right)
@@ -27,7 +27,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right."""
+    """Add left @ right to total, in place."""
     if left.device.type == "cpu":
         total.add_(product(left, right))
     elif total.dtype == left.dtype:

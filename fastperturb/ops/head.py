@@ -202,7 +202,10 @@ def _check_tensors(
         )
     for name, value in (("weight", weight), ("target", target), ("bias", bias)):
         if value is not None and value.device != hidden.device:
-            raise ValueError(f"{name} lies on {value.device} and hidden on {hidden.device}")
+            raise ValueError(
+                f"{name} must be on {hidden.device}, like hidden, got {value.device}; "
+                "use .to(device)"
+            )
     device = hidden.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):
         # As torch's own linear would. On a CPU the engine stays in fp32, which is faster there.

@@ -39,10 +39,10 @@ class RankOptions(TextOptions):
     a text that eval knows by name."""
 
     base: str | None = None
-    """Folder or Hugging Face id of the model under saved checkpoints, if it has moved since."""
+    """Folder or Hugging Face id of the base model, if it is not where the checkpoints say."""
 
     trust_remote_code: bool = False
-    """Allow code that comes with a model's repository to run."""
+    """Allow Python code from a model's repository to run."""
 
     histories: int = 256
     """Number of histories: pieces of the text, without overlap, that give the rows of the logit

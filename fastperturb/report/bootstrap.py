@@ -2,7 +2,7 @@
 
 Tokens of one document depend on each other, so documents are the unit that is resampled: a
 resample draws as many documents as there are, with replacement. The estimate is a ratio: the sum
-over documents of what was measured, divided by the number of labels that it was measured on. A
+of a quantity over documents, divided by the number of labels that it was measured on. A
 difference between two models evaluates both on the same resample. Intervals lie between
 percentiles. They are too narrow when there are only a handful of documents, so an `Interval`
 records how many there were.

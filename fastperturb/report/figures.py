@@ -93,7 +93,7 @@ def label_ends(axes: Axes, ends: Sequence[LineEnd], *, gap: float = 0.047, size:
 
 
 def spread_out(heights: list[float], *, gap: float) -> list[float]:
-    """Move sorted heights to at least `gap` apart, each group of neighbours around its middle."""
+    """Spread sorted heights to at least `gap` apart, each group of neighbours around its middle."""
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])
@@ -104,7 +104,7 @@ def spread_out(heights: list[float], *, gap: float) -> list[float]:
 
 
 def drawable(text: str) -> str:
-    """Replace what matplotlib cannot draw as it is.
+    """Replace characters that matplotlib cannot draw as they are.
 
     Characters that the font lacks become their code points, and a dollar sign starts no formula.
     """

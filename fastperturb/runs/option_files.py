@@ -56,12 +56,12 @@ def from_mapping(content: Any, options_class: type, where: str) -> Any:
         if name not in fields:
             raise ValueError(f"{where}: unknown option {key!r}{did_you_mean(name, fields)}")
         if name in values:
-            raise ValueError(f"{where}: option {key!r} is given twice")
+            raise ValueError(f"{where}: option {key!r} is given twice; remove one of them")
         values[name] = _value(value, hints[name], f"{where}: {key}")
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            values[name] = tyro.MISSING  # a flag may still give it
+            values[name] = tyro.MISSING  # a flag may set it
     try:
         return options_class(**values)
     except ValueError as error:

@@ -40,18 +40,18 @@ KINDS = ("ddp", "fsdp")
 _TIMEOUT = datetime.timedelta(hours=2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a run, and the ranks of this one among them."""
+    """The processes of a run, and the ranks of this one among them; by default, this one alone."""
 
-    rank: int
-    size: int
-    dp_rank: int
-    dp_size: int
-    mc_rank: int
-    mc_size: int
     device: torch.device
-    mesh: DeviceMesh | None  # ("dp", "mc"); None for a process that no launcher started
+    mesh: DeviceMesh | None = None  # ("dp", "mc"); None for a process that no launcher started
+    rank: int = 0
+    size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    mc_rank: int = 0
+    mc_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -73,7 +73,7 @@ def start(*, mc: int = 1, device: str | None = None) -> World:
                 f"mc={mc} splits the samples over {mc} processes, and this is a single one: start "
                 f"it by torchrun --nproc-per-node {mc}"
             )
-        return World(0, 1, 0, 1, 0, 1, kind, None)
+        return World(device=kind)
     size = int(os.environ["WORLD_SIZE"])
     if size % mc:
         raise ValueError(
@@ -86,8 +86,16 @@ def start(*, mc: int = 1, device: str | None = None) -> World:
         device_id=local if local.type == "cuda" else None,
     )
     mesh = init_device_mesh(local.type, (size // mc, mc), mesh_dim_names=("dp", "mc"))
-    dp_rank, mc_rank = mesh.get_local_rank("dp"), mesh.get_local_rank("mc")
-    return World(dist.get_rank(), size, dp_rank, size // mc, mc_rank, mc, local, mesh)
+    return World(
+        device=local,
+        mesh=mesh,
+        rank=dist.get_rank(),
+        size=size,
+        dp_rank=mesh.get_local_rank("dp"),
+        dp_size=size // mc,
+        mc_rank=mesh.get_local_rank("mc"),
+        mc_size=mc,
+    )
 
 
 def _local_device(kind: str) -> torch.device:
@@ -254,7 +262,7 @@ def _optimizer_states(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
 
 
 def _check_shapes(trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the first problems, if tensors do not fit what trains."""
+    """Raise ValueError, with the first problems, if tensors do not fit the trainable parameters."""
     states = _optimizer_states(tensors)
     keys = {key for state in states.values() for key in state}
     shapes = {f"parameter.{name}": [value.shape] for name, value in trainable.items()}
@@ -271,8 +279,8 @@ def _check_shapes(trainable: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"tensors do not fit what trains here: {'; '.join(problems[:5])}{more}; make the model "
-            "and its optimizer as they were when the tensors were saved"
+            f"tensors do not fit the trainable parameters: {'; '.join(problems[:5])}{more}; make "
+            "the model and its optimizer as they were when the tensors were saved"
         )
 
 
@@ -282,7 +290,7 @@ def _trainable(lm: PerturbedLM) -> dict[str, nn.Parameter]:
 
 def _as_sharded(value: Tensor, parameter: Any) -> Tensor:
     """Return this process's part of a whole tensor; a scalar is held by all."""
-    if value.ndim == 0 or not hasattr(parameter, "full_tensor"):
+    if value.ndim == 0 or not sharding.is_shard(parameter):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Errors that stop a run: what happened, what to change and where to continue from."""
+"""Errors that stop a run: each names the cause, the remedy and the checkpoint to continue from."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Loop:
         self.last_saved: Path | None = None
         self.run_id: str | None = None  # the run's name in trackers
         self.best: dict[str, float] | None = None  # the evaluation of the model in best/
-        self.worse = 0  # evaluations since then
+        self.evaluations_since_best = 0
         self.evaluations: list[dict[str, float]] = []
         self.lm.train()
 
@@ -93,7 +93,8 @@ class Loop:
                 self.save()
 
     def _should_stop(self) -> bool:
-        return self.options.early_stop is not None and self.worse >= self.options.early_stop
+        limit = self.options.early_stop
+        return limit is not None and self.evaluations_since_best >= limit
 
     def _take_step(self, blocks: list[Block]) -> dict[str, float]:
         """Update the parameters and return metrics; raise if the loss or gradient is not finite."""
@@ -204,10 +205,10 @@ class Loop:
         self.evaluations.append(evaluation)
         report.evaluation(self.step, metrics)
         if self.best is None or metrics["nll"] < self.best["nll"]:
-            self.best, self.worse = evaluation, 0
+            self.best, self.evaluations_since_best = evaluation, 0
             self.save_model(self.folder / "best")
         else:
-            self.worse += 1
+            self.evaluations_since_best += 1
 
     # Saving and resuming
 
@@ -232,7 +233,7 @@ class Loop:
             "options": self.options.to_dict(),
             "data": data_values,
             "best": self.best,
-            "worse": self.worse,
+            "worse": self.evaluations_since_best,
             "evaluations": self.evaluations,
             "run_id": self.run_id,
         }
@@ -260,7 +261,7 @@ class Loop:
         distributed.load_training_tensors(self.lm, self.optimizer, training_tensors)
         self.step, self.last_saved = saved.step, saved.path
         self.schedule = self._schedule()
-        self.best, self.worse = values["best"], values["worse"]
+        self.best, self.evaluations_since_best = values["best"], values["worse"]
         self.evaluations, self.run_id = values["evaluations"], values["run_id"]
 
 

@@ -30,7 +30,7 @@ from fastperturb.train.options import TrainOptions
 
 
 def build(options: TrainOptions) -> PerturbedLM:
-    """Return the base model with its adapter and perturbation; what trains is in fp32."""
+    """Return the base model with its adapter and perturbation; trainable parameters are in fp32."""
     torch.manual_seed(options.seed)
     base = load_base(options)
     if options.lora.rank:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from fastperturb.engine import sharding
 from fastperturb.model import PerturbedLM
 from fastperturb.train.options import TrainOptions
 
@@ -59,4 +60,4 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> 
     """Scale gradients down to a norm of at most `max_norm`; return the norm that they had."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm: Any = nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(sharding.whole(norm))

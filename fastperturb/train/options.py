@@ -272,7 +272,7 @@ class TrainOptions(DataOptions):
         return option_files.plain(self)
 
     def check_resumable(self, before: dict[str, Any], checkpoint: Path) -> None:
-        """Raise ValueError if a run had other options; warn of those that change its course.
+        """Raise ValueError on options that must stay in a resumed run; warn of others that changed.
 
         before: the `to_dict` of the run that wrote the checkpoint.
         """

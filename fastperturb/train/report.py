@@ -48,7 +48,7 @@ class Sink(ABC):
         """Record the metrics of a step; phase is "train" or "eval"."""
 
     def close(self) -> None:  # noqa: B027
-        """Release what the sink holds, if anything."""
+        """Close the files and connections of the sink, if it has any."""
 
 
 class Report:

@@ -262,7 +262,9 @@ def _plain_files(folder: Path) -> set[str]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     if STATE_NAME not in _plain_files(path):
-        raise ValueError(f"{path} holds no {STATE_NAME}, so is no checkpoint of a training run")
+        raise ValueError(
+            f"{path} holds no {STATE_NAME}, so it is not a checkpoint of a training run"
+        )
     values = read_json(path / STATE_NAME, most_bytes=_MAX_STATE_BYTES)
     version = values.get("format_version")
     if type(version) is int and version != FORMAT_VERSION:

@@ -144,13 +144,17 @@ def test_a_document_too_long_to_tokenise_at_once_is_cut_at_a_line_end(
         ("a.txt", b"", "a.txt' has no text"),
         ("a.txt", b"\n \n", "a.txt' has no text"),
         ("a.txt", "größe".encode("latin1"), r"a.txt is not UTF-8 \(.* 0xf6\); convert it"),
-        ("a.txt.gz", gzip.compress(b"a b" * 99, mtime=0)[:-9], "a.txt.gz is no whole gzip file"),
-        ("a.txt.gz", b"a b c", "a.txt.gz is no whole gzip file"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"a b" * 99, mtime=0)[:-9],
+            "a.txt.gz is not a complete gzip file",
+        ),
+        ("a.txt.gz", b"a b c", "a.txt.gz is not a complete gzip file"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}', "line 2: no field 'text' .*are body"),
         ("a.jsonl", b'{"text": "a"}\n{"text": null}', "line 2: field 'text' .* no text: None"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"', "a.jsonl, line 3 is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n7', "a.jsonl, line 2: no field 'text'.* no mapping"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: field 'text' .* is no Unicode"),
+        ("a.jsonl", b'{"text": "a"}\n7', "a.jsonl, line 2: no field 'text'.* not a mapping"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "line 1: field 'text' .* is not Unicode"),
         ("a.json", b'[{"text": "a"}, {"texts": "b"}]', "a.json, record 2: no field 'text'"),
         ("a.json", b'[{"text": "a"},\n', "a.json, line 2 is not JSON"),
         ("a.csv", b"text\na", "a.csv cannot be read; files must end in .txt"),
@@ -208,7 +212,7 @@ def test_a_hub_id_without_a_network_raises_with_advice(
     ("changes", "complaint"),
     [
         ({"text_field": "body"}, "no field 'body' .*its fields are text"),
-        ({"split": "dev"}, "has no split 'dev'"),
+        ({"split": "dev"}, "has no split 'dev'; its splits are "),
     ],
 )
 def test_a_saved_folder_without_the_field_or_the_split_raises(

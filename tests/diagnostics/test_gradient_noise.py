@@ -267,7 +267,7 @@ def test_bad_gradient_noise_argument_is_rejected_by_name():
     lm, inputs = perturbed(), batch()
     with pytest.raises(ValueError, match="repeats must be an int of 2 or more, got 1"):
         lm.gradient_noise(**inputs, repeats=1)
-    with pytest.raises(ValueError, match=r"labels must be given, got only \['input_ids'\]"):
+    with pytest.raises(ValueError, match=r"labels are needed for a loss, got only \['input_ids'\]"):
         lm.gradient_noise(input_ids=inputs["input_ids"])
     with pytest.raises(TypeError, match="estimators must be a list of estimators or None"):
         lm.gradient_noise(**inputs, estimators="iwae")

@@ -9,7 +9,7 @@ from decoding import base_model, perturbed, prompts
     ("changes", "error", "message"),
     [
         ({"mode": "sequnce"}, ValueError, "mode must be one of .* got 'sequnce' .*'sequence'"),
-        ({"num_samples": 4}, ValueError, "num_samples is what mode='mixture' averages"),
+        ({"num_samples": 4}, ValueError, "num_samples is for mode='mixture'"),
         ({"mode": "mixture", "num_samples": 0}, ValueError, "num_samples must be a positive int"),
         ({"num_beams": 2}, ValueError, "asks for beam_search, .* use num_beams=1"),
         ({"prompt_lookup_num_tokens": 2}, ValueError, "asks for assisted_generation"),

@@ -36,7 +36,7 @@ class RandomScale(Perturbation):
     def check_inputs(self, lm, input_ids, inputs_embeds):
         pass
 
-    def perturbed(self, lm, batch, samples):
+    def trunk_inputs(self, lm, batch, samples):
         e, sampling = batch.embeddings, batch.sampling
         shape = (len(samples), len(e), 1, 1)
         z = noise.latent(sampling.seed, shape, samples=samples, rows=sampling.rows)

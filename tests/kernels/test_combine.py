@@ -13,7 +13,7 @@ from kernel_oracle import (
 )
 
 from fastperturb import estimators
-from fastperturb.config import AT_LEAST_TWO_DRAWS, MARGINALS
+from fastperturb.config import AT_LEAST_TWO_SAMPLES, MARGINALS
 from fastperturb.kernels import combine as kernels
 from fastperturb.ops.combine import COMBINABLE
 
@@ -24,7 +24,7 @@ CASES = [
     (estimator, M)
     for estimator in COMBINABLE
     for M in (1, 2, 3, 8, 33, 128)
-    if M > 1 or estimator not in AT_LEAST_TWO_DRAWS
+    if M > 1 or estimator not in AT_LEAST_TWO_SAMPLES
 ]
 NAMES = ("value", "log_marginal", "effective_samples", "weights")
 

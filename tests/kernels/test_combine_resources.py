@@ -7,7 +7,7 @@ import ahead_of_time
 import pytest
 import torch
 
-from fastperturb.config import AT_LEAST_TWO_DRAWS, MARGINALS
+from fastperturb.config import AT_LEAST_TWO_SAMPLES, MARGINALS
 from fastperturb.kernels import combine
 from fastperturb.ops.combine import COMBINABLE
 
@@ -36,7 +36,7 @@ def main():
     for estimator, M, marginal, cc in itertools.product(
         options.estimators, options.samples, MARGINALS, ahead_of_time.CAPABILITIES
     ):
-        if M < 2 and estimator in AT_LEAST_TWO_DRAWS:
+        if M < 2 and estimator in AT_LEAST_TWO_SAMPLES:
             continue
         log_probs = torch.empty(M, B, T + 1, device="meta")[:, :, :-1]
         with ahead_of_time.recorded(cc) as launches:

@@ -208,6 +208,8 @@ def test_more_edits_make_real_text_less_likely(data_dir):
 def test_edit_config_survives_json():
     config = EditConfig(rate=0.25, kinds=["insert", "swap"], estimator={"iwae": 1.0}, num_samples=3)
     assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"no key 'rates' \(did you mean 'rate'\?\)"):
+        EditConfig.from_dict({"rates": 0.1})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastperturb import estimators, ops
-from fastperturb.config import AT_LEAST_TWO_DRAWS, MARGINALS
+from fastperturb.config import AT_LEAST_TWO_SAMPLES, MARGINALS
 from fastperturb.ops.combine import COMBINABLE
 
 # The jackknife leaves one sample out, so it needs another.
@@ -17,7 +17,7 @@ CASES = [
     (estimator, M)
     for estimator in COMBINABLE
     for M in (1, 2, 3, 8, 33, 128)
-    if M > 1 or estimator not in AT_LEAST_TWO_DRAWS
+    if M > 1 or estimator not in AT_LEAST_TWO_SAMPLES
 ]
 
 

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
     try:
-        build._compiler()
+        build.compiler_command()
     except RuntimeError as error:
         pytest.skip(str(error))
     assert build.prepare(), build.availability()

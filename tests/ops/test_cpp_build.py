@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> None:
     try:
-        build._compiler()
+        build.compiler_command()
     except RuntimeError as error:
         pytest.skip(str(error))
 

@@ -91,7 +91,7 @@ def test_a_sharded_weight_raises_with_the_remedy():
         ({"bias": torch.zeros(29)}, ValueError, r"bias must be floating point \[V\] = \[150\]"),
         ({"valid_vocab": 151}, ValueError, r"valid_vocab must lie in \[1, V = 150\], got 151"),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0 or None, got 0.0"),
-        ({"weight": torch.zeros(V, 8, device="meta")}, ValueError, "weight lies on meta"),
+        ({"weight": torch.zeros(V, 8, device="meta")}, ValueError, "weight must be on cpu"),
     ],
 )
 def test_bad_arguments_raise_by_name(kind, changes, error, message):

@@ -60,7 +60,7 @@ def availability() -> tuple[bool, str]:
         failure = _load()
     else:
         try:
-            built = _intact(_cache_file(_compiler()))
+            built = _intact(_cache_file(compiler_command()))
             return True, "built" if built else "not built yet: builds on first use"
         except (OSError, RuntimeError) as error:
             failure = str(error)
@@ -100,7 +100,7 @@ def _warn(failure: str) -> None:
 def _load() -> str:
     """Load the library, building it if need be; return "" or the error in a line."""
     try:
-        compiler = _compiler()
+        compiler = compiler_command()
         library = _cache_file(compiler)
         if not _intact(library):
             with _lock(library.with_suffix(".lock")):
@@ -123,8 +123,8 @@ def _sources() -> dict[str, bytes]:
     }
 
 
-def _compiler() -> list[str]:
-    """Return the command of the C++ compiler: CXX, or the first of the usual names."""
+def compiler_command() -> list[str]:
+    """Return the C++ compiler: CXX, or the first of the usual names; raise if there is none."""
     return _find_compiler(os.environ.get("CXX"), os.environ.get("PATH"))
 
 
@@ -136,7 +136,8 @@ def _find_compiler(chosen: str | None, path: str | None) -> list[str]:
     for command in commands:
         if command and shutil.which(command[0], path=path):
             return command
-    raise RuntimeError("no C++ compiler found" + (f" (CXX is {chosen})" if chosen else ""))
+    remedy = f"CXX is {chosen}" if chosen else "install g++ or clang++, or set CXX"
+    raise RuntimeError(f"no C++ compiler found ({remedy})")
 
 
 def _flags() -> list[str]:
@@ -167,7 +168,7 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 @functools.cache
 def _cpu() -> str:
-    """Return what -march=native depends on: the library runs on CPUs that agree in it."""
+    """Return the facts that -march=native depends on: CPUs that agree in them share a library."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -203,20 +204,24 @@ def _build(compiler: list[str], library: Path) -> None:
             (folder / source).write_bytes(text)
         (folder / "build.ninja").write_text(_ninja_file(compiler))
         done = subprocess.run(
-            [_ninja(), "-C", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [ninja_command(), "-C", name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         if done.returncode != 0:
             lines = done.stdout.splitlines()
             errors = [line for line in lines if "error" in line] or lines[-1:]
-            raise RuntimeError(f"build failed: {errors[0] if errors else 'ninja said nothing'}")
+            raise RuntimeError(f"build failed: {errors[0] if errors else 'ninja printed nothing'}")
         built = folder / "library.so"
         content = built.read_bytes()
-        # The loader ignores what follows the ELF sections, so the digest travels in the file.
+        # The loader ignores bytes after the ELF sections, so the digest can be in the file.
         built.write_bytes(content + hashlib.sha256(content).digest())
         built.replace(library)
 
 
-def _ninja() -> str:
+def ninja_command() -> str:
+    """Return the path of ninja, from its Python package or the PATH; raise if there is none."""
     with contextlib.suppress(ImportError):
         import ninja
 

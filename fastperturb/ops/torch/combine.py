@@ -16,7 +16,7 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, labelled = log_probs.dtype, mask
     if marginal == "sequence":
-        # A sum of thousands keeps in fp32 less than the samples differ by.
+        # In fp32 a sum of thousands is rounded by more than the samples differ.
         log_probs = log_probs.where(mask, 0.0).sum(-1, dtype=torch.float64)
         labelled = mask.any(-1)
     value, weights = estimators.combine(log_probs, estimator, mask=labelled)

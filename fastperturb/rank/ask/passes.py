@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fastperturb import noise
-from fastperturb.config import check_draws
+from fastperturb.config import check_num_samples
 from fastperturb.engine import architectures
 from fastperturb.engine.architectures import CausalLM
 from fastperturb.engine.positions import real_positions
@@ -33,7 +33,7 @@ class Passes:
         self._lm = model if isinstance(model, PerturbedLM) else None
         self._model = _causal_lm(model)
         if self._lm is not None:
-            check_draws("iwae", num_samples, antithetic=self._lm.config.antithetic)
+            check_num_samples("iwae", num_samples, antithetic=self._lm.config.antithetic)
         self._num_samples = num_samples
         self._seed = noise.seed_tensor(seed, torch.device("cpu"))
         self._arguments = _arguments(self._model)
@@ -50,7 +50,7 @@ class Passes:
     @property
     def num_samples(self) -> int:
         """M; 1 for a plain model, and for a perturbed one whose samples are all the same."""
-        return 1 if self._lm is None or self._lm.has_one_draw else self._num_samples
+        return 1 if self._lm is None or self._lm.has_one_sample else self._num_samples
 
     @property
     def is_weighted(self) -> bool:
