@@ -63,8 +63,8 @@ STAGES = (
 )
 PLANS = (
     *("The plan", "(engine/plans.py)", "repeats this part.", "", "batched: all M at once"),
-    *("chunked: some at a time,", "each again in the", "backward", "resample: all M without"),
-    *("gradient, then K of", "them with it"),
+    *("", "chunked: some at a time,", "each again in the", "backward", ""),
+    *("resample: all M without", "gradient, then K of", "them with it"),
 )
 BACKWARD = (
     "One ordinary backward.",
