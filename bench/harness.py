@@ -1,4 +1,4 @@
-"""How we measure: variants interleaved in one run, percentiles, and rows that say where.
+"""The measuring of benchmarks: variants interleaved in one run, percentiles, rows with the device.
 
 A machine's speed drifts, so every repetition times each variant once, and only ratios of
 medians within one run mean anything.
@@ -98,7 +98,7 @@ def measure(
         extra = _extra_mib(variant.run, device)
         rows.append(Row(metric="extra_mib", p20=extra, p50=extra, p80=extra, **label))
         if not variant.opaque:
-            ratio = _moved_bytes(variant.run) / least_bytes[variant.mode]
+            ratio = _traffic_bytes(variant.run) / least_bytes[variant.mode]
             rows.append(Row(metric="bytes_ratio", p20=ratio, p50=ratio, p80=ratio, **label))
     return rows
 
@@ -152,7 +152,7 @@ def _extra_mib(run: Callable[[], Any], device: torch.device) -> float:
 class _Traffic(TorchDispatchMode):
     """Adds up the bytes of the tensors that go in and out of every call but views.
 
-    A fused op is one call: what it moves inside is said, and bounded, in its own docstring.
+    A fused op is one call; its docstring bounds the bytes that it reads and writes inside.
     """
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class _Traffic(TorchDispatchMode):
         return result
 
 
-def _moved_bytes(run: Callable[[], Any]) -> int:
+def _traffic_bytes(run: Callable[[], Any]) -> int:
     with _Traffic() as traffic:
         run()
     return traffic.bytes
@@ -187,7 +187,7 @@ def show(
     medians = {(row.provider, row.mode, row.metric): row.p50 for row in rows}
 
     def fastest(providers: Sequence[str], mode: str) -> float:
-        keys = [(each, mode, "milliseconds") for each in providers]
+        keys = [(provider, mode, "milliseconds") for provider in providers]
         return min((medians[key] for key in keys if key in medians), default=math.nan)
 
     print(f"\n{first.op}  " + "  ".join(f"{name}={value}" for name, value in first.x.items()))
@@ -203,8 +203,8 @@ def show(
             speed_up = fastest(naive, row.mode) / row.p50
             ratios = f"{speed_up:>9.2f}x{row.p50 / fastest(floor, row.mode):>10.2f}"
             traffic = medians.get((row.provider, row.mode, "bytes_ratio"))
-            moved = "" if traffic is None else f"{traffic:>8.1f}"
-            print(f"{row.mode:10}{row.provider:14}{spread:28}{ratios}{extra:>10.1f}{moved}")
+            bytes_ratio = "" if traffic is None else f"{traffic:>8.1f}"
+            print(f"{row.mode:10}{row.provider:14}{spread:28}{ratios}{extra:>10.1f}{bytes_ratio}")
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -43,12 +43,12 @@ def growth(device: torch.device) -> Iterator[dict[str, Any]]:
 def _peak(plan: str, samples: int, device: torch.device) -> float | None:
     if device.type != "cuda":
         return round(_in_fresh_process(plan, samples), 1)
-    found = None
+    peak = None
     with contextlib.suppress(torch.OutOfMemoryError):
-        found = round(extra_mib(plan, samples, device), 1)
+        peak = round(extra_mib(plan, samples, device), 1)
     gc.collect()  # the model, and what a step that failed still held
     torch.cuda.empty_cache()
-    return found
+    return peak
 
 
 def _in_fresh_process(plan: str, samples: int) -> float:
@@ -103,8 +103,8 @@ if __name__ == "__main__":
         print(extra_mib(options.one[0], int(options.one[1]), device))
     else:
         folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
-        found = []
-        for each in growth(device):
-            found.append(each)
-            print(f"{each['plan']:10}{each['extra_mib']}  ratio {each['ratio']}")
-        runs.write_json(folder / "results.json", {**runs.provenance(), "growth": found})
+        rows = []
+        for row in growth(device):
+            rows.append(row)
+            print(f"{row['plan']:10}{row['extra_mib']}  ratio {row['ratio']}")
+        runs.write_json(folder / "results.json", {**runs.provenance(), "growth": rows})

@@ -60,10 +60,10 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     world = distributed.start(mc=int(os.environ.get("WORLD_SIZE", 1)))
-    found = rows(world, repeats=options.repeats)
+    measured = rows(world, repeats=options.repeats)
     if world.is_main:
         folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
-        harness.show(found, naive=["one"], floor=["one"])
-        payload = {**runs.provenance(), "rows": harness.as_json(found)}
+        harness.show(measured, naive=["one"], floor=["one"])
+        payload = {**runs.provenance(), "rows": harness.as_json(measured)}
         runs.write_json(folder / "results.json", payload)
     distributed.stop()

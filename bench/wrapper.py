@@ -1,6 +1,6 @@
 """A training step of the wrapper, by plan, against naive torch.
 
-A GPT-2-like model (frozen, with LoRA), embeddings moved by lowrank, the iwae loss:
+A GPT-2-like model (frozen, with LoRA), embeddings perturbed by lowrank, the iwae loss:
 
     naive         M copies through the model's own forward at once, all logits, autograd
     loop          the same, a sample at a time
@@ -107,7 +107,7 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         return run
 
     plain = wrap(base, PerturbConfig(num_samples=case.M))
-    found = {
+    runs = {
         "batched": step("batched"),
         "chunked": step("chunked", chunk_size=2),
         "resample": step("resample", backward_samples=1),
@@ -116,7 +116,7 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         "checkpointed": functools.partial(_loop, plain, ids, case.M, checkpointed=True),
         "trunk": functools.partial(_floor, plain, ids, case.M),
     }
-    return [Variant(name, "full", run, opaque=True) for name, run in found.items()] + [
+    return [Variant(name, "full", run, opaque=True) for name, run in runs.items()] + [
         Variant("one_sample", "single", step("batched", samples=1), opaque=True)
     ]
 
@@ -125,11 +125,11 @@ def _log_probs(lm: Any, ids: Tensor, count: int) -> Tensor:
     """The log-probs [m, B, T-1] of `count` samples as a user would write them."""
     e = lm.base.get_input_embeddings()(ids)
     z = torch.randn(count, *ids.shape, lm.transform.latent_dim, device=ids.device)
-    moved = lm.transform(e, z).to(e.dtype)
-    logits = lm.base(inputs_embeds=moved.flatten(0, 1)).logits[:, :-1]
+    perturbed = lm.transform(e, z).to(e.dtype)
+    logits = lm.base(inputs_embeds=perturbed.flatten(0, 1)).logits[:, :-1]
     target = ids[:, 1:].repeat(count, 1)[..., None]
-    found = logits.float().log_softmax(-1).gather(2, target)[..., 0]
-    return found.unflatten(0, (count, -1))
+    log_probs = logits.float().log_softmax(-1).gather(2, target)[..., 0]
+    return log_probs.unflatten(0, (count, -1))
 
 
 def _naive(lm: Any, ids: Tensor, M: int) -> None:
@@ -139,10 +139,10 @@ def _naive(lm: Any, ids: Tensor, M: int) -> None:
 
 def _loop(lm: Any, ids: Tensor, M: int, *, checkpointed: bool = False) -> None:
     lm.zero_grad()
-    one = functools.partial(_log_probs, lm, ids, 1)
-    run = functools.partial(checkpoint, one, use_reentrant=False) if checkpointed else one
-    each = torch.cat([run() for _ in range(M)])
-    (-each.logsumexp(0).mean()).backward()
+    sample = functools.partial(_log_probs, lm, ids, 1)
+    run = functools.partial(checkpoint, sample, use_reentrant=False) if checkpointed else sample
+    log_probs = torch.cat([run() for _ in range(M)])
+    (-log_probs.logsumexp(0).mean()).backward()
 
 
 def _floor(lm: Any, ids: Tensor, M: int) -> None:
@@ -152,5 +152,5 @@ def _floor(lm: Any, ids: Tensor, M: int) -> None:
     hidden = base.base_model(inputs_embeds=e).last_hidden_state
     weight = base.get_output_embeddings().weight
     rows = hidden.detach().flatten(0, 1)
-    pull = torch.mm(torch.mm(rows, weight.T), weight)
-    hidden.backward(pull.view_as(hidden))
+    grad_hidden = torch.mm(torch.mm(rows, weight.T), weight)
+    hidden.backward(grad_hidden.view_as(hidden))

@@ -62,9 +62,9 @@ STAGES = (
     ("model", "PerturbedOutput", "loss, log_marginal, ess, shift", "engine/forward.py", ""),
 )
 PLANS = (
-    *("The plan (engine/plans.py)", "repeats this part.", "batched: all M at once"),
-    *("chunked: some at a time,", "each run again later", "resample: all M without"),
-    "gradient, then K with it",
+    *("The plan", "(engine/plans.py)", "repeats this part.", "", "batched: all M at once"),
+    *("", "chunked: some at a time,", "each again in the", "backward", ""),
+    *("resample: all M without", "gradient, then K of", "them with it"),
 )
 BACKWARD = (
     "One ordinary backward.",
@@ -139,7 +139,7 @@ def layers() -> list[list[str]]:
     """Return the packages of each layer, top first, as the import contract names them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = project["tool"]["importlinter"]["contracts"]
-    [contract] = [each for each in contracts if each["type"] == "layers"]
+    [contract] = [rule for rule in contracts if rule["type"] == "layers"]
     named = [
         [name.strip(" ()") for name in layer.replace(":", "|").split("|")]
         for layer in contract["layers"]

@@ -1,4 +1,4 @@
-"""How likely a text is, and how sure the numbers are: `python -m examples.score`.
+"""The likelihood of a text, and the precision of the numbers: `python -m examples.score`.
 
 Two errors that are easily confused: the Monte-Carlo error of a score, which more samples of the
 latent reduce, and the standard errors of the transform's parameters, which more text reduces.

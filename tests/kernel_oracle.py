@@ -1,4 +1,4 @@
-"""Where the kernel tests run, and how they judge a kernel by the error of naive torch.
+"""The device of the kernel tests, and the comparison of a kernel's error with that of naive torch.
 
 They run on a GPU, or with TRITON_INTERPRET=1 on the CPU (by kernels/test_interpreter.py). There the
 16-bit dtype is fp16: the interpreter truncates bf16.

@@ -102,7 +102,7 @@ def test_lightning_trains_saves_and_continues_a_perturbed_model(tmp_path, pretra
     assert second.callback_metrics["val_nll"] < 2
 
 
-def test_examples_need_no_model_and_no_text(tmp_path):
+def test_the_accelerate_loop_needs_no_model_and_no_text(tmp_path):
     from examples import plain_accelerate
 
     (loss,) = plain_accelerate.main(output_dir=tmp_path, steps=1)

@@ -42,16 +42,16 @@ def main(options: Options) -> None:
         raise SystemExit(f"there is no folder {options.data}: give --data, or set FASTPERTURB_DATA")
     for name in DOMAINS:
         source, target = options.data / name, options.output_dir / name
-        found = {split: documents(source, split) for split in SPLITS}
-        write(target / "train.jsonl", found["train"])
-        each = VALIDATION_BYTES // len(found["valid"])
-        write(target / "valid.jsonl", [beginning(text, each) for text in found["valid"]])
-        write(target / "test.jsonl", found["test"])
-        everything = [text for split in reversed(SPLITS) for text in found[split]]
+        texts = {split: documents(source, split) for split in SPLITS}
+        write(target / "train.jsonl", texts["train"])
+        size = VALIDATION_BYTES // len(texts["valid"])
+        write(target / "valid.jsonl", [beginning(text, size) for text in texts["valid"]])
+        write(target / "test.jsonl", texts["test"])
+        everything = [text for split in reversed(SPLITS) for text in texts[split]]
         longest = max(1, len(everything) // SAMPLED_DOCUMENTS)
         spread = everything[::longest][:SAMPLED_DOCUMENTS]
         write(target / "sample.jsonl", [beginning(text, SAMPLED_BYTES) for text in spread])
-        print(f"{name}: " + ", ".join(f"{len(found[s])} {s}" for s in SPLITS))
+        print(f"{name}: " + ", ".join(f"{len(texts[s])} {s}" for s in SPLITS))
     tiny = (options.data / "extra_tinystories" / "sample.txt").read_text(encoding="utf-8")
     stories = [story for story in tiny.split("<|endoftext|>") if story.strip()]
     write(options.output_dir / "tinystories" / "sample.jsonl", stories)
@@ -63,11 +63,11 @@ def documents(folder: Path, split: str) -> list[str]:
         rows = [row for row in csv.DictReader(file, delimiter="\t") if row["split"] == split]
     if len(rows) == 1:  # many articles as one
         return articles(raw.decode("utf-8"))
-    texts, begin, told = [], 0, 0
+    texts, begin, counted = [], 0, 0
     for row in rows:
-        told += int(row["bytes"])
+        counted += int(row["bytes"])
         # A few bytes are not counted: a document ends where its last line does.
-        end = raw.find(b"\n", told - 1) + 1 or len(raw)
+        end = raw.find(b"\n", counted - 1) + 1 or len(raw)
         texts.append(raw[begin:end].decode("utf-8"))
         begin = end
     return texts

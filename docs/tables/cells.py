@@ -40,12 +40,12 @@ def _holds_numbers(column: Sequence[str]) -> bool:
 
 def _source(names: Sequence[str]) -> str:
     """Return the line below a table: its files with their commits, and the device."""
-    found = [read(name) for name in names]
+    all_results = [read(name) for name in names]
     files = [
         f"`bench/results/{name}` (commit {_commit(results)})"
-        for name, results in zip(names, found, strict=True)
+        for name, results in zip(names, all_results, strict=True)
     ]
-    devices = dict.fromkeys(_device(results) for results in found)
+    devices = dict.fromkeys(_device(results) for results in all_results)
     return f"<small>From {', '.join(files)}; {'; '.join(devices)}.</small>"
 
 

@@ -43,9 +43,9 @@ def spectrum() -> str:
 
 def cuts() -> str:
     rows = []
-    for found in _model(_BASE)["kl"]:
-        by_rank = dict(zip(found["ranks"], found["kl"], strict=True))
-        title = "on histories held out" if found["held_out"] else "on the same histories"
+    for curve in _model(_BASE)["kl"]:
+        by_rank = dict(zip(curve["ranks"], curve["kl"], strict=True))
+        title = "on histories held out" if curve["held_out"] else "on the same histories"
         rows.append([title, *(f"{by_rank[rank]:.3f}" for rank in (8, 32, 128))])
     header = ["nats from the model to the cut", *(f"rank {rank}" for rank in (8, 32, 128))]
     return table(header, rows, _BASE)
@@ -55,10 +55,10 @@ def angles() -> str:
     rows = [
         [
             title,
-            f"{math.degrees(median(found['angles'])):.0f}°",
-            f"{math.degrees(median(found['random'])):.0f}°",
+            f"{math.degrees(median(pair['angles'])):.0f}°",
+            f"{math.degrees(median(pair['random'])):.0f}°",
         ]
-        for title, found in _model(_BASE)["angles"].items()
+        for title, pair in _model(_BASE)["angles"].items()
     ]
     return table(["subspaces of", "median angle", "of random ones"], rows, _BASE)
 
@@ -96,10 +96,10 @@ def methods() -> str:
 
 
 def speeds() -> str:
-    found = read("ranks/speed.json")
+    times = read("ranks/speed.json")
     rows = [
         [title, way["way"], f"{way['seconds']:.2f}", ratio(way["ratio"])]
-        for title, ways in (("the matrix", found["matrix"]), ("writing", found["decode"]))
+        for title, ways in (("the matrix", times["matrix"]), ("writing", times["decode"]))
         for way in ways
     ]
     return table(["what", "way", "seconds", "ratio"], rows, "ranks/speed.json")

@@ -66,7 +66,7 @@ def heads() -> str:
             provider: median(results, provider, "milliseconds", **where)
             for provider in ("cpp", "naive", "compiled", "floor")
         }
-        memory = [median(results, each, "extra_mib", **where) for each in ("naive", "cpp")]
+        memory = [median(results, name, "extra_mib", **where) for name in ("naive", "cpp")]
         rows.append(
             [
                 f"`{op}`",
@@ -113,10 +113,15 @@ def step_memory() -> str:
 
 def split_samples() -> str:
     results = read("split_samples_cpu.json")
-    one, two = (median(results, each, "milliseconds") for each in ("one", "mc=2"))
+    alone, shared = (median(results, name, "milliseconds") for name in ("one", "mc=2"))
     rows = [
-        ["1", f"{one:,.0f}", "1", f"{median(results, 'one', 'extra_mib'):,.0f}"],
-        ["2", f"{two:,.0f}", ratio(two / one), f"{median(results, 'mc=2', 'extra_mib'):,.0f}"],
+        ["1", f"{alone:,.0f}", "1", f"{median(results, 'one', 'extra_mib'):,.0f}"],
+        [
+            "2",
+            f"{shared:,.0f}",
+            ratio(shared / alone),
+            f"{median(results, 'mc=2', 'extra_mib'):,.0f}",
+        ],
     ]
     header = ["processes that share the samples", "ms a step", "ratio", "extra MiB in each"]
     return table(header, rows, "split_samples_cpu.json")
@@ -143,7 +148,7 @@ def highlights() -> str:
     head_faster = median(heads_of, "naive", "milliseconds", **where) / median(
         heads_of, "cpp", "milliseconds", **where
     )
-    mib = [median(heads_of, each, "extra_mib", **where) for each in ("naive", "cpp")]
+    mib = [median(heads_of, name, "extra_mib", **where) for name in ("naive", "cpp")]
     distances = synthetic.out_of_support()
     rows = [
         [
@@ -168,8 +173,14 @@ def highlights() -> str:
             f"{ratio(head_faster)} times faster, {mib[1]:,.0f} MiB instead of {mib[0]:,.0f}",
         ],
     ]
-    lines = ["| measured on a CPU | result |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
-    return "\n".join(lines)
+    header = f"| measured on a CPU ({_processors()}) | result |"
+    return "\n".join([header, "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def _processors() -> str:
+    """Return the names of the processors that the highlights were measured on."""
+    files = ["step_cpu.json", "heads_cpu.json", *synthetic.FILES, *studies.FILES]
+    return " and ".join(dict.fromkeys(read(name)["device"].split(",")[0] for name in files))
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -50,6 +50,9 @@ def _file(study: str) -> str:
     return f"studies/{study}/results.json"
 
 
+FILES = tuple(map(_file, STUDIES))
+
+
 def _summary(study: str) -> dict[str, Any]:
     return read(_file(study))["summary"]
 
@@ -79,28 +82,28 @@ def changes(where: str) -> str:
             cells.append(spread(change["mean"], change["spread"], "+.3f"))
         rows.append([title, *cells])
     header = [f"change {_PLACES[where]}", *STUDIES.values()]
-    return table(header, rows, *map(_file, STUDIES))
+    return table(header, rows, *FILES)
 
 
 def controls(method: str) -> str:
     """Return a method's difference from every control, study by study."""
     verdicts = [
-        next(each for each in _summary(study)["verdicts"] if each["method"] == method)
+        next(row for row in _summary(study)["verdicts"] if row["method"] == method)
         for study in STUDIES
     ]
     rows = []
     for control, where in _CONTROLS:
         cells = []
         for verdict in verdicts:
-            found = [
-                each
-                for each in verdict["comparisons"]
-                if (each["control"], each["where"]) == (control, where)
+            differences = [
+                spread(comparison["difference"], comparison["spread"], "+.3f")
+                for comparison in verdict["comparisons"]
+                if (comparison["control"], comparison["where"]) == (control, where)
             ]
-            cells += [spread(each["difference"], each["spread"], "+.3f") for each in found] or [""]
+            cells += differences or [""]
         rows.append([f"{control}, {_PLACES[where]}", *cells])
     rows.append(["verdict", *(verdict["outcome"] for verdict in verdicts)])
-    return table([f"`{method}` beside", *STUDIES.values()], rows, *map(_file, STUDIES))
+    return table([f"`{method}` beside", *STUDIES.values()], rows, *FILES)
 
 
 def seeds() -> str:

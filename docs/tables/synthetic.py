@@ -7,7 +7,7 @@ from typing import Any
 
 from docs.tables.cells import bold, interval, read, spread, table
 
-_DEMO, _STUDY = "demo/results.json", "synthetic/results.json"
+FILES = _DEMO, _STUDY = "demo/results.json", "synthetic/results.json"
 _REGIONS = {
     "in_support": ("in support", ".3f"),
     "band1": ("band 1", ".2f"),
@@ -77,10 +77,10 @@ def _pivot(
     columns = sorted({key(row) for row in rows})
     lines = []
     for name in dict.fromkeys(row["line"] for row in rows):
-        found = {
+        means = {
             key(row): _mean(row["movement"]["noisy"], ".3f") for row in rows if row["line"] == name
         }
-        lines.append([name, *(found.get(column, "") for column in columns)])
+        lines.append([name, *(means.get(column, "") for column in columns)])
     return table([first, *map(title.format, columns)], lines, _STUDY)
 
 
@@ -96,11 +96,11 @@ def ratios() -> str:
 
 
 def bias() -> str:
-    found = read(_STUDY)["bias"]
-    counts = sorted({row["num_samples"] for row in found})
+    values = read(_STUDY)["bias"]
+    counts = sorted({row["num_samples"] for row in values})
     rows = []
-    for name in dict.fromkeys(row["equation"] for row in found):
-        by_count = {row["num_samples"]: row["value"] for row in found if row["equation"] == name}
+    for name in dict.fromkeys(row["equation"] for row in values):
+        by_count = {row["num_samples"]: row["value"] for row in values if row["equation"] == name}
         cells = [_signed(by_count[M]) if M in by_count else "" for M in counts]
         rows.append([f"`{name}`", *cells])
     return table(["bias of the value", *(f"M = {M}" for M in counts)], rows, _STUDY)

@@ -72,7 +72,7 @@ class DemoOptions:
     """Folder for results.json and extrapolation.png."""
 
     overwrite: bool = False
-    """Allow output_dir to be a folder that already holds files."""
+    """Write into an output_dir that already holds files; files of the same names are replaced."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to repeat the demo with; each makes its own language, training data and net."""
@@ -84,7 +84,7 @@ class DemoOptions:
     """Names of the methods to train."""
 
     workers: int | None = None
-    """Models to train at a time, each in a process of one thread; the default is one per core."""
+    """Number of models to train at a time, in processes of one thread; default: one per core."""
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

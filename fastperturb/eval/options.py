@@ -35,7 +35,7 @@ class EvalOptions(DomainOptions):
     """Name of the model that all others are compared with; the default is the first model."""
 
     num_samples: int = 32
-    """Monte-Carlo samples M that each probability is averaged over."""
+    """Number M of Monte-Carlo samples that each probability is averaged over."""
 
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures that the logits are divided by; every model is scored at each of them."""
@@ -45,13 +45,13 @@ class EvalOptions(DomainOptions):
     scored at its own best temperature, and compared with the baseline at the baseline's."""
 
     batch_size: int = 8
-    """Blocks, or prompts for continuations, that go through a model at a time."""
+    """Number of blocks, or of prompts to continue, that go through a model at a time."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the models; bf16 loads the base in bf16 and computes under autocast."""
 
     continuations: int = 0
-    """Documents of each domain whose beginnings every model continues; 0 writes nothing."""
+    """Number of documents of each domain that every model continues from their first tokens."""
 
     prompt_tokens: int = 32
     """Length in tokens of the beginning that is given to a model to continue."""
@@ -60,8 +60,8 @@ class EvalOptions(DomainOptions):
     """Length in tokens of each continuation."""
 
     continuation_mode: Literal["mixture", "sequence", "token"] = "mixture"
-    """Sampling of continuations. mixture: average num_samples noise samples at each step. sequence:
-    keep one noise sample for all steps. token: draw a new noise sample for each step."""
+    """Sampling of continuations: mixture averages num_samples samples at every step, sequence keeps
+    one sample for all steps, and token draws a fresh one for each step."""
 
     mauve_features: Path | None = None
     """Folder of a model whose last hidden states are the features for MAUVE, which then also
@@ -71,13 +71,13 @@ class EvalOptions(DomainOptions):
     """Seed of the noise, of sampling continuations and of resampling documents."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Device that models run on; the default is cuda where there is one."""
+    """Device that models run on; default: cuda where there is one, else cpu."""
 
     output_dir: Path = Path("runs/eval")
     """Folder for results.json, table.md, evaluation.png and continuations.jsonl."""
 
     overwrite: bool = False
-    """Allow output_dir to be a folder that already holds files."""
+    """Write into an output_dir that already holds files; files of the same names are replaced."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,6 +35,7 @@ from fastperturb.rank.types import Tokens
 
 
 def run(options: RankOptions) -> int:
+    """Measure all models, write the output folder, print the tables, and return the exit status."""
     folder = runs.open_output_dir(options.output_dir, overwrite=options.overwrite)
     where = named("models", options.models)
     places = [find(name, path, options.base) for name, path in where.items()]

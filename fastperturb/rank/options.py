@@ -56,14 +56,14 @@ class RankOptions(TextOptions):
     history and give the columns of the logit matrix."""
 
     future_tokens: int = 8
-    """Length of each of these pieces in tokens, which is that of the longest futures."""
+    """Length in tokens of each of these pieces, and so of the longest futures."""
 
     top_k: int | None = 1024
-    """Number of next tokens kept for each future, the likeliest by the first model; None keeps the
-    whole vocabulary."""
+    """Number of next tokens to keep for each future, the most probable under the first model; None
+    keeps the whole vocabulary."""
 
     num_samples: int = 32
-    """Number of noise samples whose mean prediction is measured, for models with a perturbation."""
+    """Number M of Monte-Carlo samples whose mean prediction is measured, for a perturbed model."""
 
     targets: int = 16
     """Number of prompts, from documents that give no history, to continue by linear combinations of
@@ -83,19 +83,19 @@ class RankOptions(TextOptions):
     """Approximate number of tokens in one forward pass."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format: bf16 loads the base model in bf16 and computes under autocast."""
+    """Precision of the models; bf16 loads the base in bf16 and computes under autocast."""
 
     seed: int = 0
     """Seed of the choice of pieces, the noise, the continuations and the intervals."""
 
     device: Literal["cpu", "cuda"] | None = None
-    """Device to run on; by default cuda if there is one."""
+    """Device that models run on; default: cuda where there is one, else cpu."""
 
     output_dir: Path = Path("runs/rank")
     """Folder for results.json, table.md, spectrum.png and generation.png."""
 
     overwrite: bool = False
-    """Allow output_dir to hold files already; those of the same names are replaced."""
+    """Write into an output_dir that already holds files; files of the same names are replaced."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

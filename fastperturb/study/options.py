@@ -60,7 +60,7 @@ class StudyOptions:
     """Seeds of the runs; every method is trained once with each."""
 
     learning_rate_factors: tuple[float, ...] = (0.5, 2.0)
-    """Factors on the learning rate at which the baseline is also trained; its best rate counts."""
+    """Factors of the learning rate with which the baseline is trained too; its best rate counts."""
 
     noise_scale: float | None = None
     """Scale of the isotropic noise under which the baseline is also evaluated; the default is
@@ -70,10 +70,10 @@ class StudyOptions:
     """Options for reading the texts of domains."""
 
     draws: int = 32
-    """Monte-Carlo samples that each probability is averaged over in evaluations."""
+    """Number of Monte-Carlo samples that each probability is averaged over in evaluations."""
 
     tuning_draws: int = 8
-    """Monte-Carlo samples that are used while a temperature is tuned."""
+    """Number of Monte-Carlo samples that are used while a temperature is tuned."""
 
     output_dir: Path = Path("runs/study")
     """Folder for runs, results.json, table.md and pictures; runs that it already holds are kept."""
@@ -82,7 +82,7 @@ class StudyOptions:
     """Delete the runs of another study in output_dir and start anew."""
 
     workers: int | None = None
-    """Runs to train at a time, one thread each; the default is one per core, or one on a GPU."""
+    """Number of runs to train at a time, one thread each; default: one per core, one on a GPU."""
 
     def __post_init__(self) -> None:
         train = self.train

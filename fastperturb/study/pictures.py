@@ -227,7 +227,7 @@ def curve(likelihoods: SeedLikelihoods, domains: Sequence[str]) -> tuple[list[in
     curves = [
         by_domain[name].curve for by_domain in likelihoods.by_seed.values() for name in domains
     ]
-    nlls = zip(*(one["nll"] for one in curves), strict=True)
+    nlls = zip(*(curve["nll"] for curve in curves), strict=True)
     return curves[0]["num_samples"], [statistics.fmean(values) for values in nlls]
 
 

@@ -123,14 +123,14 @@ def test_sumo_takes_its_expected_number_of_samples() -> None:
     assert method.expected_samples == pytest.approx(sum(1 / k for k in range(1, 17)))
 
 
-def test_equal_flops_are_equal() -> None:
+def test_trainings_at_equal_flops_take_the_same_number_of_samples_in_all() -> None:
     passes = {
         arm.steps * arm.setting.batch * arm.method.expected_samples for arm in arms.equal_flops()
     }
     assert max(passes) / min(passes) < 1.01
 
 
-def test_no_two_arms_share_their_place_in_a_table() -> None:
+def test_each_arm_has_its_own_place_in_a_table() -> None:
     places = [(arm.experiment, arm.line, arm.x) for arm in arms.all_arms()]
     assert len(set(places)) == len(places)
 
@@ -161,7 +161,7 @@ def test_finished_trainings_are_not_repeated(
     assert kept[outcomes.key(three.job(1))] == again
 
 
-def test_intervals_over_seeds_are_students() -> None:
+def test_intervals_over_seeds_are_those_of_students_t() -> None:
     interval = summary.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     # 3 -+ 2.776 sqrt(2.5) / sqrt(5)
     assert interval == pytest.approx({"mean": 3.0, "low": 1.0371, "high": 4.9629}, abs=1e-4)
@@ -172,7 +172,7 @@ def test_a_ratio_is_the_mean_over_seeds_of_the_ratio_on_each() -> None:
     assert ratio == pytest.approx({"mean": 0.5, "low": 0.5, "high": 0.5})
 
 
-def test_intervals_that_touch_are_not_apart() -> None:
+def test_intervals_that_touch_are_not_called_different() -> None:
     low, high = {"mean": 1.0, "low": 0.0, "high": 2.0}, {"mean": 3.0, "low": 2.0, "high": 4.0}
     assert summary.apart(low, high) is None
     assert summary.apart({**low, "high": 1.9}, high) == "lower"

@@ -19,7 +19,7 @@ class CopyOptions:
     """Copy nothing to nowhere."""
 
     output_dir: Path = Path("runs/copy")
-    """Where the results go."""
+    """Folder of the results."""
 
     overwrite: bool = False
     """Let output_dir be a folder that already holds files."""
@@ -91,7 +91,7 @@ def test_help_shows_options_with_their_meaning_and_the_config_file(
         cli.main(["copy", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for part in ("--config FILE.yaml", "--output-dir", "Where the results go.", "--overwrite"):
+    for part in ("--config FILE.yaml", "--output-dir", "Folder of the results.", "--overwrite"):
         assert part in text
 
 

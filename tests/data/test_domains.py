@@ -63,7 +63,7 @@ def test_a_domain_has_the_blocks_that_training_would_evaluate_on(jsonl, tokenize
         letters.assert_equal(list(domain.blocks), list(expected))
 
 
-def test_several_places_are_laid_end_to_end(jsonl, tokenizer):
+def test_a_domain_of_several_files_holds_their_documents_in_order(jsonl, tokenizer):
     domain = domains.read("d", [str(jsonl), str(jsonl)], DomainOptions(block_size=8), tokenizer)
     assert [document.tolist() for document in domain.tokens()] == [
         ids(tokenizer, t) for t in TEXTS * 2

@@ -22,7 +22,7 @@ def test_the_truth_sums_to_one() -> None:
 
 # One prefix of each kind: far in support, at its edge (where g has its kink), in each band.
 @pytest.mark.parametrize("columns", [(0, 3), (6, 6), (6, 7), (9, 10)])
-def test_the_truth_is_the_mean_over_its_generating_process(columns: tuple[int, int]) -> None:
+def test_the_exact_distribution_is_the_mean_over_sampled_noise(columns: tuple[int, int]) -> None:
     count, rng = 200_000, np.random.default_rng(0)
     grid = np.linspace(-1, 1, 12)
     u, v = (np.array([grid[column], grid[row]]) for column, row in zip(columns, (2, 9)))

@@ -253,7 +253,7 @@ def test_a_unigram_predicts_by_counts_with_one_added(domain):
     assert sum(measured.counts) == labelled.sum()
 
 
-def test_the_counts_of_a_text_give_the_entropy_of_its_token_frequencies(domain):
+def test_a_unigram_of_the_texts_own_counts_has_the_entropy_of_its_tokens(domain):
     labels = np.concatenate([block.labels for block in domain.blocks])
     counts = likelihood.label_counts(domain.blocks, 63)
     assert counts.tolist() == [(labels == token).sum() for token in range(63)]

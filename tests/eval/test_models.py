@@ -9,7 +9,7 @@ from eval_cases import options_of
 from fastperturb.eval import likelihood, models
 
 
-def test_a_training_run_stands_for_its_best_model_or_else_its_last(folder):
+def test_a_training_folder_is_read_as_its_best_model_or_else_its_last(folder):
     assert models.find("m", str(folder / "learned"), None).checkpoint == folder / "learned" / "best"
     assert models.find("m", str(folder / "exact"), None).checkpoint == folder / "exact" / "model"
     inner = folder / "learned" / "model"

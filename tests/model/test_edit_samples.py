@@ -1,4 +1,4 @@
-"""How often, how and where random edits change tokens."""
+"""The rate, the kinds and the places of random edits of tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is perturbed, by which latents: padding, packing, seeds, masks, exact prefixes."""
+"""The tokens that are perturbed and their latents: padding, packing, seeds, masks, exact mode."""
 
 import pytest
 import torch

@@ -35,13 +35,13 @@ def words_of(counters: Tensor, seed: Tensor) -> Tensor:
     return words
 
 
-def test_words_are_the_known_answers() -> None:
+def test_philox_words_are_those_of_the_published_test_vectors() -> None:
     for counter, (low, high), words in KNOWN_ANSWERS:
         seed = noise.seed_tensor(high << 32 | low, torch.device("cpu"))
         assert words_of(torch.tensor([counter]), seed).tolist() == [list(words)]
 
 
-def test_words_are_the_contracts_bit_for_bit() -> None:
+def test_philox_words_are_those_of_the_contract_bit_for_bit() -> None:
     counters = torch.randint(2**32, (100_003, 4))
     for seed in (0, 1, -5, 2**62 + 12345):
         key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])
@@ -49,7 +49,7 @@ def test_words_are_the_contracts_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("latent", LATENTS)
-def test_latents_of_words_are_the_contracts(latent: str) -> None:
+def test_latents_of_philox_words_are_those_of_the_contract(latent: str) -> None:
     edges = [0, 1, 2, 3, 255, 2**24, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30]
     edges += [2**32 - word for word in (1, 2, 3, 129, 2**20)]
     extreme = torch.cartesian_prod(torch.tensor(edges), torch.tensor(edges)).repeat(1, 2)

@@ -160,7 +160,7 @@ def test_required_kernels_are_chosen_even_if_they_cannot_run(
         build.prepare()
 
 
-def test_a_wrong_switch_raises_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_value_of_fastperturb_ext_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPERTURB_EXT", "yes")
     with pytest.raises(ValueError, match=r"FASTPERTURB_EXT must be one of .*require.*'yes'"):
         build.availability()

@@ -1,4 +1,4 @@
-"""What all pictures share."""
+"""The parts that all pictures share."""
 
 import pytest
 from matplotlib.figure import Figure

@@ -79,7 +79,7 @@ def test_a_flag_may_give_what_the_file_leaves_out(file: Path) -> None:
     assert parse(file, "steps: 3", "--output-dir", "y") == Options(Path("y"), steps=3)
 
 
-def test_an_option_given_nowhere_is_asked_for(
+def test_a_required_option_that_is_missing_is_named_in_the_error(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:

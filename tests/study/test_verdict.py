@@ -25,7 +25,7 @@ def test_below_every_control_out_of_domain_and_no_worse_in_domain_is_a_gain():
         ("exact, compute x 8", ("as_trained", True), "the baseline at equal compute"),
     ],
 )
-def test_one_better_control_means_no_gain(control, form, named):
+def test_a_single_control_with_a_lower_nll_means_no_gain(control, form, named):
     verdict = verdict_of(study_results(changes={(control, form): (3.0, 3.888)}))
     assert verdict["outcome"] == "no gain"
     assert f"no gain: {named} is better by 0.0120" in verdict["sentence"]

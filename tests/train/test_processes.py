@@ -171,7 +171,7 @@ def test_the_memory_estimate_is_within_a_fifth_of_what_the_run_takes(plan, folde
 
 
 def measured(options):
-    """What a run in a fresh process prints, and its peak resident memory in KiB."""
+    """Return the output of a run in a fresh process, and its peak resident memory in KiB."""
     script = (
         "import pickle, re, sys, torch\n"
         "torch.set_num_threads(1)\n"

@@ -22,7 +22,7 @@ class LogitOracle(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """The number of tokens V that the oracle knows."""
         ...
 
     def log_probs(self, histories: Sequence[Tokens], futures: Sequence[Tokens]) -> Tensor:

@@ -52,11 +52,11 @@ def row_space_angles(
             f"{list(values.shape)} and {list(other.shape)}"
         )
     pairs = {"values": (values, spectrum), "other": (other, other_spectrum)}
-    for name, (matrix, its_spectrum) in pairs.items():
-        if its_spectrum.shape != matrix.shape:
+    for name, (matrix, own_spectrum) in pairs.items():
+        if own_spectrum.shape != matrix.shape:
             raise ValueError(
                 f"{name} is {list(matrix.shape)}, but its spectrum that of "
-                f"{list(its_spectrum.shape)}"
+                f"{list(own_spectrum.shape)}"
             )
     _check_rank(rank, spectrum, other_spectrum)
     ours, others = spectrum.to_right(rank), other_spectrum.to_right(rank)

@@ -55,7 +55,7 @@ def models():
 
 
 @pytest.mark.parametrize("name", models())
-def test_streams_continue_by_the_weighted_sum_of_centred_logits(name):
+def test_stream_distributions_are_the_softmax_of_weighted_sums_of_centred_logits(name):
     oracle = ModelOracle(models()[name], prompt=(1,), num_samples=4)
     weights = random_weights()
     streams = open_streams(oracle, HISTORIES, weights, copies=2)

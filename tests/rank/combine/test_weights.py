@@ -34,7 +34,7 @@ def test_a_future_with_twice_the_share_counts_as_two_futures():
     assert fitted.error == pytest.approx(expected.error, rel=1e-9)
 
 
-def test_every_length_of_futures_has_the_same_share():
+def test_shares_by_length_give_every_length_of_futures_the_same_total():
     futures = with_prefixes([(1, 2, 3), (1, 4), (5,)])
     shares = shares_by_length(futures)
     by_length = {n: sum(s for s, f in zip(shares, futures) if len(f) == n) for n in range(4)}

@@ -125,7 +125,7 @@ def test_submatrix_fits_are_those_of_the_first_histories_and_futures():
     assert json.loads(json.dumps(fits[0].to_dict()))["exponent"] == fits[0].exponent.to_dict()
 
 
-def test_errors_say_what_a_fit_needs():
+def test_errors_name_what_a_fit_of_the_exponent_needs():
     exact = spectrum(matrix_with_spectrum([3, 2, 1], (40, 5, 9)))
     with pytest.raises(ValueError, match="needs 4 singular values or more out of the first 3"):
         power_law(exact)

@@ -43,7 +43,7 @@ def texts(count, longest, *, seed=0):
 
 
 @pytest.mark.parametrize("architecture", ["GPT2", "Gemma2", "Llama"])
-def test_values_are_a_models_logits_less_their_mean(architecture):
+def test_matrix_values_are_the_logits_of_a_model_less_their_mean(architecture):
     model = base_model(architecture)
     matrix = logit_matrix(ModelOracle(model, prompt=(1,)), HISTORIES, FUTURES)
     logits = log_probs_one_by_one(model, HISTORIES, FUTURES)
@@ -108,7 +108,7 @@ def test_a_context_without_finite_log_probs_is_named():
         (([()], [()]), {"top_k": np.array([[11]])}, ValueError, r"top_k .*\[0, 11\), got 11"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, options, error, message):
+def test_errors_of_logit_matrix_name_the_wrong_argument(arguments, options, error, message):
     with pytest.raises(error, match=message):
         logit_matrix(oracle(), *arguments, **options)
 
