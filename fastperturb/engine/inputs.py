@@ -96,7 +96,7 @@ def _sampling(
 ) -> Sampling:
     """Return the sampling of a call; without a seed, draw one."""
     config = lm.config
-    equations = {"iwae": 1.0} if lm.has_one_sample else config.equations
+    equations = {"iwae": 1.0} if lm.has_one_draw else config.equations
     if "jvi" in equations and lm.training and torch.is_grad_enabled():
         raise ValueError(
             "estimator='jvi' is for evaluation: its weights can be negative and training "
@@ -108,7 +108,7 @@ def _sampling(
     seed = noise.seed_tensor(seed, device).clone()  # the caller may change the tensor
     if rows is None:
         rows = torch.arange(len(embeddings), device=device)
-    if lm.has_one_sample:
+    if lm.has_one_draw:
         return Sampling(seed=seed, rows=rows, count=1, equations=equations)
     count = config.num_samples if num_samples is None else num_samples
     for name in equations:

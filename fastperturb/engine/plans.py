@@ -88,7 +88,7 @@ def _resamples(lm: WrappedModel, batch: Batch) -> bool:
     plan = lm.config.plan
     by_default = "resample" in batch.sampling.equations and plan == "auto"
     wanted = torch.is_grad_enabled() and (by_default or plan == "resample")
-    return wanted and batch.labels is not None and not lm.has_one_sample
+    return wanted and batch.labels is not None and not lm.has_one_draw
 
 
 def _resample(

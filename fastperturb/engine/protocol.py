@@ -89,7 +89,7 @@ class WrappedModel(nn.Module):
         return self.state.exact
 
     @property
-    def has_one_sample(self) -> bool:
+    def has_one_draw(self) -> bool:
         """True if all samples of a call would be the same."""
         return self.state.exact or self.config.deterministic
 

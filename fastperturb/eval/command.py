@@ -53,7 +53,7 @@ def run(options: EvalOptions) -> int:
         descriptions.append(_description(place, lm))
         with models.autocast(lm, options.precision):
             measurements += measure(place.name, lm, texts, validation, options)
-            if likelihood.perturbs(lm) and not lm.has_one_sample:
+            if likelihood.perturbs(lm) and not lm.has_one_draw:
                 with lm.exact():
                     name = f"{place.name}, without noise"
                     measurements += measure(name, lm, texts, validation, options)

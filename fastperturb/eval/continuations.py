@@ -84,7 +84,7 @@ def generate(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), evaluation_mode(lm):
         torch.manual_seed(seed)
-        if lm.has_one_sample:
+        if lm.has_one_draw:
             mode = "sequence"
         for first in range(0, len(tokens), batch_size):
             chosen = slice(first, first + batch_size)

@@ -50,7 +50,7 @@ class Passes:
     @property
     def num_samples(self) -> int:
         """M; 1 for a plain model, and for a perturbed one whose samples are all the same."""
-        return 1 if self._lm is None or self._lm.has_one_sample else self._num_samples
+        return 1 if self._lm is None or self._lm.has_one_draw else self._num_samples
 
     @property
     def is_weighted(self) -> bool:
