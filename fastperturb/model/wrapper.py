@@ -24,7 +24,7 @@ from fastperturb.engine.edits import EditConfig, TokenEdits
 from fastperturb.engine.forward import PerturbedOutput
 from fastperturb.engine.generate import generate
 from fastperturb.engine.planner import PlanReport
-from fastperturb.engine.protocol import WrappedModel
+from fastperturb.engine.protocol import Perturbation, WrappedModel
 from fastperturb.engine.sample_split import SampleSplit
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 def wrap(model: nn.Module, config: PerturbConfig) -> PerturbedLM:
     """Wrap a Hugging Face causal LM, plain or PEFT, with a learned perturbation."""
-    return PerturbedLM(model, config, Continuous())
+    return PerturbedLM(model, config)
 
 
 def edit(model: nn.Module, config: EditConfig) -> EditedLM:
     """Wrap a Hugging Face causal LM, plain or PEFT, with random edits of its prefix."""
-    return EditedLM(model, config, TokenEdits())
+    return EditedLM(model, config)
 
 
 class PerturbedLM(WrappedModel):
@@ -54,6 +54,11 @@ class PerturbedLM(WrappedModel):
     # is of shifted labels. (Its plain class still fails, since it writes to model.config.)
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
+
+    def __init__(
+        self, model: nn.Module, config: Any, perturbation: Perturbation | None = None
+    ) -> None:
+        super().__init__(model, config, perturbation or Continuous())
 
     def forward(
         self,
@@ -288,3 +293,6 @@ class PerturbedLM(WrappedModel):
 
 class EditedLM(PerturbedLM):
     """A causal LM whose samples are random edits of the prefix; `engine.edits` describes them."""
+
+    def __init__(self, model: nn.Module, config: EditConfig) -> None:
+        super().__init__(model, config, TokenEdits())
