@@ -94,7 +94,7 @@ class Base:
                 f"this {here.model} does not have the weights that {folder} was saved over, "
                 f"those of {self}, so its results will differ. Was one of them "
                 "fine-tuned, or an adapter merged into it?",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -67,6 +67,7 @@ def test_other_weights_behind_the_same_embeddings_warn(saved):
     merged = plain()
     with torch.no_grad():
         merged.model.layers[0].self_attn.q_proj.weight.mul_(1.01)
-    with pytest.warns(UserWarning, match="does not have the weights that"):
+    with pytest.warns(UserWarning, match="does not have the weights that") as caught:
         fastperturb.load(merged, saved)
+    assert caught[0].filename == __file__  # it shows the line that called load
     fastperturb.load(plain(dtype=torch.bfloat16), saved)  # rounding is no other model

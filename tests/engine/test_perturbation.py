@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from fastperturb import EditConfig, PerturbConfig, PerturbedLM, noise
+from fastperturb import EditConfig, EditedLM, PerturbConfig, PerturbedLM, edit, noise, wrap
 from fastperturb.engine.perturbations import PERTURBATIONS
 from fastperturb.engine.protocol import Perturbation
 from fastperturb.engine.trunk import TrunkInputs, repeated
@@ -116,3 +116,21 @@ def test_every_kind_in_the_table_is_found_by_the_name_of_its_config():
         assert kind.config_class.__name__ == name
     shapes = PERTURBATIONS["PerturbConfig"].transform_shapes(PerturbConfig(latent_dim=3), 7)
     assert shapes == {"U": [3, 7], "embed_rms": []}
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "config"),
+    [
+        pytest.param(PerturbedLM, wrap, PerturbConfig(num_samples=2), id="continuous"),
+        pytest.param(EditedLM, edit, EditConfig(num_samples=2, rate=0.5), id="edits"),
+    ],
+)
+def test_class_called_with_a_config_makes_the_same_model_as_its_function(kind, make, config):
+    ids = torch.arange(3, 13)[None]
+    losses = []
+    for make_model in (kind, make):
+        torch.manual_seed(1)
+        lm = make_model(tiny.llama(), config)
+        assert type(lm) is kind
+        losses.append(lm(ids, labels=ids, seed=0).loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
