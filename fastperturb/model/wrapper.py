@@ -47,7 +47,7 @@ class PerturbedLM(WrappedModel):
 
     base: the model that was wrapped, its parameters and adapters untouched.
     config: a PerturbConfig, or the config of another kind of perturbation.
-    perturbation: the kind of perturbation; default `Continuous`, a transform of embeddings.
+    perturbation: the kind of it; default `Continuous`, a transform of embeddings.
     transform: the module with the perturbation's parameters; the learned T(e, z).
     """
 
@@ -56,10 +56,8 @@ class PerturbedLM(WrappedModel):
     accepts_loss_kwargs = True
     loss_type = "ForCausalLM"
 
-    def __init__(
-        self, model: nn.Module, config: Any, perturbation: Perturbation | None = None
-    ) -> None:
-        super().__init__(model, config, perturbation or Continuous())
+    def __init__(self, model: nn.Module, config: Any, kind: Perturbation | None = None) -> None:
+        super().__init__(model, config, kind or Continuous())
 
     def forward(
         self,
@@ -131,8 +129,7 @@ class PerturbedLM(WrappedModel):
             samples' probabilities at every step, with a cache.
         num_samples: M of mode="mixture", default the config's.
         seed, rows: key the noise as in `forward`; the choice of tokens takes torch's generator.
-        perturb_mask: bool [B, T], the positions of the prompt to perturb; generated tokens always
-            are perturbed.
+        perturb_mask: bool [B, T], the prompt's positions to perturb; generated ones always are.
         options: as transformers' `generate` takes them: max_new_tokens, do_sample, top_p,
             generation_config, logits_processor, stop_strings with tokenizer, streamer, ...
         """
