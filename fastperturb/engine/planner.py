@@ -80,6 +80,7 @@ class Planner:
         return chosen
 
 
+@torch.compiler.disable  # traced with a symbolic `free`, its text could not be made
 def fitting(count: int, per_sample: int, free: int) -> PlanReport:
     """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do."""
     fit = int(_SHARE * free / (_MARGIN * per_sample + 1))

@@ -20,7 +20,7 @@ _SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
     list[Tensor]: "Tensor[]",
     bool: "bool",
-    int: "int",
+    int: "SymInt",
     float: "float",
     float | None: "float?",
     str: "str",

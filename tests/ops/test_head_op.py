@@ -62,6 +62,23 @@ def test_it_compiles_into_one_graph_forward_and_backward(kind, frozen):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_one_compiled_graph_takes_vocabularies_of_any_size(kind):
+    hidden, weight, bias, target = head_inputs(kind, dtype=torch.float32, frozen=True)
+    op, graphs = getattr(ops, HEADS[kind]), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=count)
+    for vocab in (V, V - 5, V - 9):
+        call = hidden, weight[:vocab].detach(), target.clamp_max(vocab - 1)
+        options = {"bias": None if bias is None else bias[:vocab].detach()}
+        assert torch.equal(compiled(*call, **options), op(*call, **options))
+    assert len(graphs) == 1
+
+
 def test_a_sharded_weight_raises_with_the_remedy():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
