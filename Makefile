@@ -30,6 +30,8 @@ lint: $(INSTALLED)  ## ruff, mypy and the import contracts
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
 
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
 docs: $(INSTALLED)  ## build the documentation into site/; a broken link is an error
 	$(RUN) -m mkdocs build --strict
 
@@ -39,6 +41,7 @@ docs-serve: $(INSTALLED)  ## show the documentation in a browser, rebuilt as fil
 docs-check: $(INSTALLED)  ## fail when a table of a page and its JSON disagree, or a diagram and its code
 	$(RUN) -m docs.tables
 	$(RUN) -m docs.diagrams
+	@echo 'The pages, their JSON and the code agree.'
 
 bench: $(INSTALLED)  ## time every implementation against naive code, into runs/bench
 	$(RUN) -m bench.run --output-dir runs/bench --overwrite
@@ -54,5 +57,7 @@ clean:  ## remove build products and caches; keeps the virtual environment and r
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("FastPerturb needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": try make PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[all]'
+	# compat: the package is found by a path, also from the folder that holds this clone.
+	$(RUN) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) \
+		-e '.[all]' --config-settings editable_mode=compat
 	@touch $@

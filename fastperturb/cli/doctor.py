@@ -268,8 +268,9 @@ def show(report: dict[str, Any], console: Any) -> None:
     for chosen in report["ops"]:
         for other in chosen["candidates"]:
             if other["name"] != chosen["runs"]:
-                text = f"{chosen['op']} on {chosen['device']}: not {other['name']}: "
-                console.print(text + other["reason"], markup=False)
+                reason = f"{chosen['runs']} comes first" if other["usable"] else other["reason"]
+                text = f"{chosen['op']} on {chosen['device']}: not {other['name']}: {reason}"
+                console.print(text, markup=False)
 
 
 def _facts(report: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperturb import ops
+from fastperturb import estimators, ops
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.passes import Pass
 from fastperturb.engine.plans import Rerun
@@ -36,14 +36,17 @@ def estimate(
         if name in COMBINABLE
     }
     values |= {name: result.value for name, result in combined.items()}
-    labelled = batch.marginal_mask()
+    labelled, event_log_probs = batch.marginal_mask(), batch.marginal_log_probs(log_probs)
     if rerun is not None:
         assert rerun.result.log_probs is not None
         value = rerun.resampled.estimate(batch.marginal_log_probs(rerun.result.log_probs))
         values = dict.fromkeys(sampling.equations, value)
     elif "resample" in sampling.equations or sampling.telescope is not None:
         (name,) = sampling.equations
-        values[name] = sampling.combine(batch.marginal_log_probs(log_probs), labelled, config)
+        values[name] = sampling.combine(event_log_probs, labelled, config)
+    else:
+        for name in sampling.equations.keys() - values.keys():  # those without a kernel
+            values[name] = estimators.combine(event_log_probs, name, mask=labelled)[0]
     terms = [weight * values[name].sum() for name, weight in sampling.equations.items()]
     total = torch.stack(terms).sum()
     iwae = combined.get("iwae") or ops.combine(
@@ -53,7 +56,7 @@ def estimate(
         "loss": -total.to(log_probs.dtype) / label_count(mask, num_items_in_batch),
         "log_marginal": iwae.log_marginal,
         "log_probs": log_probs,
-        "log_prob_variance": _variance(batch.marginal_log_probs(log_probs), labelled),
+        "log_prob_variance": _variance(event_log_probs, labelled),
         "ess": iwae.effective_samples.sum() / labelled.sum().clamp_min(1),
     }
 

@@ -9,7 +9,7 @@ from oracles import assert_same_gradients, label_log_probs, sample_logits
 from tiny import base_model, llama, perturbed, with_lora
 from torch.nn import functional as F
 
-from fastperturb import estimators
+from fastperturb import config, estimators
 
 ARCHITECTURES = ("GPT2", "Llama", "Mistral", "Qwen2", "Gemma2")
 
@@ -211,3 +211,26 @@ def test_training_the_transform_lowers_the_loss_on_a_frozen_base():
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     assert model.lm_head.weight.grad is None
+
+
+def test_estimator_that_is_only_a_formula_trains_alone_and_in_a_mixture(monkeypatch):
+    def formula(log_probs):
+        return log_probs.amax(0), F.one_hot(log_probs.argmax(0), 3).movedim(-1, 0)
+
+    for module in (config, estimators):
+        monkeypatch.setattr(module, "ESTIMATORS", (*config.ESTIMATORS, "best"))
+    monkeypatch.setattr(config, "MIXABLE", (*config.MIXABLE, "best"))
+    monkeypatch.setitem(estimators._EQUATIONS, "best", formula)
+    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))
+    for estimator, shares in (("best", (1.0, 0.0)), ({"best": 0.5, "iwae": 2.0}, (0.5, 2.0))):
+        lm = perturbed(llama(), estimator=estimator, num_samples=3)
+        out = lm(input_ids=ids, labels=ids, seed=5)
+        values = shares[0] * out.log_probs.amax(0) + shares[1] * out.log_marginal
+        torch.testing.assert_close(out.loss, -values.mean())
+        expected = -(
+            shares[0] * out.log_probs.amax(0)
+            + shares[1] * (out.log_probs.logsumexp(0) - math.log(3))
+        ).mean()
+        (ours,) = torch.autograd.grad(out.loss, lm.transform.U, retain_graph=True)
+        (naive,) = torch.autograd.grad(expected, lm.transform.U)
+        torch.testing.assert_close(ours, naive)
