@@ -53,7 +53,7 @@ def small_model(estimator: str, num_samples: int, *, antithetic: bool = False) -
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The same model as tables in fp64 over x and y.
+    """A small model in closed form: tables in fp64 over x and y.
 
     Each (x, y) has a U of its own, so that gradients with respect to U are those of each value.
     """

@@ -33,6 +33,7 @@ from fastperturb.checkpoint.atomic import (
 from fastperturb.engine.adapters import unadapted
 from fastperturb.engine.architectures import understand
 from fastperturb.engine.perturbations import PERTURBATIONS
+from fastperturb.engine.protocol import Perturbation
 from fastperturb.version import __version__
 
 FORMAT_VERSION = 1
@@ -107,6 +108,7 @@ class Checkpoint:
     embed_dim: int
     base: Base
     files: dict[str, str]  # the SHA-256 of every file
+    perturbation: Perturbation
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -136,7 +138,7 @@ class Checkpoint:
                     "damaged, was changed, or is of another save that did not finish; copy the "
                     "whole checkpoint again, or save again"
                 )
-        saved = cls(folder, config, embed_dim, base, files)
+        saved = cls(folder, config, embed_dim, base, files, kind)
         if saved.has_adapter:
             _check_adapter_config(folder / ADAPTER_NAMES[0])
         return saved

@@ -34,7 +34,11 @@ class Perturbation(ABC):
 
     @abstractmethod
     def make_transform(self, parts: CausalLM, config: Any) -> nn.Module:
-        """Return the module with the perturbation's parameters, which becomes `lm.transform`."""
+        """Return the module with the perturbation's parameters, which becomes `lm.transform`.
+
+        It has an attribute embed_dim and a buffer embed_rms, the width and the root mean square of
+        the embeddings, by which a checkpoint recognises its base.
+        """
 
     @abstractmethod
     def transform_shapes(self, config: Any, embed_dim: int) -> dict[str, list[int]]:

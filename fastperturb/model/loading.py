@@ -7,8 +7,8 @@ import os
 from torch import nn
 
 from fastperturb.checkpoint import load as saved_files
-from fastperturb.engine.edits import EditConfig
-from fastperturb.model.wrapper import PerturbedLM, edit, wrap
+from fastperturb.engine.edits import TokenEdits
+from fastperturb.model.wrapper import PerturbedLM, edit
 
 
 def load(
@@ -33,8 +33,10 @@ def load(
     """
     saved = saved_files.read(model, saved_files.find(directory, revision, token))
     with saved_files.with_adapter(model, saved, is_trainable=is_trainable) as base:
-        config = saved.config
-        lm = edit(base, config) if isinstance(config, EditConfig) else wrap(base, config)
+        if isinstance(saved.perturbation, TokenEdits):
+            lm: PerturbedLM = edit(base, saved.config)
+        else:
+            lm = PerturbedLM(base, saved.config, saved.perturbation)
         saved_files.restore(lm, saved)
         lm.transform.requires_grad_(is_trainable)
     return lm if is_trainable else lm.eval()

@@ -7,7 +7,8 @@ import tiny
 import torch
 from torch import nn
 
-from fastperturb import EditConfig, EditedLM, PerturbConfig, PerturbedLM, edit, noise, wrap
+from fastperturb import EditConfig, EditedLM, PerturbConfig, PerturbedLM, edit, load, noise, wrap
+from fastperturb.engine.architectures import embedding_rms
 from fastperturb.engine.perturbations import PERTURBATIONS
 from fastperturb.engine.protocol import Perturbation
 from fastperturb.engine.trunk import TrunkInputs, repeated
@@ -28,10 +29,12 @@ class RandomScale(Perturbation):
     def make_transform(self, parts, config):
         transform = nn.Module()
         transform.s = nn.Parameter(torch.tensor(0.3))
+        rms, transform.embed_dim = embedding_rms(parts.embed)
+        transform.register_buffer("embed_rms", rms)
         return transform
 
     def transform_shapes(self, config, embed_dim):
-        return {"s": []}
+        return {"s": [], "embed_rms": []}
 
     def check_inputs(self, lm, input_ids, inputs_embeds):
         pass
@@ -101,6 +104,18 @@ def test_a_new_perturbation_scores_and_decodes(ids):
         for sample in z
     ]
     assert torch.equal(text[:, 8], torch.stack(probabilities).mean(0).argmax(-1))
+
+
+def test_a_new_perturbation_in_the_table_is_saved_and_loaded(monkeypatch, tmp_path, ids):
+    monkeypatch.setitem(PERTURBATIONS, "ScaleConfig", RandomScale())
+    lm = scaled_llama().eval()
+    with torch.no_grad():
+        lm.transform.s.fill_(0.7)
+    lm.save_pretrained(tmp_path)
+    loaded = load(tiny.llama(), tmp_path)
+    assert type(loaded.perturbation) is RandomScale and loaded.config == lm.config
+    ours, expected = (model(input_ids=ids, labels=ids, seed=5).loss for model in (loaded, lm))
+    assert torch.equal(ours, expected)
 
 
 def test_perturbing_tokens_offers_no_perturbed_embeddings(ids):

@@ -119,7 +119,6 @@ class Passes:
                 samples,
                 rows=torch.zeros_like(ids[:, 0]),
                 positions=positions,
-                antithetic=lm.config.antithetic,
                 perturb_mask=None if mask is None else mask[:, -ids.shape[1] :].bool(),
             )
             inputs = {"inputs_embeds": perturbed.flatten(0, 1)}
