@@ -1,5 +1,8 @@
 """Plans: the same loss and gradients however the samples go through the trunk."""
 
+import subprocess
+import sys
+
 import oracles
 import pytest
 import torch
@@ -326,3 +329,11 @@ def test_plan_has_its_reason_under_compilation_with_symbolic_sizes():
 
     compiled = torch.compile(reason, backend="eager", dynamic=True)
     assert [compiled(2**23), compiled(2**24)] == [reason(2**23), reason(2**24)]
+
+
+def test_importing_the_planner_does_not_import_the_compiler():
+    code = (
+        "import sys; from fastperturb.engine import planner; print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
