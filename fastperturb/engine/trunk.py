@@ -51,9 +51,11 @@ class TrunkInputs:
     def shift_norms(self, exact: Tensor) -> Tensor:  # [B, T]
         """Return the sum over samples of |T(e) - e|, with the exact embeddings [B, T, D]."""
         if self.shift is not None:
-            return self.shift.sum(0)
+            return self.shift.sum(0, dtype=torch.float32)
         # One sample at a time, since a difference is as large as the embeddings.
-        norms = ((sample - exact).float().norm(dim=-1) for sample in self.at_source(self.embeddings))
+        norms = (
+            (sample - exact).float().norm(dim=-1) for sample in self.at_source(self.embeddings)
+        )
         return functools.reduce(torch.add, norms)
 
     def _packed_lengths(self, trunk: Any) -> dict[str, Any]:

@@ -142,7 +142,9 @@ def check(family, dtype, shape, variant):
     naive_out, naive_grads = naive(call, grad)
     eps = EPS[dtype]
     assert out.dtype == dtype
-    assert_as_good(out, torch_embed.perturb_embed(exact, False).out, naive_out, eps=eps, name="output")
+    assert_as_good(
+        out, torch_embed.perturb_embed(exact, False).out, naive_out, eps=eps, name="output"
+    )
     if call.mask is not None:
         e = call.table if call.ids is None else call.table[call.ids]
         assert torch.equal(out[:, ~call.mask], e[~call.mask].expand(len(out), -1, -1))
@@ -205,9 +207,7 @@ def test_the_same_seed_gives_the_same_bits_run_after_run(family):
     grad = torch.randn(2, 2, 20, 24).to(DTYPES[1])
     first, again = [run(gradients_of, grad, call, True) for _ in range(2)]
     assert all(map(torch.equal, first, again))
-    assert torch.equal(
-        run(output_of, None, call), run(output_of, None, call)
-    )
+    assert torch.equal(run(output_of, None, call), run(output_of, None, call))
 
 
 def test_strided_gradients_tables_and_masks_give_what_contiguous_ones_do():

@@ -257,13 +257,14 @@ def test_it_compiles_into_one_graph_forward_and_backward(family):
     arguments, leaf = inputs("ids", dtype=torch.float32)
     leaves = [leaf, *transform.parameters()]
     seed = torch.tensor(5)
-    compiled = torch.compile(
-        lambda ids, table, _transform, _seed, samples: ops.perturb_embed(
-            ids, table, transform, seed, samples
-        ),
-        fullgraph=True,
-    )
-    eager = value_and_gradients(ops.perturb_embed, arguments, leaves, transform)
+
+    def with_shift(ids, table, _transform, _seed, samples):
+        arguments = ids, table, transform, seed, samples
+        out, shift = ops.perturb_embed(*arguments, return_shift=True)
+        return torch.cat([ops.perturb_embed(*arguments), out * shift[..., None]])
+
+    eager = value_and_gradients(with_shift, arguments, leaves, transform)
+    compiled = torch.compile(with_shift, fullgraph=True)
     fused = value_and_gradients(compiled, arguments, leaves, transform)
     for a, b in zip(eager, fused, strict=True):
         torch.testing.assert_close(a, b)
