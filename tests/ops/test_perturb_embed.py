@@ -356,6 +356,24 @@ def test_the_gradient_of_a_frequent_token_does_not_stop_growing_in_16_bits():
     torch.testing.assert_close(grad_table[1].double(), expected, rtol=4e-3, atol=0)
 
 
+@pytest.mark.usefixtures("implementation")
+def test_the_gradient_of_the_table_has_the_same_bits_for_any_number_of_threads():
+    transform = transform_of("lowrank", embed_dim=64, dtype=torch.float32)
+    table = torch.randn(5, 64).requires_grad_()
+    ids, grad = torch.randint(0, 5, (2, 1000)), torch.randn(2, 2, 1000, 64)
+
+    def grad_table(threads):
+        torch.set_num_threads(threads)
+        return torch.autograd.grad(ops.perturb_embed(ids, table, transform, 5, 2), table, grad)[0]
+
+    before = torch.get_num_threads()
+    try:
+        alone, *threaded = (grad_table(threads) for threads in (1, 4, 4, 4, 4))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(value, alone) for value in threaded)
+
+
 @pytest.mark.parametrize("tangent", ["table", "U"])
 def test_a_forward_mode_derivative_raises(tangent):
     transform, table = transform_of("lowrank"), torch.randn(20, 12, dtype=torch.float64)

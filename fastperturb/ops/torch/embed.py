@@ -52,10 +52,14 @@ def perturb_embed_backward(
     grad_embeddings = upstream + through_shift
     if call.ids is None:
         return [grad_embeddings.to(table.dtype), *grads]
-    # index_put_ sorts on a GPU, so the order of the sums is the same in every run. In 16 bits a
-    # frequent token's sum would stop growing.
+    # In 16 bits a frequent token's sum would stop growing.
     grad_table = grad_embeddings.new_zeros(table.shape)
-    grad_table.index_put_((call.ids,), grad_embeddings, accumulate=True)
+    # The same sums in every run: index_add_ takes the tokens in turn on a CPU, index_put_ sorts them
+    # on a GPU. The other way round each adds atomically.
+    if table.device.type == "cpu":
+        grad_table.index_add_(0, call.ids.flatten(), grad_embeddings.flatten(0, 1))
+    else:
+        grad_table.index_put_((call.ids,), grad_embeddings, accumulate=True)
     return [grad_table.to(table.dtype), *grads]
 
 
