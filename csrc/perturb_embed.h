@@ -58,7 +58,7 @@ struct Gradients {
                          // mlp: the gradient of h [N, H]
 };
 
-// out [M, N, D]; squared_shift [M, N], the square of the length of the shift T(e, z) - e, or nothing.
+// out [M, N, D]; squared_shift [M, N], |T(e, z) - e|^2, or nothing.
 void forward(const Problem& problem, void* out, float* squared_shift);
 
 void backward(const Problem& problem, const Upstream& upstream, const Gradients& gradients);

@@ -216,7 +216,7 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check_ids(call.ids, call.table)
     with dispatch.full_precision(call.table.device):
         out, *others = _implementation(call.table).perturb_embed(call, want_shift)
-    squared_shift, projected = (_fp32(call, 0) if value is None else value for value in others)
+    squared_shift, projected = (out.new_empty(0) if value is None else value for value in others)
     return out, squared_shift, projected
 
 
@@ -233,11 +233,6 @@ def _op_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
         return _implementation(call.table).perturb_embed_backward(grad, call, kept, want_table)
 
 
-def _fp32(call: EmbedCall, *shape: int) -> Tensor:
-    """Return an empty tensor of the dtype that the op computes in."""
-    return call.table.new_empty(shape, dtype=reference.accumulation_dtype(call.table))
-
-
 def _check_ids(ids: Tensor | None, table: Tensor) -> None:
     """Raise for ids out of range, where looking at them costs no synchronisation."""
     if ids is None or ids.device.type != "cpu" or ids.numel() == 0:
@@ -251,12 +246,15 @@ def _check_ids(ids: Tensor | None, table: Tensor) -> None:
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, want_shift = arguments
     call = EmbedCall(*fields)
-    M, (B, T), H = call.samples.shape[0], call.positions.shape, call.projection_width
-    return (
-        call.table.new_empty((M, B, T, call.table.shape[-1])),
-        _fp32(call, M, B, T) if want_shift else _fp32(call, 0),
-        _fp32(call, 0) if H is None else _fp32(call, B * T, H),
-    )
+    shape, width = (call.samples.shape[0], *call.positions.shape), call.projection_width
+    out = call.table.new_empty((*shape, call.table.shape[-1]))
+    dtype = reference.accumulation_dtype(call.table)
+    squared_shift, projected = out.new_empty(0), out.new_empty(0)
+    if want_shift:
+        squared_shift = out.new_empty(shape, dtype=dtype)
+    if width is not None:
+        projected = out.new_empty((call.positions.numel(), width), dtype=dtype)
+    return out, squared_shift, projected
 
 
 @_op_backward.register_fake
