@@ -20,7 +20,7 @@ from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
 from fastperturb.engine.protocol import WrappedModel
-from fastperturb.engine.trunk import TrunkInputs, repeated
+from fastperturb.engine.trunk import TrunkInputs, repeated, shift_norms
 from fastperturb.ops import reference
 
 
@@ -79,7 +79,7 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
     if batch.return_logits:
         log_sum = _log_sum(hidden, weight, options)
     kept = hidden if "quadratic" in equations else None
-    return Pass(inputs.shift_norms(batch.embeddings), log_probs, kept, log_sum)
+    return Pass(shift_norms(inputs, batch.embeddings), log_probs, kept, log_sum)
 
 
 def _exact(batch: Batch, samples: Tensor) -> TrunkInputs:

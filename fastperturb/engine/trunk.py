@@ -47,17 +47,6 @@ class TrunkInputs:
             return values
         return values.gather(2, self.source[..., None].expand(-1, -1, -1, values.shape[-1]))
 
-    @torch.no_grad()
-    def shift_norms(self, exact: Tensor) -> Tensor:  # [B, T]
-        """Return the sum over samples of |T(e) - e|, with the exact embeddings [B, T, D]."""
-        if self.shift is not None:
-            return self.shift.sum(0, dtype=torch.float32)
-        # One sample at a time, since a difference is as large as the embeddings.
-        norms = (
-            (sample - exact).float().norm(dim=-1) for sample in self.at_source(self.embeddings)
-        )
-        return functools.reduce(torch.add, norms)
-
     def _packed_lengths(self, trunk: Any) -> dict[str, Any]:
         """Return where documents begin, for flash kernels, which would take a row for one."""
         attention = str(getattr(trunk.config, "_attn_implementation", None))
@@ -81,3 +70,14 @@ class TrunkInputs:
 def repeated(per_row: Tensor | None, count: int) -> Tensor | None:
     """Repeat [B, T] for every sample: [count * B, T], samples outermost."""
     return None if per_row is None else per_row.repeat(count, 1)
+
+
+@torch.no_grad()
+def shift_norms(inputs: TrunkInputs, embeddings: Tensor) -> Tensor:
+    """Return the sum over samples of |T(e) - e| [B, T], from the exact embeddings [B, T, D]."""
+    if inputs.shift is not None:
+        return inputs.shift.sum(0, dtype=torch.float32)
+    # One sample at a time: a difference is as large as its embeddings.
+    perturbed = inputs.at_source(inputs.embeddings)
+    norms = ((sample - embeddings).float().norm(dim=-1) for sample in perturbed)
+    return functools.reduce(torch.add, norms)

@@ -10,6 +10,7 @@ from tiny import llama, perturbed
 from fastperturb import noise
 from fastperturb.config import TRANSFORMS
 from fastperturb.engine.inputs import lay_out
+from fastperturb.engine.trunk import shift_norms
 
 NOTHING = dict.fromkeys(("inputs_embeds", "position_ids", "labels", "num_samples", "rows"))
 
@@ -41,7 +42,7 @@ def test_shift_of_continuous_samples_takes_no_pass_over_their_embeddings():
     laid_out = lay_out(lm, **call, perturb_mask=None, return_logits=False)
     trunk_inputs = lm.perturbation.trunk_inputs(lm, laid_out, torch.arange(4))
     unreadable = dataclasses.replace(trunk_inputs, embeddings=None)
-    norms = unreadable.shift_norms(torch.full_like(laid_out.embeddings, torch.nan))
+    norms = shift_norms(unreadable, torch.full_like(laid_out.embeddings, torch.nan))
     expected = shifted(lm, inputs, count=4).sum(0).where(mask.bool(), 0.0)
     lengths = laid_out.embeddings.norm(dim=-1)
     torch.testing.assert_close(norms / lengths, expected.float(), rtol=1e-4, atol=0)
