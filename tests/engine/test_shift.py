@@ -9,10 +9,8 @@ from tiny import llama, perturbed
 
 from fastperturb import noise
 from fastperturb.config import TRANSFORMS
-from fastperturb.engine.inputs import lay_out
+from fastperturb.engine.continuous import Continuous
 from fastperturb.engine.trunk import shift_norms
-
-NOTHING = dict.fromkeys(("inputs_embeds", "position_ids", "labels", "num_samples", "rows"))
 
 
 def shifted(lm, inputs, *, count):
@@ -35,17 +33,23 @@ def test_shift_of_a_16_bit_model_is_measured_before_its_embeddings_are_rounded(f
     assert lm(**inputs, seed=5).shift.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_shift_of_continuous_samples_takes_no_pass_over_their_embeddings():
-    lm, inputs = perturbed(llama(), num_samples=4), batch()
-    mask = inputs["attention_mask"]
-    call = {**NOTHING, "input_ids": inputs["input_ids"], "attention_mask": mask, "seed": 5}
-    laid_out = lay_out(lm, **call, perturb_mask=None, return_logits=False)
-    trunk_inputs = lm.perturbation.trunk_inputs(lm, laid_out, torch.arange(4))
+def test_shift_of_continuous_samples_takes_no_pass_over_their_embeddings(monkeypatch):
+    lm, inputs = perturbed(llama(), num_samples=4, plan="batched"), batch()
+    passes = []
+
+    def kept(lm, laid_out, samples):
+        passes.append(Continuous.trunk_inputs(lm.perturbation, lm, laid_out, samples))
+        return passes[-1]
+
+    monkeypatch.setattr(lm.perturbation, "trunk_inputs", kept)
+    lm(**inputs, seed=5)
+    (trunk_inputs,) = passes
+    e = lm.base.get_input_embeddings()(inputs["input_ids"])
     unreadable = dataclasses.replace(trunk_inputs, embeddings=None)
-    norms = shift_norms(unreadable, torch.full_like(laid_out.embeddings, torch.nan))
-    expected = shifted(lm, inputs, count=4).sum(0).where(mask.bool(), 0.0)
-    lengths = laid_out.embeddings.norm(dim=-1)
-    torch.testing.assert_close(norms / lengths, expected.float(), rtol=1e-4, atol=0)
+    norms = shift_norms(unreadable, torch.full_like(e, torch.nan))
+    real = inputs["attention_mask"].bool()
+    expected = shifted(lm, inputs, count=4).sum(0).where(real, 0.0)
+    torch.testing.assert_close(norms / e.norm(dim=-1), expected.float(), rtol=1e-4, atol=0)
 
 
 def test_shift_has_no_gradient_and_is_fp32_for_a_model_in_fp64():
