@@ -49,18 +49,7 @@ def perturb_embed_backward(
     if not want_table:
         return [table.new_empty(0), *grads]
     upstream = grad.to(reference.accumulation_dtype(table)).sum(0)
-    grad_embeddings = upstream + through_shift
-    if call.ids is None:
-        return [grad_embeddings.to(table.dtype), *grads]
-    # In 16 bits a frequent token's sum would stop growing.
-    grad_table = grad_embeddings.new_zeros(table.shape)
-    # The same sums in every run: index_add_ takes the tokens in turn on a CPU, index_put_ sorts them
-    # on a GPU. The other way round each adds atomically.
-    if table.device.type == "cpu":
-        grad_table.index_add_(0, call.ids.flatten(), grad_embeddings.flatten(0, 1))
-    else:
-        grad_table.index_put_((call.ids,), grad_embeddings, accumulate=True)
-    return [grad_table.to(table.dtype), *grads]
+    return [_table_gradient(upstream + through_shift, call), *grads]
 
 
 def perturb_embed_per_sample_grad(
@@ -82,6 +71,22 @@ def perturb_embed_per_sample_grad(
             for result, value in zip(results, grads, strict=True):
                 result[m, b] = value
     return results
+
+
+def _table_gradient(grad_embeddings: Tensor, call: EmbedCall) -> Tensor:
+    """Return the gradient of the table, or of the embeddings where there is none."""
+    table, ids = call.table, call.ids
+    if ids is None:
+        return grad_embeddings.to(table.dtype)
+    # In 16 bits a frequent token's sum would stop growing.
+    grad_table = grad_embeddings.new_zeros(table.shape)
+    # The same bits in every run: index_add_ takes the tokens in turn on a CPU, and index_put_ sorts
+    # them on a GPU. The other way round each adds atomically.
+    if table.device.type == "cpu":
+        grad_table.index_add_(0, ids.flatten(), grad_embeddings.flatten(0, 1))
+    else:
+        grad_table.index_put_((ids,), grad_embeddings, accumulate=True)
+    return grad_table.to(table.dtype)
 
 
 def _embeddings(call: EmbedCall) -> Tensor:
