@@ -5,6 +5,9 @@
     floor      write the output once, read its upstream gradient once: no version is faster
     copy       a plain copy of the output
 
+Modes: forward; shift, a forward that returns each embedding's shift |T(e) - e| too; full, a forward
+and its backward.
+
 Every implementation of the op is checked against the oracle before it is timed.
 """
 
@@ -55,7 +58,11 @@ def rows(device: torch.device, *, repeats: int) -> Iterator[list[Row]]:
             "perturb_embed",
             variants(case, device),
             x=vars(case),
-            least_bytes={"forward": forward, "full": forward + case.M * row},
+            least_bytes={
+                "forward": forward,
+                "shift": forward + 4 * case.M * case.B * case.T,
+                "full": forward + case.M * row,
+            },
             device=device,
             repeats=repeats,
         )
@@ -75,28 +82,41 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     def ours() -> Tensor:
         return ops.perturb_embed(embeddings, None, transform, seed, case.M)
 
+    def ours_with_shift() -> tuple[Tensor, Tensor]:
+        return ops.perturb_embed(embeddings, None, transform, seed, case.M, return_shift=True)
+
     plain = make_transform(config, case.D).to(device, dtype)
 
     def naive() -> Tensor:
         shape = (case.M, case.B, case.T, plain.latent_dim)
         return plain(embeddings, torch.randn(shape, device=device, dtype=dtype))
 
-    providers: dict[str, tuple[Callable[[], Tensor], list[Any]]] = {}
+    def naive_with_shift() -> tuple[Tensor, Tensor]:
+        perturbed = naive()
+        return perturbed, (perturbed - embeddings).float().norm(dim=-1)
+
+    providers: dict[str, tuple[Callable[[], Tensor], Callable[[], Any], list[Any]]] = {}
     for candidate in dispatch.explain("perturb_embed", device):
         if candidate.usable:
             check(candidate.name, case, transform, embeddings, upstream, seed)
-            providers[candidate.name] = (ours, leaves)
-    providers["naive"] = (naive, list(plain.parameters()))
-    providers["compiled"] = (torch.compile(naive), list(plain.parameters()))
+            providers[candidate.name] = (ours, ours_with_shift, leaves)
+    parameters = list(plain.parameters())
+    providers["naive"] = (naive, naive_with_shift, parameters)
+    providers["compiled"] = (torch.compile(naive), torch.compile(naive_with_shift), parameters)
 
     timed = []
-    for name, (forward, parameters) in providers.items():
-        calls = {"forward": torch.no_grad()(forward), "full": _full(forward, parameters, upstream)}
+    for name, (forward, with_shift, parameters) in providers.items():
+        calls = {
+            "forward": torch.no_grad()(forward),
+            "shift": torch.no_grad()(with_shift),
+            "full": _full(forward, parameters, upstream),
+        }
         for mode, run in calls.items():
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
             timed.append(Variant(name, mode, chosen, opaque=name in ("torch", "compiled")))
     out = torch.empty_like(upstream)
-    timed.append(Variant("floor", "forward", lambda: torch.empty_like(upstream).fill_(1.0)))
+    for mode in ("forward", "shift"):
+        timed.append(Variant("floor", mode, lambda: torch.empty_like(upstream).fill_(1.0)))
     timed.append(
         Variant("floor", "full", lambda: (torch.empty_like(upstream).fill_(1.0), upstream.sum()))
     )
@@ -126,14 +146,14 @@ def check(
     few = slice(0, 32)  # of the tokens: the oracle keeps everything
     part, part_upstream = embeddings[:1, few], upstream[:, :1, few]
     with dispatch.only(name):
-        ours = ops.perturb_embed(part, None, transform, seed, case.M)
+        ours, shift = ops.perturb_embed(part, None, transform, seed, case.M, return_shift=True)
         gradients = torch.autograd.grad(ours, leaves, part_upstream)
     right = reference.perturb_embed(part.float(), None, transform, seed, case.M)
     expected = torch.autograd.grad(right, leaves, part_upstream.float())
+    expected = [(right - part.float()).norm(dim=-1), right, *expected]
     tolerance = 1e-4 if embeddings.dtype == torch.float32 else 1e-2
-    for result, value, exact in zip(
-        ("value", *transform.parameter_names), (ours, *gradients), (right, *expected), strict=True
-    ):
+    names = ("shift", "value", *transform.parameter_names)
+    for result, value, exact in zip(names, (shift, ours, *gradients), expected, strict=True):
         error = ((value.float() - exact).norm() / exact.norm()).item()
         if not error <= tolerance:
             raise AssertionError(f"{name} {case}: {result} is off by {error:.2e}, not timed")

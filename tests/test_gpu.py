@@ -44,15 +44,16 @@ def test_perturb_embed_matches_the_oracle(family, dtype):
     table = torch.randn(50, 136, device="cuda").to(dtype).requires_grad_()
     ids = torch.randint(50, (3, 21), device="cuda")
     leaves = [table, *transform.parameters()]
-    ours = ops.perturb_embed(ids, table, transform, 5, 4)
+    ours, shift = ops.perturb_embed(ids, table, transform, 5, 4, return_shift=True)
     upstream = torch.randn_like(ours)
-    results = [ours, *torch.autograd.grad(ours, leaves, upstream)]
+    results = [ours, shift, *torch.autograd.grad(ours, leaves, upstream)]
     exact = make_transform(config, 136).cuda().double()
     exact.load_state_dict(transform.state_dict())
     exact_table = table.detach().double().requires_grad_()
     value = reference.perturb_embed(ids, exact_table, exact, 5, 4)
     leaves = [exact_table, *exact.parameters()]
-    expected = [value, *torch.autograd.grad(value, leaves, upstream.double())]
+    distances = (value - exact_table[ids]).norm(dim=-1)
+    expected = [value, distances, *torch.autograd.grad(value, leaves, upstream.double())]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for result, truth in zip(results, expected, strict=True):
         assert (result - truth).norm() <= tolerance * truth.norm()

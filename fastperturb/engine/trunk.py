@@ -22,6 +22,7 @@ class TrunkInputs:
     attention_mask: Tensor | None  # [m B, L]
     position_ids: Tensor | None  # [m B, L]
     source: Tensor | None = None  # [m, B, T], the index in L for each position; None: its own
+    shift: Tensor | None = None  # [m, B, T], |T(e) - e|; None: to be computed
 
     def hidden_states(
         self, trunk: Any, prefix: SharedPrefix | None = None
@@ -72,7 +73,11 @@ def repeated(per_row: Tensor | None, count: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def shift_norms(perturbed: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the sum over samples of |T(e) - e| [B, T], one sample at a time."""
+def shift_norms(inputs: TrunkInputs, embeddings: Tensor) -> Tensor:
+    """Return the sum over samples of |T(e) - e| [B, T], from the exact embeddings [B, T, D]."""
+    if inputs.shift is not None:
+        return inputs.shift.sum(0, dtype=torch.float32)
+    # One sample at a time: a difference is as large as its embeddings.
+    perturbed = inputs.at_source(inputs.embeddings)
     norms = ((sample - embeddings).float().norm(dim=-1) for sample in perturbed)
     return functools.reduce(torch.add, norms)

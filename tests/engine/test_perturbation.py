@@ -81,11 +81,13 @@ def ids():
 
 
 @pytest.mark.parametrize("plan", ["batched", "chunked"])
-def test_loss_and_gradient_of_a_new_perturbation_are_those_of_the_naive_loop(plan, ids):
+def test_loss_gradient_and_shift_of_a_new_perturbation_are_those_of_the_naive_loop(plan, ids):
     lm = scaled_llama(plan=plan)
-    loss = lm(input_ids=ids, labels=ids, seed=5).loss
-    expected = naive_loss(lm, ids, seed=5)
+    out = lm(input_ids=ids, labels=ids, seed=5)
+    loss, expected = out.loss, naive_loss(lm, ids, seed=5)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    z = noise.latent(5, (4, len(ids), 1, 1))
+    torch.testing.assert_close(out.shift, (lm.transform.s * z).abs().mean().detach())
     (ours,) = torch.autograd.grad(loss, lm.transform.s)
     (naive,) = torch.autograd.grad(expected, lm.transform.s)
     torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-6)

@@ -92,9 +92,10 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
 def launches(call, want_table, cc):
     """(direction, launch) of every kernel, forward then backward."""
     with ahead_of_time.recorded(cc) as forward:
-        out = perturb_embed.perturb_embed(call)
+        out, _, projected = perturb_embed.perturb_embed(call, False)
     with ahead_of_time.recorded(cc) as backward:
-        perturb_embed.perturb_embed_backward(torch.empty_like(out), call, want_table)
+        grad = torch.empty_like(out)
+        perturb_embed.perturb_embed_backward(grad, call, projected, want_table)
     passes = {"forward": forward, "backward": backward}
     return [(direction, launched) for direction in passes for launched in passes[direction]]
 

@@ -70,6 +70,29 @@ def test_masked_embeddings_stay_and_the_others_are_as_without_a_mask(call, data)
     close(out[:, mask], ops.perturb_embed(e, None, transform, **options)[:, mask])
 
 
+@given(calls(), st.data())
+def test_shifts_are_the_distances_of_the_output_and_0_where_masked(call, data):
+    transform, e, options = call
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=36, max_size=36)))
+    mask = mask[: e[..., 0].numel()].view(e.shape[:2])
+    options = {"perturb_mask": mask, **options}
+    out, shift = ops.perturb_embed(e, None, transform, **options, return_shift=True)
+    close(shift, (out - e).norm(dim=-1))
+    assert (shift[:, ~mask] == 0).all()
+
+
+@given(calls(), st.data())
+def test_any_subset_of_samples_and_rows_has_the_same_shifts(call, data):
+    transform, e, options = call
+    _, whole = ops.perturb_embed(e, None, transform, **options, return_shift=True)
+    M, B = whole.shape[:2]
+    samples = torch.tensor(data.draw(st.lists(st.integers(0, M - 1), min_size=1, max_size=M)))
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, B - 1), min_size=1, max_size=B)))
+    options["samples"] = samples
+    _, part = ops.perturb_embed(e[rows], None, transform, rows=rows, **options, return_shift=True)
+    close(part, whole[samples][:, rows])
+
+
 @given(calls())
 def test_the_gradient_is_the_sum_of_the_per_sample_gradients(call):
     transform, e, options = call
