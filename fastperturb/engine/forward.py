@@ -20,6 +20,7 @@ from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
 from fastperturb.engine.protocol import WrappedModel
+from fastperturb.engine.tracing import untraced
 from fastperturb.engine.trunk import TrunkInputs, repeated, shift_norms
 from fastperturb.ops import reference
 
@@ -50,7 +51,17 @@ def run(
     lm: WrappedModel, *, num_items_in_batch: int | Tensor | None, **arguments: Any
 ) -> PerturbedOutput:
     """Run M perturbed samples; `PerturbedLM.forward` describes the arguments."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.skip_frame()
     batch = lay_out(lm, **arguments)
+    output = _estimate(lm, batch, num_items_in_batch)
+    _watch(lm, output.shift)
+    return output
+
+
+def _estimate(
+    lm: WrappedModel, batch: Batch, num_items_in_batch: int | Tensor | None
+) -> PerturbedOutput:
     scored, rerun = plans.execute(lm, batch, functools.partial(run_samples, lm, batch))
     output: dict[str, Tensor] = {}
     if batch.labels is not None:
@@ -58,8 +69,12 @@ def run(
     if scored.log_sum is not None:
         output["logits"] = scored.log_sum - math.log(batch.sampling.count)
     shift = batch.shift(scored.shift_norms)
-    lm.perturbation.watch(lm, shift)
     return PerturbedOutput(**output, shift=shift)
+
+
+@untraced
+def _watch(lm: WrappedModel, shift: Tensor) -> None:
+    lm.perturbation.watch(lm, shift)
 
 
 def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:

@@ -14,8 +14,10 @@ from fastperturb.engine.positions import documents_apart, perturbed_positions
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sampling import Sampling
 from fastperturb.engine.shared_prefix import SharedPrefix
+from fastperturb.engine.tracing import untraced
 
 
+@untraced
 def lay_out(
     lm: WrappedModel,
     *,
