@@ -49,6 +49,7 @@ class Planner:
         """Return `size`, or fewer samples at a time where `step_down` has set a limit."""
         return size if self._most is None else min(size, self._most)
 
+    @untraced  # what it measures changes the next call's choice
     def choose(self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module) -> PlanReport:
         """Return `batched` if all samples fit, else `chunked` with the largest chunk that does.
 

@@ -1,0 +1,38 @@
+"""A device's integers for Python, copied while the device goes on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """Integers of a device, whose copy to the host starts at once and is waited for when read.
+
+    A GPU's copy lies in pinned memory, on the current stream. To read it waits for the work that
+    came before it, not for what was queued since.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._ready = values, None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> list[int]:
+        if self._ready is not None:
+            self._ready.synchronize()
+        numbers: list[int] = self._values.tolist()
+        return numbers
+
+
+def true_first(mask: Tensor) -> Tensor:
+    """Return numbers [n] of which those of a mask's true entries come first, in rising order.
+
+    Their count is not read: on a GPU `nonzero` would wait for it.
+    """
+    if mask.device.type == "cpu":
+        return mask.nonzero()[:, 0]
+    return (~mask).to(torch.uint8).argsort(stable=True)
