@@ -14,7 +14,8 @@ class HostCopy:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._values, self._ready = values, None
+        self._values = values
+        self._ready: torch.cuda.Event | None = None
         if values.device.type == "cuda":
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
@@ -29,10 +30,10 @@ class HostCopy:
 
 
 def true_first(mask: Tensor) -> Tensor:
-    """Return numbers [n] of which those of a mask's true entries come first, in rising order.
+    """Return numbers of which those of a mask's true entries come first, in rising order."""
+    return mask.nonzero()[:, 0] if mask.device.type == "cpu" else sorted_by_truth(mask)
 
-    Their count is not read: on a GPU `nonzero` would wait for it.
-    """
-    if mask.device.type == "cpu":
-        return mask.nonzero()[:, 0]
+
+def sorted_by_truth(mask: Tensor) -> Tensor:
+    """Return `true_first` followed by the other numbers: a GPU need not wait for their counts."""
     return (~mask).to(torch.uint8).argsort(stable=True)

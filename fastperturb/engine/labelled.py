@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastperturb.engine.host_copy import HostCopy, true_first
 
-# Leaving out fewer tokens than this share does not pay for the copies of the others.
-_LEAST_SHARE = 1 / 64
+# To leave out no more than this share of the tokens does not pay for the copies of the others.
+_TOO_FEW = 1 / 64
 
 
 class LabelledTokens:
@@ -21,15 +21,16 @@ class LabelledTokens:
     def __init__(self, has_label: Tensor) -> None:  # [N] bool
         self._tokens = len(has_label)
         self._order = true_first(has_label)
-        self._count = HostCopy(has_label.sum())
+        self._count = HostCopy(has_label.sum()[None])
         self._numbers: Tensor | None = None
 
     def numbers(self) -> Tensor | None:
         """Return the numbers [n] in rising order; None if nearly all tokens have labels."""
         if self._numbers is None:
-            self._numbers = self._order[: self._count.read()]
+            (count,) = self._count.read()
+            self._numbers = self._order[:count]
         spared = self._tokens - len(self._numbers)
-        return self._numbers if spared >= _LEAST_SHARE * self._tokens else None
+        return self._numbers if spared > _TOO_FEW * self._tokens else None
 
     def rows(self, samples: int) -> Tensor | None:
         """Return the numbers [m n] of the rows of all samples, where those of one follow another's.
