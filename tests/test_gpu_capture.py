@@ -46,7 +46,8 @@ class Case:
 
 
 def perturb_embed_case(family, dtype, *, with_table):
-    config = PerturbConfig(transform=family, latent_dim=6, hidden_dim=20)
+    floor = 0.01 if with_table else 0.0
+    config = PerturbConfig(transform=family, latent_dim=6, hidden_dim=20, min_scale=floor)
     transform = make_transform(config, D).cuda()
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     shape = (97, D) if with_table else (2, 21, D)

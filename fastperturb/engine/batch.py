@@ -13,6 +13,7 @@ from fastperturb.engine.packed import PackedDocuments
 from fastperturb.engine.sampling import Sampling
 from fastperturb.engine.shared_prefix import SharedPrefix
 
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One call's inputs, validated and laid out."""

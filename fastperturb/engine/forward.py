@@ -19,7 +19,6 @@ from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
 from fastperturb.engine.protocol import WrappedModel
-from fastperturb.engine.tracing import untraced
 from fastperturb.engine.trunk import TrunkInputs, repeated, shift_norms
 from fastperturb.ops import reference
 
@@ -51,12 +50,14 @@ def run(lm: WrappedModel, **arguments: Any) -> PerturbedOutput:
     if torch.compiler.is_compiling():
         torch._dynamo.skip_frame()
     batch = lay_out(lm, **arguments)
-    output = _estimate(lm, batch)
-    _watch(lm, output.shift)
+    output = _compute(lm, batch)
+    assert output.shift is not None
+    lm.perturbation.watch(lm, output.shift)
     return output
 
 
-def _estimate(lm: WrappedModel, batch: Batch) -> PerturbedOutput:
+def _compute(lm: WrappedModel, batch: Batch) -> PerturbedOutput:
+    """Run the samples and estimate the loss: the part of a call that is compiled, if any is."""
     scored, rerun = plans.execute(lm, batch, functools.partial(run_samples, lm, batch))
     output: dict[str, Tensor] = {}
     if batch.labels is not None:
@@ -65,11 +66,6 @@ def _estimate(lm: WrappedModel, batch: Batch) -> PerturbedOutput:
         output["logits"] = scored.log_sum - math.log(batch.sampling.count)
     shift = batch.shift(scored.shift_norms)
     return PerturbedOutput(**output, shift=shift)
-
-
-@untraced
-def _watch(lm: WrappedModel, shift: Tensor) -> None:
-    lm.perturbation.watch(lm, shift)
 
 
 def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:

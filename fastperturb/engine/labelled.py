@@ -33,8 +33,7 @@ class LabelledTokens:
         return self._numbers if spared > _TOO_FEW * self._tokens else None
 
     def rows(self, samples: int) -> Tensor | None:
-        """Return the numbers [m n] of the rows of all samples, where those of one follow another's.
-        """
+        """Return the numbers [m n] of the labelled rows [m N] of all samples."""
         numbers = self.numbers()
         if numbers is None or samples == 1:
             return numbers

@@ -49,6 +49,7 @@ def estimate(
             values[name] = estimators.combine(event_log_probs, name, mask=labelled)[0]
     terms = [weight * values[name].sum() for name, weight in sampling.equations.items()]
     total = torch.stack(terms).sum()
+    assert batch.label_count is not None
     iwae = combined.get("iwae") or ops.combine(
         log_probs.detach(), mask, "iwae", marginal=batch.marginal
     )

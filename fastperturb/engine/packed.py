@@ -12,9 +12,7 @@ from fastperturb.engine.positions import document_starts
 from fastperturb.engine.tracing import untraced
 
 
-def needs_lengths(
-    trunk: Any, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> bool:
+def needs_lengths(trunk: Any, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Return whether the trunk runs a flash kernel on documents that only positions keep apart."""
     attention = str(getattr(trunk.config, "_attn_implementation", None))
     return position_ids is not None and attention_mask is None and attention.startswith("flash")

@@ -28,7 +28,9 @@ def masked(share, size=4, length=33):
 
 
 def wrapped(plan="chunked", estimator="iwae", **options):
-    return perturbed(llama(), num_samples=M, latent_dim=4, plan=plan, estimator=estimator, **options)
+    return perturbed(
+        llama(), num_samples=M, latent_dim=4, plan=plan, estimator=estimator, **options
+    )
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import logging
 
-import fastperturb
 import oracles
 import pytest
 import torch
@@ -10,6 +9,7 @@ from batches import batch
 from tiny import llama, perturbed
 from torch._dynamo.utils import counters
 
+import fastperturb
 from fastperturb import EditConfig
 
 STEPS = 14
@@ -59,8 +59,12 @@ def assert_compiles_once(lm, caplog):
 
 @pytest.mark.parametrize(
     ("plan", "graphs"),
-    [("batched", 1), ("chunked", 4), pytest.param("auto", 3, marks=slow)]
-    + [pytest.param("resample", 1, marks=slow)],
+    [
+        ("batched", 1),
+        ("chunked", 4),
+        pytest.param("auto", 3, marks=slow),
+        pytest.param("resample", 1, marks=slow),
+    ],
 )
 def test_a_compiled_wrapper_compiles_nothing_after_its_first_step(plan, graphs, only_once, caplog):
     options = {"chunk_size": 2} if plan == "chunked" else {}
