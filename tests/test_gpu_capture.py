@@ -45,15 +45,15 @@ class Case:
         return [value.clone() for value in self.compute()]
 
 
-def perturb_embed_case(family, dtype, *, with_table):
+def perturb_embed_case(family, dtype, *, with_table, length=21):
     floor = 0.01 if with_table else 0.0
     config = PerturbConfig(transform=family, latent_dim=6, hidden_dim=20, min_scale=floor)
     transform = make_transform(config, D).cuda()
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
-    shape = (97, D) if with_table else (2, 21, D)
+    shape = (97, D) if with_table else (2, length, D)
     source = torch.zeros(shape, device="cuda", dtype=dtype, requires_grad=True)
-    ids = torch.zeros(2, 21, dtype=torch.int64, device="cuda")
-    upstream = torch.zeros(4, 2, 21, D, device="cuda", dtype=dtype)
+    ids = torch.zeros(2, length, dtype=torch.int64, device="cuda")
+    upstream = torch.zeros(4, 2, length, D, device="cuda", dtype=dtype)
     leaves = [source, *transform.parameters()]
 
     def compute():
@@ -104,6 +104,10 @@ CASES = {
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         for with_table in (True, False)
     },
+    # Another kernel of torch's sums the table's gradient from 3073 tokens on.
+    "perturb_embed-many-tokens": lambda: perturb_embed_case(
+        "lowrank", torch.bfloat16, with_table=True, length=2100
+    ),
     **{
         f"{op.__name__}-{name}-{'frozen' if frozen else 'trained'}": (
             lambda op=op, dtype=dtype, frozen=frozen: head_case(op, dtype, frozen=frozen)

@@ -9,8 +9,8 @@ from torch import Tensor
 class HostCopy:
     """Integers of a device, whose copy to the host starts at once and is waited for when read.
 
-    A GPU's copy lies in pinned memory, on the current stream. To read it waits for the work that
-    came before it, not for what was queued since.
+    A GPU copies to pinned memory, on the current stream. A read waits for the work that came before
+    the copy, not for what was queued since.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -23,6 +23,7 @@ class HostCopy:
             self._ready.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> list[int]:
+        """Return the numbers, once they have arrived."""
         if self._ready is not None:
             self._ready.synchronize()
         numbers: list[int] = self._values.tolist()

@@ -82,7 +82,6 @@ class Planner:
         return chosen
 
 
-@untraced  # with a symbolic `free`, the text could not be made
 def fitting(count: int, per_sample: int, free: int) -> PlanReport:
     """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do."""
     fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
