@@ -106,7 +106,7 @@ class Transform(nn.Module):
     def _probe(self, width: int, *, row: int, latent: str = "gaussian") -> Tensor:
         """Draw fixed samples [probes, width], to average over where there is no closed form."""
         like = self.get_parameter(self.outer[0])
-        rows = torch.tensor([row], device=like.device)
+        rows = torch.full((1,), row, device=like.device)  # a copy from the host would wait
         z = noise.latent(0, (1, 1, _PROBE_TOKENS, width), latent=latent, rows=rows)
         return z[0, 0].to(like)
 

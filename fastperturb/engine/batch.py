@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastperturb.engine.architectures import CausalLM
+from fastperturb.engine.head import IGNORED, LabelHead
+from fastperturb.engine.packed import PackedDocuments
 from fastperturb.engine.sampling import Sampling
 from fastperturb.engine.shared_prefix import SharedPrefix
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +25,14 @@ class Batch:
     perturb_mask: Tensor | None  # [B, T] bool, the perturbed positions; None: all
     positions: Tensor | None  # [B, T], for the model and for the noise; None: 0, 1, ...
     labels: Tensor | None
+    label_count: Tensor | None  # [], which divides the loss; None without labels
+    head: LabelHead | None  # None without labels
     sampling: Sampling
     exact: bool  # nothing is perturbed
     return_logits: bool
     marginal: str
     prefix: SharedPrefix | None
-
-    def target(self) -> Tensor:
-        """Return the label that each position predicts [B T]; the last one predicts none."""
-        assert self.labels is not None
-        # Shifting labels, not hidden states, saves a copy.
-        return F.pad(self.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    documents: PackedDocuments | None  # for a trunk with flash kernels
 
     def token_mask(self) -> Tensor:
         """Return which log-probs have a label [B, T-1]."""

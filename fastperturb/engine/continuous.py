@@ -112,6 +112,8 @@ class Continuous(Perturbation):
 
     def watch(self, lm: WrappedModel, shift: Tensor) -> None:
         """Warn, once, when training has all but stopped perturbing."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.skip_frame()  # a graph can neither count steps nor read the shift
         if lm.is_exact or not lm.training or lm.state.collapsed:
             return
         lm.state.training_steps += 1

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from fastperturb import noise
 from fastperturb.engine.positions import document_starts
+from fastperturb.engine.tracing import untraced
 
 KINDS = ("replace", "insert", "delete", "swap")
 
@@ -85,6 +86,7 @@ class Edits(nn.Module):
         self.register_buffer("drawable", (~special).nonzero()[:, 0], persistent=False)
         self.register_buffer("embed_rms", embed_rms)
 
+    @untraced  # the number of edits varies
     @torch.no_grad()
     def forward(
         self,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from fastperturb import ops
 from fastperturb.engine import loss, plans
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
@@ -46,19 +45,26 @@ class PerturbedOutput(ModelOutput):
     logits: Tensor | None = None
 
 
-def run(
-    lm: WrappedModel, *, num_items_in_batch: int | Tensor | None, **arguments: Any
-) -> PerturbedOutput:
+def run(lm: WrappedModel, **arguments: Any) -> PerturbedOutput:
     """Run M perturbed samples; `PerturbedLM.forward` describes the arguments."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.skip_frame()
     batch = lay_out(lm, **arguments)
+    output = _compute(lm, batch)
+    assert output.shift is not None
+    lm.perturbation.watch(lm, output.shift)
+    return output
+
+
+def _compute(lm: WrappedModel, batch: Batch) -> PerturbedOutput:
+    """Run the samples and estimate the loss: the part of a call that is compiled, if any is."""
     scored, rerun = plans.execute(lm, batch, functools.partial(run_samples, lm, batch))
     output: dict[str, Tensor] = {}
     if batch.labels is not None:
-        output = loss.estimate(batch, scored, rerun, lm.config, num_items_in_batch)
+        output = loss.estimate(batch, scored, rerun, lm.config)
     if scored.log_sum is not None:
         output["logits"] = scored.log_sum - math.log(batch.sampling.count)
     shift = batch.shift(scored.shift_norms)
-    lm.perturbation.watch(lm, shift)
     return PerturbedOutput(**output, shift=shift)
 
 
@@ -68,16 +74,12 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
         inputs = _exact(batch, samples)
     else:
         inputs = lm.perturbation.trunk_inputs(lm, batch, samples)
-    hidden = inputs.hidden_states(batch.parts.trunk, batch.prefix)  # (m, B, T, D)
+    hidden = inputs.hidden_states(batch.parts.trunk, batch.prefix, batch.documents)  # (m, B, T, D)
     equations, log_probs, log_sum = batch.sampling.equations, None, None
-    weight, options = batch.parts.head.weight, batch.parts.head_options
-    if batch.labels is not None and set(equations) != {"quadratic"}:
-        target = batch.target().repeat(len(samples))
-        log_probs = ops.linear_logprob(hidden.flatten(0, 2), weight, target, **options)
-        # A copy: FSDP2 puts hooks on the outputs of a module, which must not be views.
-        log_probs = log_probs.view(hidden.shape[:-1])[:, :, :-1].contiguous()
+    if batch.head is not None and set(equations) != {"quadratic"}:
+        log_probs = batch.head.log_probs(hidden)
     if batch.return_logits:
-        log_sum = _log_sum(hidden, weight, options)
+        log_sum = _log_sum(hidden, batch.parts.head.weight, batch.parts.head_options)
     kept = hidden if "quadratic" in equations else None
     return Pass(shift_norms(inputs, batch.embeddings), log_probs, kept, log_sum)
 

@@ -9,13 +9,17 @@ from fastperturb import estimators, noise
 from fastperturb.config import check_num_samples
 from fastperturb.engine import architectures, sharding, validate
 from fastperturb.engine.architectures import CausalLM, understand
-from fastperturb.engine.batch import IGNORED, Batch
+from fastperturb.engine.batch import Batch
+from fastperturb.engine.head import IGNORED, LabelHead
+from fastperturb.engine.packed import PackedDocuments, needs_lengths
 from fastperturb.engine.positions import documents_apart, perturbed_positions
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sampling import Sampling
 from fastperturb.engine.shared_prefix import SharedPrefix
+from fastperturb.engine.tracing import untraced
 
 
+@untraced
 def lay_out(
     lm: WrappedModel,
     *,
@@ -28,6 +32,7 @@ def lay_out(
     num_samples: int | None,
     rows: Tensor | None,
     seed: int | Tensor | None,
+    num_items_in_batch: int | Tensor | None,
     return_logits: bool,
 ) -> Batch:
     """Validate the arguments of `PerturbedLM.forward` and return them as a Batch."""
@@ -46,10 +51,14 @@ def lay_out(
         None if value is None else value.clone()
         for value in (attention_mask, position_ids, labels, perturb_mask, rows, input_ids)
     )
+    head = None if labels is None else LabelHead(parts, labels)
     marginal = lm.config.marginal
     attention_mask = documents_apart(attention_mask, position_ids, rows, marginal)
     sampling = _sampling(lm, embeddings, seed=seed, rows=rows, num_samples=num_samples)
     perturbed, positions = perturbed_positions(attention_mask, position_ids, perturb_mask)
+    documents = None
+    if positions is not None and needs_lengths(parts.trunk, attention_mask, positions):
+        documents = PackedDocuments(positions)
     prefix = None
     if perturb_mask is not None and perturbed is not None and position_ids is None:
         prefix = _shared_prefix(lm, parts, embeddings, attention_mask, perturbed, sampling)
@@ -61,12 +70,27 @@ def lay_out(
         perturb_mask=perturbed,
         positions=positions,
         labels=labels,
+        label_count=None if labels is None else _label_count(labels, num_items_in_batch),
+        head=head,
         sampling=sampling,
         exact=lm.is_exact,
         return_logits=return_logits,
         marginal=marginal,
         prefix=prefix,
+        documents=documents,
     )
+
+
+def _label_count(labels: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """Return the divisor of the loss, at least 1: a batch without labels has a loss of 0."""
+    if num_items_in_batch is None:
+        return (labels[:, 1:] != IGNORED).sum().clamp_min(1)
+    if isinstance(num_items_in_batch, int):  # a fill: a copy to a GPU would wait for all its work
+        return torch.full((), max(1, num_items_in_batch), device=labels.device)
+    count = torch.as_tensor(num_items_in_batch, device=labels.device)
+    if count.numel() != 1 or count.is_complex():
+        raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")
+    return count.reshape(()).clamp_min(1)
 
 
 def _exact_embeddings(

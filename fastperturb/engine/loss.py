@@ -19,14 +19,14 @@ def estimate(
     scored: Pass,
     rerun: Rerun | None,
     config: Any,
-    num_items_in_batch: int | Tensor | None,
 ) -> dict[str, Tensor]:
     """Return the loss and the statistics of the samples, by their names in `PerturbedOutput`."""
     sampling, mask = batch.sampling, batch.token_mask()
     values = {}
     log_probs = scored.log_probs
     if scored.hidden is not None:
-        values["quadratic"], quadratic_log_probs = _quadratic(batch, scored.hidden)
+        assert batch.head is not None
+        values["quadratic"], quadratic_log_probs = batch.head.quadratic(scored.hidden)
         if log_probs is None:
             log_probs = quadratic_log_probs
     assert log_probs is not None
@@ -49,40 +49,17 @@ def estimate(
             values[name] = estimators.combine(event_log_probs, name, mask=labelled)[0]
     terms = [weight * values[name].sum() for name, weight in sampling.equations.items()]
     total = torch.stack(terms).sum()
+    assert batch.label_count is not None
     iwae = combined.get("iwae") or ops.combine(
         log_probs.detach(), mask, "iwae", marginal=batch.marginal
     )
     return {
-        "loss": -total.to(log_probs.dtype) / label_count(mask, num_items_in_batch),
+        "loss": -total.to(log_probs.dtype) / batch.label_count,
         "log_marginal": iwae.log_marginal,
         "log_probs": log_probs,
         "log_prob_variance": _variance(event_log_probs, labelled),
         "ess": iwae.effective_samples.sum() / labelled.sum().clamp_min(1),
     }
-
-
-def label_count(mask: Tensor, num_items_in_batch: int | Tensor | None) -> Tensor | int:
-    """Return the divisor of the loss, at least 1: a batch without labels has a loss of 0."""
-    if num_items_in_batch is None:
-        return mask.sum().clamp_min(1)
-    if isinstance(num_items_in_batch, int):  # to put it on a GPU would wait for the whole forward
-        return max(1, num_items_in_batch)
-    count = torch.as_tensor(num_items_in_batch, device=mask.device)
-    if count.numel() != 1 or count.is_complex():
-        raise ValueError(f"num_items_in_batch must be one number, got {num_items_in_batch!r}")
-    return count.reshape(()).clamp_min(1)
-
-
-def _quadratic(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the quadratic estimator's value [B T] and each sample's log-probs [M, B, T-1]."""
-    value, log_probs = ops.linear_quadratic(
-        hidden.flatten(1, 2),
-        batch.parts.head.weight,
-        batch.target(),
-        **batch.parts.head_options,
-        return_log_probs=True,
-    )
-    return value, log_probs.detach().view(hidden.shape[:-1])[:, :, :-1].contiguous()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastperturb.engine import memory, sharding
 from fastperturb.engine.passes import Run
+from fastperturb.engine.tracing import untraced
 
 # auto uses this share of the free memory, and takes a sample to need this many times its measure.
 _SHARE, _MARGIN = 0.7, 1.2
@@ -48,6 +49,7 @@ class Planner:
         """Return `size`, or fewer samples at a time where `step_down` has set a limit."""
         return size if self._most is None else min(size, self._most)
 
+    @untraced  # what it measures changes the next call's choice
     def choose(self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module) -> PlanReport:
         """Return `batched` if all samples fit, else `chunked` with the largest chunk that does.
 
@@ -82,10 +84,6 @@ class Planner:
 
 def fitting(count: int, per_sample: int, free: int) -> PlanReport:
     """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do."""
-    if torch.compiler.is_compiling():
-        # Traced with a symbolic `free`, the text could not be made. As a decorator, `disable` would
-        # import the compiler, which takes as long as all the rest of `import fastperturb.model`.
-        return torch.compiler.disable(fitting)(count, per_sample, free)
     fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
     sizes = {"bytes_per_sample": per_sample, "free_bytes": free}
     facts = f"a sample keeps {memory.as_text(per_sample)} and {memory.as_text(free)} are free"

@@ -31,6 +31,7 @@ from fastperturb.engine.passes import Pass, Run, joined
 from fastperturb.engine.planner import PlanReport
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sample_split import SampleSplit
+from fastperturb.engine.tracing import untraced
 from fastperturb.ops import head_op
 
 
@@ -72,11 +73,13 @@ def _chunked(run: Run, samples: Tensor, passes: int) -> Pass:
     parts = samples.tensor_split(passes)
     if not torch.is_grad_enabled():
         return joined([run(part) for part in parts])
-    recomputed = checkpoint
-    if torch.compiler.is_compiling():  # the compiler takes no checkpoint with contexts like ours
-        recomputed = torch.compiler.disable(checkpoint)
+    return _recomputed(run, parts)
+
+
+@untraced  # the compiler takes no checkpoint with contexts like ours
+def _recomputed(run: Run, parts: tuple[Tensor, ...]) -> Pass:
     return joined(
-        [recomputed(run, part, use_reentrant=False, context_fn=_contexts) for part in parts]
+        [checkpoint(run, part, use_reentrant=False, context_fn=_contexts) for part in parts]
     )
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastperturb.engine.positions import document_starts
+from fastperturb.engine.packed import PackedDocuments, needs_lengths
 from fastperturb.engine.shared_prefix import SharedPrefix
 
 
@@ -25,9 +24,15 @@ class TrunkInputs:
     shift: Tensor | None = None  # [m, B, T], |T(e) - e|; None: to be computed
 
     def hidden_states(
-        self, trunk: Any, prefix: SharedPrefix | None = None
+        self,
+        trunk: Any,
+        prefix: SharedPrefix | None = None,
+        documents: PackedDocuments | None = None,
     ) -> Tensor:  # [m, B, T, D]
-        """Return the trunk's last hidden states, from which each position predicts its label."""
+        """Return the trunk's last hidden states, from which each position predicts its label.
+
+        documents: those of the batch, whose positions each sample has unless edits change them.
+        """
         if prefix is not None:
             hidden = prefix.hidden_states(trunk, self.embeddings, self.attention_mask)
         else:
@@ -37,7 +42,7 @@ class TrunkInputs:
                 position_ids=self.position_ids,
                 use_cache=False,
                 return_dict=True,
-                **self._packed_lengths(trunk),
+                **self._packed_lengths(trunk, documents),
             ).last_hidden_state  # (m B, L, D)
         return self.at_source(hidden.unflatten(0, self.embeddings.shape[:2]))
 
@@ -47,24 +52,12 @@ class TrunkInputs:
             return values
         return values.gather(2, self.source[..., None].expand(-1, -1, -1, values.shape[-1]))
 
-    def _packed_lengths(self, trunk: Any) -> dict[str, Any]:
-        """Return where documents begin, for flash kernels, which would take a row for one."""
-        attention = str(getattr(trunk.config, "_attn_implementation", None))
-        if self.position_ids is None or not attention.startswith("flash"):
-            return {}
-        if self.attention_mask is not None:
-            return {}  # packed documents have no mask
-        begins = document_starts(self.position_ids)
-        if int(begins.sum()) == len(begins):
-            return {}  # a document a row
-        edges = F.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())
-        edges, longest = edges.int(), int(edges.diff().max())
-        return {
-            "cu_seq_lens_q": edges,
-            "cu_seq_lens_k": edges,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+    def _packed_lengths(self, trunk: Any, documents: PackedDocuments | None) -> dict[str, Any]:
+        """Return where packed documents begin, for kernels that need it."""
+        if self.source is not None and needs_lengths(trunk, self.attention_mask, self.position_ids):
+            assert self.position_ids is not None  # of all samples, each with edits of its own
+            return PackedDocuments(self.position_ids).lengths(1)
+        return {} if documents is None else documents.lengths(len(self.embeddings))
 
 
 def repeated(per_row: Tensor | None, count: int) -> Tensor | None:

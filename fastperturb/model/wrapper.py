@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastperturb.checkpoint import save
@@ -84,6 +85,8 @@ class PerturbedLM(WrappedModel):
         seed: keys the noise; default drawn from torch's generator.
         num_items_in_batch: number of labelled tokens in the global batch, which divides the loss.
         """
+        if torch.compiler.is_compiling():
+            torch._dynamo.skip_frame()  # in a graph an int would be a condition
         return forward.run(
             self,
             input_ids=input_ids,

@@ -65,6 +65,8 @@ class HeadCall(NamedTuple):
     weight: Tensor  # [V, D]
     target: Tensor  # [N] int64
     bias: Tensor | None  # [V]
+    cast_weight: Tensor | None  # [V, D], which the GEMMs take for weight
+    labelled: Tensor | None  # [n] int64, the numbers of the tokens with labels, rising
     logit_scale: float
     softcap: float | None
     valid_vocab: int

@@ -43,6 +43,8 @@ class HeadOptions(TypedDict, total=False):
     softcap: float | None
     valid_vocab: int | None
     ignore_index: int
+    cast_weight: Tensor | None
+    labelled: Tensor | None
 
 
 @overload
@@ -77,19 +79,26 @@ def linear_logprob(
     softcap: float | None = None,
     valid_vocab: int | None = None,
     ignore_index: int = -100,
+    cast_weight: Tensor | None = None,
+    labelled: Tensor | None = None,
     return_metrics: bool = False,
 ) -> Tensor | LogProbMetrics:
     """Return log softmax(logits)[target] row by row, [N].
 
     hidden: [N, D]. weight: [V, D]. target: int64 [N]. bias: [V].
     valid_vocab: the number of vocabulary entries; rows of weight from there on are padding.
+    cast_weight: weight as `cast_weight(weight)` returns it, for callers that use it more than once.
+        The matrix products take it; the gradient still goes to weight, in weight's own dtype.
+    labelled: int64 [n], the numbers of the tokens with labels, in rising order. Then a GPU leaves
+        out the others, which it cannot find without waiting for target. A CPU needs no help.
     return_metrics: return `LogProbMetrics` instead.
     """
-    hidden, weight = _check_tensors(hidden, weight, target, bias, "[N, D]")
-    valid_vocab = _check_options(softcap, valid_vocab, weight.shape[0])
-    call = HeadCall(
-        hidden, weight, target, bias, float(logit_scale), softcap, valid_vocab, ignore_index
+    hidden, cast_weight = _check_tensors(
+        hidden, weight, target, bias, cast_weight, labelled, "[N, D]"
     )
+    valid_vocab = _check_options(softcap, valid_vocab, weight.shape[0])
+    options = float(logit_scale), softcap, valid_vocab, ignore_index
+    call = HeadCall(hidden, weight, target, bias, cast_weight, labelled, *options)
     dispatch.reject_forward_mode("linear_logprob", hidden, weight, bias)
     log_probs, lse, hit, entropy, _ = head_op.logprob(
         *call, _wants_grad_hidden(call), return_metrics
@@ -133,6 +142,8 @@ def linear_quadratic(
     softcap: float | None = None,
     valid_vocab: int | None = None,
     ignore_index: int = -100,
+    cast_weight: Tensor | None = None,
+    labelled: Tensor | None = None,
     row_weights: Tensor | None = None,
     return_log_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -145,7 +156,9 @@ def linear_quadratic(
     return_log_probs: return also the log-probs [M, N] of the targets, from the same pass. They
         are differentiable too, but a gradient through them makes the logits once more.
     """
-    hidden, weight = _check_tensors(hidden, weight, target, bias, "[M, N, D]")
+    hidden, cast_weight = _check_tensors(
+        hidden, weight, target, bias, cast_weight, labelled, "[M, N, D]"
+    )
     valid_vocab = _check_options(softcap, valid_vocab, weight.shape[0])
     if hidden.shape[0] < 2:
         raise ValueError(
@@ -159,12 +172,32 @@ def linear_quadratic(
                 f"got {row_weights.dtype} {list(row_weights.shape)}"
             )
         row_weights = row_weights.detach()
-    call = HeadCall(
-        hidden, weight, target, bias, float(logit_scale), softcap, valid_vocab, ignore_index
-    )
+    options = float(logit_scale), softcap, valid_vocab, ignore_index
+    call = HeadCall(hidden, weight, target, bias, cast_weight, labelled, *options)
     dispatch.reject_forward_mode("linear_quadratic", hidden, weight, bias)
     value, log_probs, *_ = head_op.quadratic(*call, row_weights, _wants_grad_hidden(call))
     return (value, log_probs) if return_log_probs else value
+
+
+@torch.no_grad()
+def cast_weight(weight: Tensor) -> Tensor | None:
+    """Return weight [V, D] in the dtype of autocast's matrix products, to be cast once a step.
+
+    None where they take weight as it is: without autocast, or on a CPU, where autocast does not
+    reach the heads.
+    """
+    dtype = _autocast_dtype(weight.device)
+    return None if dtype in (None, weight.dtype) else weight.to(dtype)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast gives the heads, as it would give torch's own linear.
+
+    On a CPU they stay in fp32, which is faster there.
+    """
+    if device.type == "cpu" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _wants_grad_hidden(call: HeadCall) -> bool:
@@ -174,10 +207,16 @@ def _wants_grad_hidden(call: HeadCall) -> bool:
 
 
 def _check_tensors(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, layout: str
-) -> tuple[Tensor, Tensor]:
-    """Validate a head's tensors; return hidden and weight in autocast's dtype."""
-    for name, value in (("weight", weight), ("bias", bias)):
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    given_cast: Tensor | None,
+    labelled: Tensor | None,
+    layout: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Validate a head's tensors; return hidden and the cast of weight in autocast's dtype."""
+    for name, value in (("weight", weight), ("bias", bias), ("cast_weight", given_cast)):
         if value is not None:
             _reject_shards(name, value)
     if not hidden.is_floating_point() or hidden.ndim != layout.count(",") + 1:
@@ -200,18 +239,41 @@ def _check_tensors(
         raise ValueError(
             f"bias must be floating point [V] = [{vocab}], got {bias.dtype} {list(bias.shape)}"
         )
-    for name, value in (("weight", weight), ("target", target), ("bias", bias)):
+    if labelled is not None and (labelled.dtype != torch.int64 or labelled.ndim != 1):
+        raise ValueError(
+            f"labelled must be int64 [n], the numbers of tokens, "
+            f"got {labelled.dtype} {list(labelled.shape)}"
+        )
+    tensors = {
+        "weight": weight,
+        "target": target,
+        "bias": bias,
+        "cast_weight": given_cast,
+        "labelled": labelled,
+    }
+    for name, value in tensors.items():
         if value is not None and value.device != hidden.device:
             raise ValueError(
                 f"{name} must be on {hidden.device}, like hidden, got {value.device}; "
                 "use .to(device)"
             )
-    device = hidden.device.type
-    if device != "cpu" and torch.is_autocast_enabled(device):
-        # As torch's own linear would. On a CPU the engine stays in fp32, which is faster there.
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return hidden, weight
+    dtype = _autocast_dtype(hidden.device)
+    if dtype is not None:
+        hidden = hidden.to(dtype)
+    if given_cast is None:
+        return hidden, cast_weight(weight)
+    _check_cast(given_cast, weight, hidden.dtype)
+    return hidden, given_cast.detach()
+
+
+def _check_cast(given: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
+    """Validate cast_weight; on a CPU, where products are in fp32 whatever it is, any float goes."""
+    right = given.dtype == dtype if given.device.type != "cpu" else given.is_floating_point()
+    if not right or given.shape != weight.shape:
+        raise ValueError(
+            f"cast_weight must be weight {list(weight.shape)} in hidden's dtype {dtype}, "
+            f"got {given.dtype} {list(given.shape)}"
+        )
 
 
 def _check_options(softcap: float | None, valid_vocab: int | None, vocab: int) -> int:

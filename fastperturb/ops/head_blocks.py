@@ -87,12 +87,12 @@ class Head:
     """The vocabulary projection of one call, and the module whose row passes run it."""
 
     row_passes: ModuleType
-    weight: Tensor  # [V, D]
+    weight: Tensor  # [V, D], as the GEMMs take it
     bias: Tensor | None  # [V]
     logit_scale: float
     softcap: float | None
     valid_vocab: int
-    ignore_index: int
+    grad_dtype: torch.dtype  # of the gradient with respect to weight
 
     def dtype(self, hidden: Tensor) -> torch.dtype:
         """Return the dtype of the GEMMs' inputs; their results are in at least fp32."""
@@ -142,12 +142,11 @@ class Block:
 def linear_logprob(
     head: Head,
     hidden: Tensor,  # [N, D]
-    target: Tensor,  # [N]
+    labels: Labels,
     *,
     want_grad_hidden: bool,
     want_entropy: bool,
 ) -> LogProbs:
-    labels = Labels.of(target, head.ignore_index)
     inputs, target = labels.select(hidden, dim=0), labels.target
     lse = inputs.new_empty((2, len(inputs)), dtype=_wide(head.dtype(hidden)))
     log_probs, hit = torch.empty_like(lse[0]), torch.empty_like(lse[0], dtype=torch.bool)
@@ -210,12 +209,11 @@ def linear_logprob_backward(
     head: Head,
     grad: Tensor,  # [N]
     hidden: Tensor,  # [N, D]
-    target: Tensor,  # [N]
+    labels: Labels,
     lse: Tensor,  # [2, N]
     wanted: Wanted,
 ) -> list[Tensor | None]:
     """Return the gradients of [hidden, weight, bias] that are wanted."""
-    labels = Labels.of(target, head.ignore_index)
     inputs, upstream = labels.select(hidden, dim=0), labels.select(grad.to(lse), dim=0)
     lse = labels.select(lse, dim=1)
     upstream, lse = labels.mask_gradient(upstream, lse, head.valid_vocab)
@@ -231,12 +229,11 @@ def linear_logprob_backward(
 def linear_quadratic(
     head: Head,
     hidden: Tensor,  # [M, N, D]
-    target: Tensor,  # [N]
+    labels: Labels,
     row_weights: Tensor | None,  # [M, N]
     *,
     want_grad_hidden: bool,
 ) -> Quadratic:
-    labels = Labels.of(target, head.ignore_index)
     inputs, target = labels.select(hidden, dim=1), labels.target
     lse = inputs.new_empty((2, *inputs.shape[:2]), dtype=_wide(head.dtype(hidden)))
     log_probs, dot = torch.empty_like(lse[0]), torch.empty_like(lse[0])
@@ -311,14 +308,13 @@ def linear_quadratic_backward(
     head: Head,
     grad: Tensor,  # [N]
     hidden: Tensor,  # [M, N, D]
-    target: Tensor,  # [N]
+    labels: Labels,
     row_weights: Tensor | None,  # [M, N]
     lse: Tensor,  # [2, M, N]
     dot: Tensor,  # [M, N]
     wanted: Wanted,
 ) -> list[Tensor | None]:
     """Return the gradients of [hidden, weight, bias] that are wanted."""
-    labels = Labels.of(target, head.ignore_index)
     r = labels.row_weights(row_weights, lse[0])
     inputs, dot = labels.select(hidden, dim=1), labels.select(dot, dim=1)
     upstream, lse = labels.select(grad.to(lse), dim=0), labels.select(lse, dim=2)
@@ -346,7 +342,7 @@ def _gradients(
     dtype, weight = head.dtype(inputs), head.weight
     like = inputs.new_empty(0, dtype=_wide(dtype))
     want_hidden, want_weight, want_bias = wanted
-    grad_weight = weight.new_zeros(weight.shape) if want_weight else None
+    grad_weight = torch.zeros_like(weight, dtype=head.grad_dtype) if want_weight else None
     grad_bias = like.new_zeros(len(weight)) if want_bias else None
     rows = [inputs[..., part, :].to(dtype).flatten(0, -2) for part in parts]
     grad_rows = [like.new_zeros(h.shape) for h in rows] if want_hidden else []
@@ -365,7 +361,7 @@ def _gradients(
             if grad_bias is not None:
                 grad_bias[block.entries] += out.sum(0, dtype=like.dtype)
         if grad_weight is not None and grad_block is not None:
-            grad_weight[block.entries] = grad_block.to(weight.dtype)
+            grad_weight[block.entries] = grad_block.to(head.grad_dtype)
     grad_hidden = None
     if want_hidden:
         grad_hidden = inputs.new_empty(inputs.shape)

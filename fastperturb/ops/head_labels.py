@@ -1,4 +1,4 @@
-"""The tokens that a head works on: those with labels on a CPU, all of them on a GPU."""
+"""The tokens that a head works on: those with labels, where it knows them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch import Tensor
 class Labels:
     """The targets of a call, and which tokens are worked on.
 
-    On a CPU ignored tokens are left out. On a GPU that would cost a synchronisation, so they are
-    computed like the others and set to 0 in the end.
+    Ignored tokens are left out. A GPU would have to wait for their number: if it has not been told
+    which have labels, ignored ones are computed like the others and set to 0 in the end.
     """
 
     target: Tensor  # of the tokens worked on
-    chosen: Tensor | None  # their numbers, if not all
+    tokens: int  # in all
+    chosen: Tensor | None  # the numbers of the tokens worked on, if not all
     ignored: Tensor | None  # [N], where results are to become 0
 
     @classmethod
-    def of(cls, target: Tensor, ignore_index: int) -> Labels:
+    def of(cls, target: Tensor, ignore_index: int, labelled: Tensor | None) -> Labels:
         target = target.contiguous()
-        if target.device.type != "cpu":
-            return cls(target, None, target == ignore_index)
-        chosen = (target != ignore_index).nonzero()[:, 0]
-        if len(chosen) == len(target):
-            return cls(target, None, None)
-        return cls(target[chosen], chosen, target == ignore_index)
+        tokens = len(target)
+        if labelled is None and target.device.type == "cpu":
+            labelled = (target != ignore_index).nonzero()[:, 0]
+        if labelled is None:
+            return cls(target, tokens, None, target == ignore_index)
+        if len(labelled) == tokens:
+            return cls(target, tokens, None, None)
+        return cls(target.index_select(0, labelled), tokens, labelled, None)
 
     def select(self, values: Tensor, *, dim: int) -> Tensor:
         """Return the values of the tokens worked on, which lie in dimension `dim`."""
@@ -42,13 +45,12 @@ class Labels:
 
     def scatter(self, values: Tensor, *, dim: int) -> Tensor:
         """Undo `select`: return values for all tokens, 0 for ignored ones."""
-        if self.ignored is None:
-            return values
-        if self.chosen is None:
-            ignored = self.ignored.view(-1, *[1] * (values.ndim - dim - 1))
-            return values.masked_fill_(ignored, 0)
-        shape = *values.shape[:dim], len(self.ignored), *values.shape[dim + 1 :]
-        return values.new_zeros(shape).index_copy_(dim, self.chosen, values)
+        if self.chosen is not None:
+            shape = *values.shape[:dim], self.tokens, *values.shape[dim + 1 :]
+            return values.new_zeros(shape).index_copy_(dim, self.chosen, values)
+        if self.ignored is not None:
+            values.masked_fill_(self.ignored.view(-1, *[1] * (values.ndim - dim - 1)), 0)
+        return values
 
     def mask_gradient(
         self, upstream: Tensor, lse: Tensor, valid_vocab: int
@@ -60,6 +62,6 @@ class Labels:
         """
         in_range = (self.target >= 0) & (self.target < valid_vocab)
         upstream = upstream.where(in_range, torch.nan).contiguous()
-        if self.ignored is None or self.chosen is not None:
+        if self.ignored is None:
             return upstream, lse
         return upstream.masked_fill_(self.ignored, 0.0), lse.masked_fill(self.ignored, torch.inf)

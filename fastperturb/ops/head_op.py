@@ -21,8 +21,10 @@ from torch import Tensor
 from fastperturb.ops import dispatch, head_blocks, reference
 from fastperturb.ops.calls import HeadCall, schema
 from fastperturb.ops.head_blocks import Head, Wanted
+from fastperturb.ops.head_labels import Labels
 
 _CALL = schema(HeadCall)
+_TENSORS = 6  # fields of a HeadCall, which come first
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
 
 _checkpointing = threading.local()
@@ -57,7 +59,7 @@ def logprob(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         result = head_blocks.linear_logprob(
             _head("linear_logprob", call),
             call.hidden,
-            call.target,
+            _labels(call),
             want_grad_hidden=want_grad_hidden and not first_pass,
             want_entropy=want_entropy,
         )
@@ -79,7 +81,7 @@ def logprob_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     head = _head("linear_logprob", call)
     with dispatch.full_precision(grad.device):
         grads = head_blocks.linear_logprob_backward(
-            head, grad, call.hidden, call.target, lse, wanted
+            head, grad, call.hidden, _labels(call), lse, wanted
         )
     return _like_inputs(grads, call)
 
@@ -97,7 +99,7 @@ def quadratic(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = _head("linear_quadratic", call)
     with dispatch.full_precision(call.hidden.device):
         result = head_blocks.linear_quadratic(
-            head, call.hidden, call.target, row_weights, want_grad_hidden=want_grad_hidden
+            head, call.hidden, _labels(call), row_weights, want_grad_hidden=want_grad_hidden
         )
     return *result[:4], _or_empty(result.grad_hidden, call.hidden)
 
@@ -114,24 +116,33 @@ def quadratic_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     head = _head("linear_quadratic", call)
     with dispatch.full_precision(grad.device):
         grads = head_blocks.linear_quadratic_backward(
-            head, grad, call.hidden, call.target, row_weights, lse, dot, wanted
+            head, grad, call.hidden, _labels(call), row_weights, lse, dot, wanted
         )
     return _like_inputs(grads, call)
 
 
 def _head(op: str, call: HeadCall) -> Head:
-    dtype = reference.accumulation_dtype(call.hidden, call.weight)
+    weight = _gemm_weight(call)
+    dtype = reference.accumulation_dtype(call.hidden, weight)
     bias = None if call.bias is None else call.bias.to(dtype).contiguous()
     row_passes = dispatch.implementation(op, call.hidden.device, dtype)
     return Head(
         row_passes,
-        call.weight,
+        weight,
         bias,
         call.logit_scale,
         call.softcap,
         call.valid_vocab,
-        call.ignore_index,
+        grad_dtype=call.weight.dtype,
     )
+
+
+def _gemm_weight(call: HeadCall) -> Tensor:
+    return call.weight if call.cast_weight is None else call.cast_weight
+
+
+def _labels(call: HeadCall) -> Labels:
+    return Labels.of(call.target, call.ignore_index, call.labelled)
 
 
 def _or_empty(value: Tensor | None, like: Tensor) -> Tensor:
@@ -150,16 +161,22 @@ def _like_inputs(grads: Sequence[Tensor | None], call: HeadCall) -> list[Tensor]
 
 
 def _check_targets(call: HeadCall) -> None:
-    """Raise for targets out of range, where looking at them costs no synchronisation."""
+    """Raise for targets out of range and wrong `labelled`, where looking at them costs no wait."""
     target, valid_vocab, ignore_index = call.target, call.valid_vocab, call.ignore_index
     if target.device.type != "cpu":
         return
-    wrong = (target != ignore_index) & ((target < 0) | (target >= valid_vocab))
+    has_label = target != ignore_index
+    wrong = has_label & ((target < 0) | (target >= valid_vocab))
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise IndexError(
             f"target must be {ignore_index} (ignored) or lie in [0, {valid_vocab}), "
             f"got {int(target[row])} at row {row}"
+        )
+    if call.labelled is not None and not torch.equal(call.labelled, has_label.nonzero()[:, 0]):
+        raise ValueError(
+            f"labelled must be the numbers of the tokens whose target is not {ignore_index}, "
+            "in rising order"
         )
 
 
@@ -169,10 +186,10 @@ def _check_targets(call: HeadCall) -> None:
 @logprob.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *fields, want_grad_hidden, want_entropy = arguments
-    hidden, weight, target, *_ = fields
-    log_probs = hidden.new_empty(target.shape, dtype=reference.accumulation_dtype(hidden, weight))
-    lse = log_probs.new_empty((2, *target.shape))
-    hit = hidden.new_empty(target.shape, dtype=torch.bool)
+    call = HeadCall(*fields)
+    hidden, log_probs = call.hidden, _empty_values(call)
+    lse = log_probs.new_empty((2, *log_probs.shape))
+    hit = torch.empty_like(log_probs, dtype=torch.bool)
     entropy = torch.empty_like(log_probs) if want_entropy else hidden.new_empty(0)
     grad_hidden = hidden.new_empty(hidden.shape if want_grad_hidden else 0)
     return log_probs, lse, hit, entropy, grad_hidden
@@ -180,11 +197,17 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @quadratic.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, target, *_, want_grad_hidden = arguments
-    values = hidden.new_empty(target.shape, dtype=reference.accumulation_dtype(hidden, weight))
+    *fields, _, want_grad_hidden = arguments
+    call = HeadCall(*fields)
+    hidden, values = call.hidden, _empty_values(call)
     log_probs, dot = (values.new_empty(hidden.shape[:2]) for _ in range(2))
     lse = values.new_empty((2, *hidden.shape[:2]))
     return values, log_probs, lse, dot, hidden.new_empty(hidden.shape if want_grad_hidden else 0)
+
+
+def _empty_values(call: HeadCall) -> Tensor:
+    dtype = reference.accumulation_dtype(call.hidden, _gemm_weight(call))
+    return call.hidden.new_empty(call.target.shape, dtype=dtype)
 
 
 def _fake_gradients(grad: Tensor, *arguments: Any) -> list[Tensor]:
@@ -204,70 +227,83 @@ quadratic_backward.register_fake(_fake_gradients)
 
 def _setup_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *fields, want_grad_hidden, _ = inputs
-    hidden, weight, target, bias, *ctx.options = fields
+    tensors, ctx.options = fields[:_TENSORS], fields[_TENSORS:]
     _, lse, _, _, grad_hidden = output
     ctx.set_materialize_grads(False)
     ctx.want_grad_hidden, ctx.ignore_index = want_grad_hidden, fields[-1]
     ctx.save_for_backward(
-        *([grad_hidden, target] if want_grad_hidden else [hidden, weight, target, bias, lse])
+        *([grad_hidden, HeadCall(*fields).target] if want_grad_hidden else [*tensors, lse])
     )
 
 
 def _logprob_gradients(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Any, ...]:
     _reject_second_derivative("linear_logprob")
-    rest = [None] * (len(ctx.options) + 2)
     if grad is None:
-        return None, None, None, None, *rest
+        return _gradients(ctx, None, None, None)
     if ctx.want_grad_hidden:
         grad_hidden, target = ctx.saved_tensors
-        return _scaled(grad_hidden, grad, target != ctx.ignore_index), None, None, None, *rest
+        return _gradients(ctx, _scaled(grad_hidden, grad, target != ctx.ignore_index), None, None)
     *tensors, lse = ctx.saved_tensors
     wanted = _wanted(ctx)
     grads = torch.ops.fastperturb.linear_logprob_backward(
         grad, *tensors, *ctx.options, lse, *wanted
     )
-    hidden, weight, bias = (g if want else None for g, want in zip(grads, wanted, strict=True))
-    return hidden, weight, None, bias, *rest
+    return _gradients(ctx, *(g if want else None for g, want in zip(grads, wanted, strict=True)))
 
 
 def _setup_quadratic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *fields, row_weights, want_grad_hidden = inputs
-    hidden, weight, target, bias, *ctx.options = fields
+    tensors, ctx.options = fields[:_TENSORS], fields[_TENSORS:]
     _, _, lse, dot, grad_hidden = output
     ctx.set_materialize_grads(False)
-    ctx.ignore_index = fields[-1]
     kept = grad_hidden if want_grad_hidden else None
-    ctx.save_for_backward(hidden, weight, target, bias, row_weights, lse, dot, kept)
+    ctx.save_for_backward(*tensors, row_weights, lse, dot, kept)
 
 
 def _quadratic_gradients(
     ctx: Any, grad: Tensor | None, grad_log_probs: Tensor | None, *others: None
 ) -> tuple[Any, ...]:
     _reject_second_derivative("linear_quadratic")
-    hidden, weight, target, bias, row_weights, lse, dot, grad_hidden = ctx.saved_tensors
-    wanted = _wanted(ctx)
+    *tensors, row_weights, lse, dot, grad_hidden = ctx.saved_tensors
+    call, wanted = HeadCall(*tensors, *ctx.options), _wanted(ctx)
     terms = []
     if grad is not None and grad_hidden is not None:
-        terms.append([_scaled(grad_hidden, grad, target != ctx.ignore_index), None, None])
+        labelled = call.target != call.ignore_index
+        terms.append([_scaled(grad_hidden, grad, labelled), None, None])
     elif grad is not None:
-        call = hidden, weight, target, bias, *ctx.options
         terms.append(
             torch.ops.fastperturb.linear_quadratic_backward(
                 grad, *call, row_weights, lse, dot, *wanted
             )
         )
     if grad_log_probs is not None:
-        call = hidden.flatten(0, 1), weight, target.repeat(len(hidden)), bias, *ctx.options
+        rows = _as_rows(call)
         grads = torch.ops.fastperturb.linear_logprob_backward(
-            grad_log_probs.flatten(), *call, lse.flatten(1), *wanted
+            grad_log_probs.flatten(), *rows, lse.flatten(1), *wanted
         )
-        terms.append([grads[0].view(hidden.shape), *grads[1:]])
+        terms.append([grads[0].view(call.hidden.shape), *grads[1:]])
     grads = [
         sum(parts) if want and parts else None
         for want, parts in zip(wanted, zip(*terms, strict=True), strict=False)
     ]
-    hidden, weight, bias = grads or [None] * 3
-    return hidden, weight, None, bias, *[None] * (len(ctx.options) + 2)
+    return _gradients(ctx, *(grads or [None] * 3))
+
+
+def _gradients(
+    ctx: Any, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return a gradient, or None, for each argument of the op."""
+    return hidden, weight, None, bias, *[None] * (len(ctx.needs_input_grad) - 4)
+
+
+def _as_rows(call: HeadCall) -> HeadCall:
+    """Return linear_logprob's call on all samples [M, N] of linear_quadratic's as rows [M N]."""
+    M, N, _ = call.hidden.shape
+    labelled = call.labelled
+    if labelled is not None:
+        labelled = (labelled + N * torch.arange(M, device=labelled.device)[:, None]).flatten()
+    hidden, target = call.hidden.flatten(0, 1), call.target.repeat(M)
+    return call._replace(hidden=hidden, target=target, labelled=labelled)
 
 
 def _wanted(ctx: Any) -> Wanted:

@@ -19,6 +19,7 @@ from fastperturb.kernels import head_rows, launch
 from fastperturb.ops import head_blocks, reference
 from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 from fastperturb.ops.head_blocks import Head, Wanted
+from fastperturb.ops.head_labels import Labels
 from fastperturb.ops.torch import rows as torch_rows
 
 OUT = {"in place": None, "fp32": torch.float32, "16-bit": HALF}
@@ -342,26 +343,27 @@ class HeadInputs(NamedTuple):
 def head_of(
     row_passes, inputs, *, softcap=None, logit_scale=1.0, valid_vocab=260, ignore_index=-100
 ):
-    return Head(
-        row_passes, inputs.weight, inputs.bias, logit_scale, softcap, valid_vocab, ignore_index
-    )
+    """A head, and the labels."""
+    options = logit_scale, softcap, valid_vocab, inputs.weight.dtype
+    head = Head(row_passes, inputs.weight, inputs.bias, *options)
+    return head, Labels.of(inputs.target, ignore_index, None)
 
 
 def by_the_head(row_passes, inputs, options):
     """Values, grad_hidden of the frozen head times the upstream gradient, and all gradients."""
-    hidden, target, upstream = inputs.hidden, inputs.target, inputs.upstream
-    head, wanted = head_of(row_passes, inputs, **options), Wanted(True, True, True)
+    hidden, upstream, wanted = inputs.hidden, inputs.upstream, Wanted(True, True, True)
+    head, labels = head_of(row_passes, inputs, **options)
     if hidden.ndim == 2:
         result = head_blocks.linear_logprob(
-            head, hidden, target, want_grad_hidden=True, want_entropy=False
+            head, hidden, labels, want_grad_hidden=True, want_entropy=False
         )
-        saved = hidden, target, result.lse
+        saved = hidden, labels, result.lse
         grads = head_blocks.linear_logprob_backward(head, upstream, *saved, wanted)
         return [result.log_probs, result.grad_hidden * upstream[:, None], *grads]
     result = head_blocks.linear_quadratic(
-        head, hidden, target, inputs.row_weights, want_grad_hidden=True
+        head, hidden, labels, inputs.row_weights, want_grad_hidden=True
     )
-    saved = hidden, target, inputs.row_weights, result.lse, result.dot
+    saved = hidden, labels, inputs.row_weights, result.lse, result.dot
     grads = head_blocks.linear_quadratic_backward(head, upstream, *saved, wanted)
     return [result.values, result.grad_hidden * upstream[:, None], *grads]
 

@@ -7,6 +7,8 @@ from batches import batch
 from tiny import llama, perturbed
 from torch.nn import functional as F
 
+from fastperturb.engine.host_copy import HostCopy
+
 
 def test_packed_document_has_the_latents_of_its_row_id_and_positions():
     lm = perturbed(llama(), num_samples=2, plan="batched")
@@ -65,6 +67,22 @@ def test_packed_documents_agree_between_flash_attention_and_sdpa(flash_attention
     expected = lm(**packed, seed=4).log_probs
     lm.base.config._attn_implementation = "flash_attention_2"
     torch.testing.assert_close(lm(**packed, seed=4).log_probs, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_packed_documents_are_measured_once_a_batch(flash_attention, monkeypatch, chunk_size):
+    waits, read = [], HostCopy.read
+
+    def recorded(self):
+        waits.append(self)
+        return read(self)
+
+    monkeypatch.setattr(HostCopy, "read", recorded)
+    lm = perturbed(llama(), num_samples=4, plan="chunked", chunk_size=chunk_size)
+    lm.base.config._attn_implementation = "flash_attention_2"
+    ids, positions = torch.randint(97, (1, 9)), torch.tensor([[0, 0, 1, 0, 1, 2, 3, 4, 0]])
+    lm(input_ids=ids, labels=ids, position_ids=positions).loss.backward()
+    assert len(waits) == 2  # for the documents and for the labelled tokens
 
 
 def test_packed_documents_take_a_full_attention_mask_only():

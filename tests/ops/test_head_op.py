@@ -3,8 +3,11 @@
 import pytest
 import torch
 from head_cases import HEADS, D, M, N, V, head_inputs, value_and_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastperturb import ops
+from fastperturb.ops import head
 from fastperturb.ops.calls import HeadCall
 
 
@@ -43,7 +46,9 @@ def test_the_registration_passes_opcheck(kind, frozen, layout):
     hidden, weight, bias, target = head_inputs(kind, tokens=9, frozen=frozen)
     if layout == "transposed":
         hidden = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-    call = HeadCall(hidden, weight, target, bias, 0.7, 5.0, 143, -100)
+    cast = weight.detach().float() if layout == "dense" else None
+    labelled = (target != -100).nonzero()[:, 0] if layout == "dense" else None
+    call = HeadCall(hidden, weight, target, bias, cast, labelled, 0.7, 5.0, 143, -100)
     row_weights = torch.rand(M, 9, dtype=torch.float64) if layout == "dense" else None
     want_entropy = layout == "dense"
     others = (frozen, want_entropy) if kind == "logprob" else (row_weights, frozen)
@@ -79,6 +84,68 @@ def test_one_compiled_graph_takes_vocabularies_of_any_size(kind):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_cast_weight_is_multiplied_by_and_the_weight_gets_the_gradient(kind, frozen):
+    hidden, weight, bias, target = head_inputs(kind, dtype=torch.float32, frozen=frozen)
+    op, cast = getattr(ops, HEADS[kind]), weight.detach().bfloat16()
+    ours = value_and_gradients(op, hidden, weight, bias, target, cast_weight=cast)
+    rounded = cast.float().requires_grad_(not frozen)
+    plain = value_and_gradients(op, hidden, rounded, bias, target)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_labelled_changes_nothing_on_a_cpu(kind, frozen):
+    inputs = head_inputs(kind, dtype=torch.float32, frozen=frozen)
+    op, labelled = getattr(ops, HEADS[kind]), (inputs[-1] != -100).nonzero()[:, 0]
+    told = value_and_gradients(op, *inputs, labelled=labelled)
+    plain = value_and_gradients(op, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(told, plain, strict=True))
+
+
+def test_without_autocast_there_is_no_cast_weight():
+    weight = torch.randn(V, D)
+    assert head.cast_weight(weight) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.cast_weight(weight) is None
+
+
+@pytest.fixture
+def autocast_on_a_gpu():
+    """Autocast as of a GPU, whose tensors take no memory and have no values."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    with FakeTensorMode():
+        yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", torch.float16)
+
+
+@pytest.mark.usefixtures("autocast_on_a_gpu")
+def test_under_autocast_on_a_gpu_the_weight_is_cast_once_for_many_calls():
+    weight, casts = torch.randn(V, D, device="cuda"), []
+    target = torch.zeros(N, dtype=torch.int64, device="cuda")
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == weight.shape:
+                casts.append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    with Casts():
+        cast = head.cast_weight(weight)
+        assert cast.dtype == torch.bfloat16 and head.cast_weight(cast) is None
+        for _ in range(3):
+            hidden = torch.randn(N, D, device="cuda")
+            value = ops.linear_logprob(hidden, weight, target, cast_weight=cast)
+            assert value.dtype == torch.float32
+        assert casts == [torch.bfloat16]
+        with pytest.raises(ValueError, match=r"torch.bfloat16, got torch.float16"):
+            ops.linear_logprob(hidden, weight, target, cast_weight=cast.half())
+
+
 def test_a_sharded_weight_raises_with_the_remedy():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -109,6 +176,15 @@ def test_a_sharded_weight_raises_with_the_remedy():
         ({"valid_vocab": 151}, ValueError, r"valid_vocab must lie in \[1, V = 150\], got 151"),
         ({"softcap": 0.0}, ValueError, "softcap must be above 0 or None, got 0.0"),
         ({"weight": torch.zeros(V, 8, device="meta")}, ValueError, "weight must be on cpu"),
+        ({"cast_weight": torch.zeros(V, 7)}, ValueError, r"cast_weight must be weight \[150, 8\]"),
+        ({"cast_weight": torch.zeros(V, 8, dtype=torch.int8)}, ValueError, "got torch.int8"),
+        ({"labelled": torch.zeros(4)}, ValueError, r"labelled must .*float32 \[4\]"),
+        (
+            {"labelled": torch.arange(N - 1)},
+            ValueError,
+            "labelled .* in rising order",
+        ),
+        ({"labelled": torch.arange(3, device="meta")}, ValueError, "labelled must be on cpu"),
     ],
 )
 def test_bad_arguments_raise_by_name(kind, changes, error, message):

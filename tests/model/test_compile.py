@@ -1,0 +1,92 @@
+"""torch.compile of the wrapper: one graph serves all steps, whatever their seeds."""
+
+import logging
+
+import oracles
+import pytest
+import torch
+from batches import batch
+from tiny import llama, perturbed
+from torch._dynamo.utils import counters
+
+import fastperturb
+from fastperturb import EditConfig
+
+STEPS = 14
+slow = pytest.mark.slow
+pytestmark = [
+    # Warnings about the compiler's own code.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
+
+
+@pytest.fixture
+def only_once():
+    """Forget what was compiled, and raise where anything is compiled a second time."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def seeds():
+    """Return a seed for each step: numbers, tensors and none."""
+    kinds = (lambda step: 17 * step + 2**62, lambda step: torch.tensor(step - 5), lambda step: None)
+    return [kinds[step % 3](step) for step in range(STEPS)]
+
+
+def train(lm, inputs):
+    """Run steps forward and backward, the last with the seed of `oracles`; return its results."""
+    trained = [value for value in lm.parameters() if value.requires_grad]
+    for step, seed in enumerate(seeds()):
+        out = lm(**inputs, seed=seed, num_items_in_batch=20 + step)
+        torch.autograd.grad(out.loss, trained)
+    return oracles.loss_and_gradients(lm, inputs)
+
+
+def assert_compiles_once(lm, caplog):
+    inputs = batch()
+    expected, gradients = oracles.loss_and_gradients(lm, inputs)
+    lm.compile(backend="aot_eager")
+    out, ours = train(lm.train(), inputs)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    torch.testing.assert_close(out.loss, expected.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "batched",
+        "chunked",
+        pytest.param("auto", marks=slow),
+        pytest.param("resample", marks=slow),
+    ],
+)
+def test_a_compiled_wrapper_compiles_nothing_after_its_first_step(plan, only_once, caplog):
+    options = {"chunk_size": 2} if plan == "chunked" else {}
+    lm = perturbed(llama(), num_samples=4, latent_dim=4, plan=plan, **options)
+    assert_compiles_once(lm, caplog)
+    if plan == "batched":
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+@slow
+def test_compiled_edits_compile_nothing_more_while_no_sample_grows(only_once, caplog):
+    config = EditConfig(num_samples=4, rate=0.5, kinds=("replace", "swap"), plan="batched")
+    assert_compiles_once(fastperturb.edit(llama(), config), caplog)
+
+
+def test_a_wrapper_within_a_compiled_function_takes_seeds_that_are_tensors(only_once):
+    lm, inputs = perturbed(llama(), num_samples=2, latent_dim=4, plan="batched"), batch()
+
+    @torch.compile(backend="eager")
+    def loss(seed):
+        return 2 * lm(**inputs, seed=seed).loss
+
+    for seed in range(STEPS):
+        expected = 2 * lm(**inputs, seed=seed).loss
+        torch.testing.assert_close(loss(torch.tensor(seed)), expected)
