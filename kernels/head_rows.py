@@ -38,15 +38,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastperturb.kernels import head_tiles as tiles
 from fastperturb.kernels import launch
+from fastperturb.ops import gemm
 
 if TYPE_CHECKING:
-    from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+    from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax
 
 _VARYING = ["n", "start"]  # vary from batch to batch or block to block (see launch.VARYING)
 _ROW_TILE = 16384  # columns of a row that stays in registers, 16 a thread
@@ -74,10 +76,12 @@ def online_softmax_kernel(
     D,
     BV: tl.constexpr,
     BD: tl.constexpr,
+    PADDING: tl.constexpr,
+    LIFT: tl.constexpr,
 ):
     row = tl.program_id(0)
     first = row.to(tl.int64) * v
-    target = tiles.target_column(target_ptr, row, start, v)
+    target = tiles.target_column(target_ptr, row, start, v - PADDING)
     old_peak = tl.load(peak_ptr + row)
     other_sum = tl.load(other_sum_ptr + row)
     target_logit = tl.load(target_logit_ptr + row)
@@ -85,7 +89,9 @@ def online_softmax_kernel(
     # The target first, alone, and then all other entries: entropy_sum is of both.
     column = tl.maximum(target, 0)
     column_ptr = products_ptr + first + column
-    block_logit = tiles.logits(column_ptr, bias_ptr, column, target >= 0, v, scale, softcap)
+    block_logit = tiles.logits(
+        column_ptr, bias_ptr, column, target >= 0, v, scale, softcap, PADDING
+    )
     peak = tl.maximum(old_peak, block_logit)
     if entropy_sum_ptr is not None:
         entropy_sum = tl.load(entropy_sum_ptr + row)
@@ -96,7 +102,9 @@ def online_softmax_kernel(
     # disable_licm: values hoisted out of these loops would fill the registers.
     for tile in tl.range(0, num_tiles, disable_licm=True):
         b_v = tile * BV + tl.arange(0, BV)
-        b_l = tiles.other_logits(products_ptr + first, bias_ptr, b_v, target, v, scale, softcap)
+        b_l = tiles.other_logits(
+            products_ptr + first, bias_ptr, b_v, target, v, scale, softcap, PADDING
+        )
         new_peak = tl.maximum(peak, tl.max(b_l, 0))
         if entropy_sum_ptr is not None:
             entropy_sum = tiles.entropy_sum_at(entropy_sum, other_sum, target_logit, peak, new_peak)
@@ -107,8 +115,12 @@ def online_softmax_kernel(
     if weights_ptr is not None:
         for tile in tl.range(0, num_tiles, disable_licm=True):
             b_v = tile * BV + tl.arange(0, BV)
-            b_l = tiles.other_logits(products_ptr + first, bias_ptr, b_v, target, v, scale, softcap)
+            b_l = tiles.other_logits(
+                products_ptr + first, bias_ptr, b_v, target, v, scale, softcap, PADDING
+            )
             b_q = tiles.through_softcap(tl.exp(b_l - peak), b_l, softcap)
+            if LIFT != 1.0:
+                b_q *= LIFT
             tl.store(weights_ptr + first + b_v, b_q, mask=b_v < v)
     if total_ptr is not None:
         tiles.rescale_row(total_ptr + row.to(tl.int64) * D, old_peak, peak, D, BD)
@@ -118,6 +130,58 @@ def online_softmax_kernel(
     tl.store(target_logit_ptr + row, target_logit)
     if entropy_sum_ptr is not None:
         tl.store(entropy_sum_ptr + row, entropy_sum)
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "lse_stride", "last_entry"])
+def finish_logprob_kernel(
+    target_ptr,  # [n]
+    peak_ptr,  # [n]; so are the next three
+    other_sum_ptr,
+    target_logit_ptr,
+    entropy_sum_ptr,  # or None
+    weight_ptr,  # [V, D]
+    total_ptr,  # [n, D] or None
+    log_probs_ptr,  # [n]
+    lse_ptr,  # [n], and the rounding errors lse_stride further
+    hit_ptr,  # [n]
+    entropy_ptr,  # [n] or None
+    grad_hidden_ptr,  # [n, D] or None
+    lse_stride,
+    weight_stride_v,
+    weight_stride_d,
+    last_entry,
+    scale,
+    softcap,
+    lift,
+    D,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0)
+    peak = tl.load(peak_ptr + row)
+    other_sum = tl.load(other_sum_ptr + row)
+    target_logit = tl.load(target_logit_ptr + row)
+    sums = other_sum + tl.exp(target_logit - peak)
+    log_sums = tl.log(sums)
+    log_prob = target_logit - peak - log_sums
+    lse = peak + log_sums
+    tl.store(log_probs_ptr + row, tl.where(log_prob > 0, 0.0, log_prob))  # NaN stays
+    tl.store(lse_ptr + row, lse)
+    tl.store(lse_ptr + lse_stride + row, peak - lse + log_sums)
+    tl.store(hit_ptr + row, (target_logit >= peak).to(tl.uint8))
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, log_sums - tl.load(entropy_sum_ptr + row) / sums)
+    if grad_hidden_ptr is not None:
+        share = other_sum / sums  # 1 - p_y
+        share = tiles.through_softcap(share, target_logit, softcap)
+        target = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), last_entry)
+        first = row.to(tl.int64) * D
+        for column in range(0, D, BD):
+            b_d = column + tl.arange(0, BD)
+            b_weight_ptr = weight_ptr + target * weight_stride_v + b_d * weight_stride_d
+            b_weight = tl.load(b_weight_ptr, mask=b_d < D, other=0.0).to(tl.float32)
+            b_total = tl.load(total_ptr + first + b_d, mask=b_d < D, other=0.0)
+            b_grad = (b_weight * share - b_total / (lift * sums)) * scale
+            tl.store(grad_hidden_ptr + first + b_d, b_grad, mask=b_d < D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -133,6 +197,7 @@ def grad_logits_kernel(
     softcap,
     v,
     BV: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
     row = tl.program_id(0) // num_tiles
@@ -142,9 +207,9 @@ def grad_logits_kernel(
     rounding = tl.load(lse_ptr + tl.num_programs(0) // num_tiles + row)
     upstream = tl.load(upstream_ptr + row)
     b_live = b_v < tl.where(upstream != 0, v, 0)
-    b_l = tiles.logits(products_ptr + b_offset, bias_ptr, b_v, b_live, v, scale, softcap)
+    b_l = tiles.logits(products_ptr + b_offset, bias_ptr, b_v, b_live, v, scale, softcap, PADDING)
     b_grad = -tl.exp(b_l - lse - rounding)
-    target = tiles.target_column(target_ptr, row, start, v)
+    target = tiles.target_column(target_ptr, row, start, v - PADDING)
     b_grad = tl.where(b_v == target, b_grad + 1.0, b_grad)
     b_grad = tiles.through_softcap(b_grad * (scale * upstream), b_l, softcap)
     tl.store(out_ptr + b_offset, b_grad, mask=b_v < v)
@@ -164,6 +229,7 @@ def quadratic_dot_kernel(
     M: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
     token = tl.program_id(0) // num_tiles
@@ -183,6 +249,7 @@ def quadratic_dot_kernel(
         softcap,
         M,
         BM,
+        PADDING,
     )
     b_sum = tl.sum(b_p * b_others, 1, keep_dims=True)
     b_ptr = partial_ptr + tile.to(tl.int64) * M * n + b_row
@@ -207,6 +274,7 @@ def quadratic_grad_logits_kernel(
     M: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
     token = tl.program_id(0) // num_tiles
@@ -227,10 +295,11 @@ def quadratic_grad_logits_kernel(
         softcap,
         M,
         BM,
+        PADDING,
     )
     b_is_sample = tl.arange(0, BM)[:, None] < M
     b_g = b_others * (b_r * (-2.0 / (M * (M - 1))))
-    target = tiles.target_column(target_ptr, token, start, v)
+    target = tiles.target_column(target_ptr, token, start, v - PADDING)
     b_g = tl.where(b_v == target, b_g + b_r * (2.0 / M), b_g)
     b_grad = b_p * (b_g - tl.load(dot_ptr + b_row, mask=b_is_sample, other=0.0))
     b_grad = tiles.through_softcap(b_grad * (scale * upstream), b_l, softcap)
@@ -269,8 +338,50 @@ def online_softmax(
             "D": D,
             "BV": BV,
             "BD": launch.block(D, 128 * num_warps),
+            "LIFT": 1.0 if weights is None else gemm.lift(weights.dtype),
         },
         num_warps=num_warps,
+    )
+
+
+def finish_logprob(
+    options: LogitOptions,  # of the whole vocabulary
+    target: Tensor,  # [n]
+    running: RunningSoftmax,
+    weight: Tensor,  # [V, D]
+    total: Tensor | None,  # [n, D]
+    lift: float,
+    results: LogProbs,
+) -> None:
+    D = weight.shape[1]
+    BD = launch.block(D, 2048)
+    launch.start(
+        finish_logprob_kernel,
+        (len(target),),
+        {
+            "target_ptr": target,
+            "peak_ptr": running.peak,
+            "other_sum_ptr": running.other_sum,
+            "target_logit_ptr": running.target_logit,
+            "entropy_sum_ptr": running.entropy_sum,
+            "weight_ptr": weight,
+            "total_ptr": total,
+            "log_probs_ptr": results.log_probs,
+            "lse_ptr": results.lse,
+            "hit_ptr": results.hit.view(torch.uint8),
+            "entropy_ptr": results.entropy,
+            "grad_hidden_ptr": results.grad_hidden,
+            "lse_stride": results.lse.stride(0),
+            "weight_stride_v": weight.stride(0),
+            "weight_stride_d": weight.stride(1),
+            "last_entry": len(weight) - options.padding - 1,
+            "scale": options.scale,
+            "softcap": options.softcap,
+            "lift": lift,
+            "D": D,
+            "BD": BD,
+        },
+        num_warps=launch.warps(BD, per_thread=8),
     )
 
 
@@ -369,6 +480,7 @@ def _logits_arguments(products: Tensor, options: LogitOptions) -> dict[str, Any]
         "scale": options.scale,
         "softcap": options.softcap,
         "v": products.shape[-1],
+        "PADDING": options.padding,
     }
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperturb.ops import dispatch, head_blocks, reference
+from fastperturb.ops import dispatch, head_blocks, head_gradients, reference
 from fastperturb.ops.calls import HeadCall, schema
-from fastperturb.ops.head_blocks import Head, Wanted
+from fastperturb.ops.head_blocks import Head
+from fastperturb.ops.head_geometry import Geometry
+from fastperturb.ops.head_gradients import Wanted
 from fastperturb.ops.head_labels import Labels
 
 _CALL = schema(HeadCall)
@@ -80,7 +82,7 @@ def logprob_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     call, wanted = HeadCall(*fields), Wanted(want_hidden, want_weight, want_bias)
     head = _head("linear_logprob", call)
     with dispatch.full_precision(grad.device):
-        grads = head_blocks.linear_logprob_backward(
+        grads = head_gradients.linear_logprob_backward(
             head, grad, call.hidden, _labels(call), lse, wanted
         )
     return _like_inputs(grads, call)
@@ -115,7 +117,7 @@ def quadratic_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     call, wanted = HeadCall(*fields), Wanted(want_hidden, want_weight, want_bias)
     head = _head("linear_quadratic", call)
     with dispatch.full_precision(grad.device):
-        grads = head_blocks.linear_quadratic_backward(
+        grads = head_gradients.linear_quadratic_backward(
             head, grad, call.hidden, _labels(call), row_weights, lse, dot, wanted
         )
     return _like_inputs(grads, call)
@@ -134,6 +136,7 @@ def _head(op: str, call: HeadCall) -> Head:
         call.softcap,
         call.valid_vocab,
         grad_dtype=call.weight.dtype,
+        geometry=Geometry.of(weight.device, weight.shape[1]),
     )
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fastperturb.kernels import head_rows
-from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+from fastperturb.ops import gemm
+from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax
 
 KERNELS = {
     "online_softmax_kernel",
+    "finish_logprob_kernel",
     "grad_logits_kernel",
     "quadratic_dot_kernel",
     "quadratic_grad_logits_kernel",
@@ -34,6 +36,7 @@ def test_real_blocks_are_read_once_16_bytes_at_a_time_without_a_spill():
     for row in rows:
         loads, stores = {
             "online_softmax_kernel": (4 + 1, 2 + 1),  # a row's 16 a thread, and total's 4
+            "finish_logprob_kernel": (3, 1),  # 8 elements a thread: 16 of total's, 8 of W_y
             "grad_logits_kernel": (4, 2),
             "quadratic_dot_kernel": (8, 0),  # 32 elements a thread, and sums that are narrow
             "quadratic_grad_logits_kernel": (8, 4),
@@ -60,8 +63,8 @@ def test_fp32_and_odd_widths_spill_at_most_a_few_scalars(options):
     check(compiled("--cc", "80", "90", "100", "--heads", "plain", "everything", *options), stack=32)
 
 
-def launches(dtype, v, samples, everything, cc):
-    """The launches of the four passes over a block of v columns."""
+def launches(dtype, v, samples, everything, padding, cc):
+    """The launches of the passes over a block of v columns, and of finishing its rows."""
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -69,15 +72,19 @@ def launches(dtype, v, samples, everything, cc):
     def out_of(products):  # a pass writes fp32 over the products
         return products if dtype == torch.float32 else empty(*products.shape, dtype=dtype)
 
-    n, tokens, D = 2048, 40, 4096
+    n, tokens, D, V = 2048, 40, 4096, 128256
     bias, softcap = (empty(v), 30.0) if everything else (None, None)
-    options = LogitOptions(v, bias, 1.0, softcap)
+    options = LogitOptions(v, bias, 1.0, softcap, padding)
     target, row = empty(n, dtype=torch.int64), empty(n)
     running = RunningSoftmax(row, row, row, row if everything else None)
     products, sample_products = empty(n, v), empty(samples, tokens, v)
     sample_row = empty(samples, tokens)
     with ahead_of_time.recorded(cc) as recorded:
         head_rows.online_softmax(products, options, target, running, out_of(products), empty(n, D))
+        weight, lift = empty(V, D, dtype=dtype), gemm.lift(dtype)
+        hidden = empty(n, D, dtype=dtype)
+        results = LogProbs.empty(hidden, torch.float32, entropy=everything, grad_hidden=True)
+        head_rows.finish_logprob(options, target, running, weight, empty(n, D), lift, results)
         head_rows.grad_logits(products, options, target, row, row, out_of(products))
         head_rows.quadratic_dot(sample_products, options, sample_row, sample_row, sample_row)
         head_rows.quadratic_grad_logits(
@@ -100,11 +107,13 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--columns", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--padding", type=int, default=0)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     for head, cc in itertools.product(options.heads, options.cc):
-        for launched in launches(dtype, options.columns, options.samples, head == "everything", cc):
-            tile = [launched.arguments.get("BM", 1), launched.arguments["BV"]]
+        sizes = options.columns, options.samples, head == "everything", options.padding
+        for launched in launches(dtype, *sizes, cc):
+            tile = [launched.arguments.get(name, 1) for name in ("BM", "BV")]
             ahead_of_time.print_resources(launched, cc, head=head, tile=tile)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from head_cases import HEADS, D, M, N, V, budget, head_inputs, value_and_gradients
+from head_cases import HEADS, D, M, N, V, budget, head_inputs, small_geometry, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastperturb import ops
-from fastperturb.ops import head_blocks, reference
+from fastperturb.ops import head_blocks, head_gradients, reference
 from fastperturb.ops.head_labels import Labels
 from fastperturb.ops.torch import rows as torch_rows
 
@@ -320,19 +320,26 @@ def test_no_tensor_is_larger_than_the_weight_and_a_frozen_head_makes_none_of_its
     shape = (tokens, dim) if kind == "logprob" else (samples, tokens, dim)
     hidden, weight = torch.randn(shape), torch.randn(vocab, dim)
     target = torch.randint(vocab, (tokens,))
-    head = head_blocks.Head(torch_rows, weight, None, 1.0, None, vocab, weight.dtype)
+    geometry = small_geometry(16, 128, held_bytes=4 * vocab * samples)
+    head = head_blocks.Head(torch_rows, weight, None, 1.0, None, vocab, weight.dtype, geometry)
     labels = Labels.of(target, -100, None)
     run = getattr(head_blocks, HEADS[kind])
     rows = (None,) if kind == "quadratic" else ()
     metrics = {"want_entropy": True} if kind == "logprob" else {}
-    with budget(16, 128), Largest() as largest:
-        head_blocks.HELD_BYTES["cpu"] = 4 * vocab * samples
+    with Largest() as largest:
         result = run(head, hidden, labels, *rows, want_grad_hidden=frozen, **metrics)
         assert largest.elements < vocab * dim
         if not frozen:
             saved = (result.lse,) if kind == "logprob" else (*rows, result.lse, result.dot)
-            backward = getattr(head_blocks, HEADS[kind] + "_backward")
-            backward(head, torch.randn(tokens), hidden, labels, *saved, (True, True, True))
+            backward = getattr(head_gradients, HEADS[kind] + "_backward")
+            backward(
+                head,
+                torch.randn(tokens),
+                hidden,
+                labels,
+                *saved,
+                head_gradients.Wanted(True, True, True),
+            )
             assert largest.elements == vocab * dim
 
 
