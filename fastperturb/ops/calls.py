@@ -102,6 +102,8 @@ class LogProbs(NamedTuple):
 
     def rows(self, part: slice) -> LogProbs:
         """Return views of some rows."""
+        if part == slice(0, self.hit.shape[0]):
+            return self
         log_probs, lse, hit, *others = self
         entropy, grad_hidden = (None if value is None else value[part] for value in others)
         return LogProbs(log_probs[part], lse[:, part], hit[part], entropy, grad_hidden)
@@ -124,6 +126,8 @@ class RunningSoftmax(NamedTuple):
 
     def rows(self, part: slice) -> RunningSoftmax:
         """Return views of some rows."""
+        if part == slice(0, self.peak.shape[0]):
+            return self
         return RunningSoftmax(*(None if value is None else value[part] for value in self))  # type: ignore[arg-type]
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ class Head:
     @property
     def options(self) -> LogitOptions:
         """The options of the whole vocabulary."""
-        padding = len(self.weight) - self.valid_vocab
+        padding = self.weight.shape[0] - self.valid_vocab
         return LogitOptions(0, self.bias, self.logit_scale, self.softcap, padding)
 
     def blocks(self, rows: int) -> list[Block]:
@@ -110,12 +110,9 @@ class Block:
 
     @property
     def options(self) -> LogitOptions:
-        bias = self.head.bias
-        return self.head.options._replace(
-            start=self.entries.start,
-            bias=None if bias is None else bias[self.entries],
-            padding=self.padding,
-        )
+        head, start = self.head, self.entries.start
+        bias = None if head.bias is None else head.bias[self.entries]
+        return LogitOptions(start, bias, head.logit_scale, head.softcap, self.padding)
 
     def unpadded(self, values: Tensor) -> Tensor:
         """Return the values [width, ...] of the entries."""

@@ -77,7 +77,7 @@ def finish_logprob(
         share = running.other_sum / sums  # 1 - p_y
         if options.softcap is not None:
             share = share * (1 - (running.target_logit / options.softcap).square())
-        at_target = weight[target.clamp(0, len(weight) - options.padding - 1)].to(total.dtype)
+        at_target = weight[target.clamp(0, weight.shape[0] - options.padding - 1)].to(total.dtype)
         grad_hidden = (at_target * share[:, None]).sub_(total.div_((lift * sums)[:, None]))
         results.grad_hidden.copy_(grad_hidden.mul_(options.scale))
     if results.entropy is not None and running.entropy_sum is not None:
