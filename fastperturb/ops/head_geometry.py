@@ -83,12 +83,15 @@ class Geometry:
 
     def gathered_entries(self, rows: int) -> int:
         """Return the width of a block of which 16 bits are kept for so many rows."""
-        return min(self.most_entries, max(64, self.block_bytes // max(1, rows)))
+        return self._entries(self.block_bytes // max(1, rows))
 
     def entry_parts(self, rows: int, vocab: int) -> list[slice]:
         """Cut the vocabulary into blocks whose products for so many rows keep to the budget."""
-        entries = min(self.most_entries, self.block_bytes // (4 * max(1, rows)))
+        entries = self._entries(self.block_bytes // (4 * max(1, rows)))
         return even_parts(vocab, entries, multiple=64)
+
+    def _entries(self, most: int) -> int:
+        return min(self.most_entries, max(self.padding, most // self.padding * self.padding))
 
     def padded(self, entries: int) -> int:
         return -(-entries // self.padding) * self.padding

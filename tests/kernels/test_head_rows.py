@@ -1,5 +1,6 @@
 """The Triton row passes, and the heads on top of them, judged by the error of torch in fp32."""
 
+import contextlib
 import dataclasses
 from typing import NamedTuple
 
@@ -423,7 +424,8 @@ def test_the_heads_are_as_close_to_the_oracle_as_torchs(lead, options, geometry)
     inputs = head_inputs(lead, options)
     naive = converted(inputs, torch.float32, "cpu")
     naive = by_the_head(torch_rows, naive, GEOMETRIES["one block"], options)
-    with nan_in_new_memory():
+    # cuBLAS raises there without an environment variable: test_heads_on_a_gpu has it.
+    with nan_in_new_memory() if INTERPRETED else contextlib.nullcontext():
         ours = converted(inputs, torch.float32, DEVICE)
         ours = by_the_head(head_rows, ours, GEOMETRIES[geometry], options)
     assert_all_as_good(converted(ours, None, "cpu"), by_the_oracle(inputs, options), naive)
