@@ -45,6 +45,6 @@ def value_and_gradients(op, hidden, weight, bias, target, **options):
         target = target.where(target != -100, options["ignore_index"])
     value = op(hidden, weight, target, bias=bias, **options)
     torch.manual_seed(1)
-    upstream = torch.randn(value.shape, dtype=torch.float64).to(value.dtype)
+    upstream = torch.randn(value.shape, dtype=torch.float64).to(value)
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None and leaf.requires_grad]
     return [value, *torch.autograd.grad(value, leaves, upstream)]

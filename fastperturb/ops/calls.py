@@ -76,6 +76,16 @@ class LogitOptions(NamedTuple):
     padding: int = 0  # columns at the block's end that are no entries
 
 
+def empty_grad_hidden(hidden: Tensor) -> Tensor:
+    """Return memory for a gradient without its upstream factor.
+
+    It is in hidden's dtype, but in fp32 for fp16, which would flush to 0 what the factor of a
+    scaled loss makes large again.
+    """
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return hidden.new_empty(hidden.shape, dtype=dtype)
+
+
 class LogProbs(NamedTuple):
     """The results of one pass over the vocabulary, row by row; 0 (False) where ignored."""
 
@@ -97,7 +107,7 @@ class LogProbs(NamedTuple):
             lse,
             hit,
             torch.empty_like(log_probs) if entropy else None,
-            hidden.new_empty(hidden.shape) if grad_hidden else None,
+            empty_grad_hidden(hidden) if grad_hidden else None,
         )
 
     def rows(self, part: slice) -> LogProbs:

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastperturb.ops import gemm, reference
-from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax
+from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax, empty_grad_hidden
 from fastperturb.ops.head_geometry import Geometry, even_parts
 from fastperturb.ops.head_labels import Labels
 
@@ -220,7 +220,7 @@ def linear_quadratic(
     lse = inputs.new_empty((2, *inputs.shape[:2]), dtype=gemm.result_dtype(head.dtype(hidden)))
     log_probs, dot = torch.empty_like(lse[0]), torch.empty_like(lse[0])
     values = torch.empty_like(lse[0, 0])
-    grad_hidden = inputs.new_empty(inputs.shape) if want_grad_hidden else None
+    grad_hidden = empty_grad_hidden(inputs) if want_grad_hidden else None
     r = labels.row_weights(row_weights, lse[0])
     memory = Memory(head)
     for part in head.geometry.held_parts(len(inputs), len(target), head.valid_vocab):
@@ -282,7 +282,7 @@ def _quadratic_tokens(
         head.row_passes.quadratic_grad_logits(products, block.options, target, *statistics, out)
         total = gemm.add_product(total, out.flatten(0, 1), block.weight(dtype))
     assert total is not None  # there is a block
-    grad_hidden = gemm.lowered(total, lift).view(*shape, -1).to(hidden.dtype)
+    grad_hidden = gemm.lowered(total, lift).view(*shape, -1)
     return Quadratic(values, log_probs, lse, dot, grad_hidden)
 
 

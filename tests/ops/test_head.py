@@ -265,6 +265,22 @@ def test_vocabulary_entries_with_logits_of_minus_infinity_have_no_probability(ki
         assert (impossible == -torch.inf).all()
 
 
+@pytest.mark.usefixtures("implementation")
+def test_a_scaled_loss_brings_back_fp16_gradients_of_labels_that_are_nearly_certain():
+    hidden, weight, bias, _ = head_inputs("logprob", dtype=torch.float16, frozen=True)
+    target = reference.logits(hidden, weight, bias=bias).argmax(-1)
+    exact = hidden.detach().double().requires_grad_()
+    options = {"bias": bias.double(), "logit_scale": 20.0}
+    oracle = reference.linear_logprob(exact, weight.double(), target, **options)
+    (unscaled,) = torch.autograd.grad(oracle.sum(), exact)
+    below = (unscaled.half() == 0) & (unscaled.abs() > 1e-11)
+    assert below.sum() > 10
+    value = ops.linear_logprob(hidden, weight, target, bias=bias, logit_scale=20.0)
+    (ours,) = torch.autograd.grad(value, hidden, torch.full_like(value, 2.0**20))
+    right = (2.0**20 * unscaled)[below]
+    torch.testing.assert_close(ours[below].double(), right, rtol=5e-3, atol=1e-6)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 300), st.booleans(), st.sampled_from(list(HEADS)))
 def test_block_sizes_change_nothing_beyond_rounding(rows, entries, frozen, kind):
