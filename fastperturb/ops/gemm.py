@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -59,14 +59,17 @@ def lift(dtype: torch.dtype) -> float:
     return _FP16_SIZE if dtype == torch.float16 else 1.0
 
 
-def lift_to(dtype: torch.dtype, bounds: Tensor) -> Tensor | None:
-    """Return the power of two, [], that operands of up to `bounds` take in this dtype.
+def lift_to(dtype: torch.dtype, bounds: Callable[[], Tensor]) -> Tensor | None:
+    """Return the power of two, [], that operands of up to bounds() take in this dtype.
 
     None but for fp16. Bounds that are not finite do not count. Nothing waits for the device.
     """
-    if dtype != torch.float16 or not bounds.numel():
+    if dtype != torch.float16:
         return None
-    largest = bounds.abs().nan_to_num(nan=0.0, posinf=0.0).amax().clamp_min(2.0**-80)
+    values = bounds()
+    if not values.numel():
+        return None
+    largest = values.abs().nan_to_num(nan=0.0, posinf=0.0).amax().clamp_min(2.0**-80)
     mantissa, _ = torch.frexp(largest)
     return _FP16_SIZE * (mantissa / largest)
 

@@ -80,17 +80,9 @@ class Head:
         padding = self.weight.shape[0] - self.valid_vocab
         return LogitOptions(0, self.bias, self.logit_scale, self.softcap, padding)
 
-    def blocks(self, rows: int) -> list[Block]:
-        """Cut the vocabulary into blocks whose logits for so many rows keep to the budget."""
-        return self._blocks(self.geometry.entry_parts(rows, self.valid_vocab))
-
-    def gathered_blocks(self, rows: int) -> list[Block]:
-        """Cut it into blocks of which the gradients of so many rows' logits are kept at once."""
-        entries = self.geometry.gathered_entries(rows)
-        return self._blocks(even_parts(self.valid_vocab, entries, multiple=64))
-
-    def _blocks(self, parts: list[slice]) -> list[Block]:
-        return [Block(self, part) for part in parts]
+    def blocks(self, entries: int) -> list[Block]:
+        """Cut the vocabulary into even blocks of about so many entries at most."""
+        return [Block(self, part) for part in even_parts(self.valid_vocab, entries, multiple=64)]
 
 
 @dataclass(frozen=True)
@@ -197,7 +189,7 @@ def _logprob_rows(
     """Run `linear_logprob` on few enough rows for one block of logits."""
     dtype = head.dtype(hidden)
     h, total = hidden.to(dtype), None
-    for block in head.blocks(len(h)):
+    for block in head.blocks(head.geometry.entries(len(h))):
         weight = block.weight(dtype)
         products = memory.product(h, weight)
         weights = None if results.grad_hidden is None else memory.for_gemm(products, dtype)
@@ -259,7 +251,7 @@ def _quadratic_tokens(
     M, h = shape[0], hidden.to(dtype).flatten(0, 1)
     running = RunningSoftmax.start(len(h), h.new_empty(0, dtype=gemm.result_dtype(dtype)))
     row_target = target.repeat(M)
-    blocks, held = head.blocks(len(h)), []
+    blocks, held = head.blocks(head.geometry.held_entries(len(h))), []
     for slot, block in enumerate(blocks):
         products = memory.product(h, block.weight(dtype), slot)
         head.row_passes.online_softmax(products, block.options, row_target, running, None, None)
@@ -274,7 +266,7 @@ def _quadratic_tokens(
     values = (r * (at_target - 1 / (M * (M - 1)) * dot_others)).sum(0)
     if not want_grad_hidden:
         return Quadratic(values, log_probs, lse, dot, None)
-    lift = gemm.lift_to(dtype, quadratic_bounds(r) * head.logit_scale)
+    lift = gemm.lift_to(dtype, lambda: quadratic_bounds(r) * head.logit_scale)
     upstream = torch.ones_like(values) if lift is None else lift.expand(len(target)).contiguous()
     total, statistics = None, (lse, r, dot, upstream)
     for block, products in zip(blocks, held, strict=True):

@@ -31,7 +31,7 @@ class Geometry:
 
     block_bytes: int  # of a block's products, in fp32
     most_rows: int  # of a block
-    most_entries: int  # of a block
+    most_entries: int  # of a block whose rows stay in registers; held blocks are read in tiles
     held_bytes: int  # of the products that the quadratic estimator holds: all M samples and entries
     gathered_rows: int  # most rows whose gradients of logits are kept for one product; 0: no such
     padding: int  # blocks are padded to multiples of so many entries
@@ -83,15 +83,17 @@ class Geometry:
 
     def gathered_entries(self, rows: int) -> int:
         """Return the width of a block of which 16 bits are kept for so many rows."""
-        return self._entries(self.block_bytes // max(1, rows))
+        return min(self.most_entries, self._padded_down(self.block_bytes // max(1, rows)))
 
-    def entry_parts(self, rows: int, vocab: int) -> list[slice]:
-        """Cut the vocabulary into blocks whose products for so many rows keep to the budget."""
-        entries = self._entries(self.block_bytes // (4 * max(1, rows)))
-        return even_parts(vocab, entries, multiple=64)
+    def entries(self, rows: int) -> int:
+        """Return the width of a block whose products for so many rows keep to the budget."""
+        return min(self.most_entries, self.held_entries(rows))
 
-    def _entries(self, most: int) -> int:
-        return min(self.most_entries, max(self.padding, most // self.padding * self.padding))
+    def held_entries(self, rows: int) -> int:
+        return self._padded_down(self.block_bytes // (4 * max(1, rows)))
+
+    def _padded_down(self, entries: int) -> int:
+        return max(self.padding, entries // self.padding * self.padding)
 
     def padded(self, entries: int) -> int:
         return -(-entries // self.padding) * self.padding

@@ -12,6 +12,7 @@ The products are divided by it, in fp32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,12 +54,12 @@ def linear_logprob_backward(
     inputs, upstream = labels.select(hidden, dim=0), labels.select(grad.to(lse), dim=0)
     lse = labels.select(lse, dim=1)
     upstream, lse = labels.mask_gradient(upstream, lse, head.valid_vocab)
-    lift = gemm.lift_to(head.dtype(hidden), upstream * head.logit_scale)
-    upstream = upstream if lift is None else upstream * lift
+    lift = gemm.lift_to(head.dtype(hidden), lambda: upstream * head.logit_scale)
+    lifted = upstream if lift is None else upstream * lift
+    rows_of = _cut_once(labels.target, lse, lifted)
 
     def grad_logits(products: Tensor, options: LogitOptions, part: slice, out: Tensor) -> None:
-        statistics = lse[:, part].contiguous(), upstream[part]
-        head.row_passes.grad_logits(products, options, labels.target[part], *statistics, out)
+        head.row_passes.grad_logits(products, options, *rows_of(part.start, part.stop), out)
 
     grads = _gradients(head, inputs, grad_logits, lift, wanted)
     return _scattered(grads, labels, dim=0)
@@ -78,17 +79,29 @@ def linear_quadratic_backward(
     inputs, dot = labels.select(hidden, dim=1), labels.select(dot, dim=1)
     upstream, lse = labels.select(grad.to(lse), dim=0), labels.select(lse, dim=2)
     upstream, lse = labels.mask_gradient(upstream, lse, head.valid_vocab)
-    lift = gemm.lift_to(head.dtype(hidden), upstream * quadratic_bounds(r) * head.logit_scale)
-    upstream = upstream if lift is None else upstream * lift
+    lift = gemm.lift_to(
+        head.dtype(hidden), lambda: upstream * quadratic_bounds(r) * head.logit_scale
+    )
+    lifted = upstream if lift is None else upstream * lift
+    rows_of = _cut_once(labels.target, lse, r, dot, lifted)
 
     def grad_logits(products: Tensor, options: LogitOptions, part: slice, out: Tensor) -> None:
         shape = len(inputs), part.stop - part.start, products.shape[-1]
-        statistics = (value[..., part].contiguous() for value in (lse, r, dot))
-        rows = labels.target[part], *statistics, upstream[part]
+        rows = rows_of(part.start, part.stop)
         head.row_passes.quadratic_grad_logits(products.view(shape), options, *rows, out.view(shape))
 
     grads = _gradients(head, inputs, grad_logits, lift, wanted)
     return _scattered(grads, labels, dim=1)
+
+
+def _cut_once(*values: Tensor) -> Callable[[int, int], list[Tensor]]:
+    """Return a function that gives the values [.., N] of tokens from start to stop, contiguous."""
+
+    @functools.cache
+    def rows_of(start: int, stop: int) -> list[Tensor]:
+        return [value[..., start:stop].contiguous() for value in values]
+
+    return rows_of
 
 
 def _gradients(
@@ -135,12 +148,14 @@ def _cut(head: Head, inputs: Tensor) -> tuple[list[list[slice]], list[Block]]:
     samples = len(inputs) if inputs.ndim == 3 else 1
     if head.dtype(inputs).itemsize == 2:
         groups = geometry.groups(samples, tokens)
-        return groups, head.gathered_blocks(samples * max(map(_tokens, groups), default=0))
+        rows = samples * max(map(_tokens, groups), default=0)
+        return groups, head.blocks(geometry.gathered_entries(rows))
     parts = (
         geometry.token_parts(samples, tokens) if inputs.ndim == 3 else geometry.row_parts(tokens)
     )
     groups = [[part] for part in parts]
-    return groups, head.blocks(samples * max(map(_tokens, groups), default=0))
+    rows = samples * max(map(_tokens, groups), default=0)
+    return groups, head.blocks(geometry.entries(rows))
 
 
 def _tokens(group: list[slice]) -> int:
