@@ -17,6 +17,7 @@ from kernel_oracle import (
     skip_without_memory,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastperturb.kernels import head_rows, launch
 from fastperturb.ops import gemm, head_blocks, head_geometry, head_gradients, reference
@@ -135,7 +136,8 @@ def run_online_softmax(row_passes, inputs, out_dtype):
     for block in blocks:
         weights = buffer_for(block.products, out_dtype)
         row_passes.online_softmax(block.products, block.options, target, running, weights, total)
-        total += weights.to(total.dtype) @ block.weight / gemm.lift(weights.dtype)
+        weight = F.pad(block.weight, (0, 0, 0, block.options.padding))
+        total += weights.to(total.dtype) @ weight / gemm.lift(weights.dtype)
         all_weights.append(weights / gemm.lift(weights.dtype))
     return [value for value in running if value is not None] + [total] + all_weights
 
@@ -308,6 +310,35 @@ def cases_of(n, widths, M, v, options):
         (run_quadratic_dot, samples),
         (run_quadratic_grad_logits, samples),
     ]
+
+
+def padded(block):
+    """A block, or the inputs of a pass, with columns of NaN that are no entries."""
+    padding = 5
+    columns = torch.full((*block.products.shape[:-1], padding), torch.nan)
+    products = torch.cat([block.products, columns], -1)
+    return block._replace(products=products, options=block.options._replace(padding=padding))
+
+
+def with_padding(inputs):
+    if isinstance(inputs, list):
+        return [padded(value) if isinstance(value, Block) else value for value in inputs]
+    return padded(inputs)
+
+
+@pytest.mark.parametrize("out", ["fp32", "16-bit"])
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_padding_does_not_count_and_the_next_product_gets_0_for_it(options, out):
+    for run, inputs in cases_of(5, [70, 2100], 3, 70, options):
+        for row_passes in (head_rows, torch_rows):
+            plain, wide = (
+                run(row_passes, converted(x, torch.float32, DEVICE), OUT[out])
+                for x in (inputs, with_padding(inputs))
+            )
+            for value, padded_value in zip(plain, wide, strict=True):
+                columns = value.shape[-1]
+                torch.testing.assert_close(padded_value[..., :columns], value, equal_nan=True)
+                assert (padded_value[..., columns:] == 0).all()
 
 
 def test_the_same_inputs_give_the_same_bits():
