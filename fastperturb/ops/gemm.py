@@ -37,10 +37,12 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
 
 
-def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right in total's memory, or in new memory for the first term."""
+def add_product(
+    total: Tensor | None, left: Tensor, right: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Return total + left @ right in total's memory; the first term, without a total, in `out`."""
     if total is None:
-        return product(left, right)
+        return product(left, right, out)
     if left.device.type == "cpu":
         return total.add_(_cpu_product(left, right))
     with _full_precision(left.dtype):

@@ -118,20 +118,22 @@ def _gradients(
     totals: list[Tensor | None] = [None] * len(groups)
     grad_weight = grad_bias = None
     if wanted.weight:
-        grad_weight = torch.zeros_like(head.weight, dtype=head.grad_dtype)
+        grad_weight = torch.empty_like(head.weight, dtype=head.grad_dtype)
+        grad_weight[head.valid_vocab if groups else 0 :] = 0
     if wanted.bias:
         grad_bias = inputs.new_zeros(len(head.weight), dtype=gemm.result_dtype(dtype))
     for block in blocks:
         weight, grad_block = block.weight(dtype), None
+        place = None if grad_weight is None else _place_of(block, grad_weight, dtype, lift)
         for index, (group, h) in enumerate(zip(groups, rows, strict=True)):
             out = _grad_logits_of(h, group, block, weight, grad_logits, memory)
             if wanted.hidden:
                 totals[index] = gemm.add_product(totals[index], out, weight)
             if wanted.weight:
-                grad_block = gemm.add_product(grad_block, out.T, h)
+                grad_block = gemm.add_product(grad_block, out.T, h, place)
             if grad_bias is not None:
                 grad_bias[block.entries] += block.unpadded(out.sum(0, dtype=grad_bias.dtype))
-        if grad_weight is not None and grad_block is not None:
+        if grad_weight is not None and grad_block is not None and place is None:
             grad_weight[block.entries] = gemm.lowered(block.unpadded(grad_block), lift)
     if grad_bias is not None:
         grad_bias = gemm.lowered(grad_bias, lift)
@@ -196,6 +198,15 @@ def _grad_logits_of(
     for part, part_h, part_out in zip(group, h.split(sizes), out.split(sizes), strict=True):
         grad_logits(memory.product(part_h, weight), block.options, part, part_out)
     return out
+
+
+def _place_of(
+    block: Block, grad_weight: Tensor, dtype: torch.dtype, lift: Tensor | None
+) -> Tensor | None:
+    """Return the part of grad_weight that can take the block's sum of products as it is."""
+    if lift is not None or block.padding or grad_weight.dtype != gemm.result_dtype(dtype):
+        return None
+    return grad_weight[block.entries]
 
 
 def _scattered(grads: Gradients, labels: Labels, *, dim: int) -> Gradients:

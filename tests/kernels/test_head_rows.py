@@ -398,6 +398,9 @@ def head_of(
     """A head, and the labels."""
     options = logit_scale, softcap, valid_vocab, torch.float32
     head = Head(row_passes, inputs.weight, inputs.bias.float(), *options, geometry)
+    if geometry.narrow:  # a GPU that does not know the labelled tokens computes all
+        target = inputs.target
+        return head, Labels(target, len(target), None, target == ignore_index)
     return head, Labels.of(inputs.target, ignore_index, None)
 
 

@@ -98,10 +98,10 @@ class Costs:
         self.bytes += left.nbytes + right.nbytes + out.nbytes
         return out
 
-    def add_product(self, total, left, right):
+    def add_product(self, total, left, right, out=None):
         if total is not None:
             self.bytes += total.nbytes
-        return self.product(left, right, total)
+        return self.product(left, right, out if total is None else total)
 
     def row_pass(self, products, *others):
         self.passes += 1
