@@ -152,9 +152,9 @@ def _cut(head: Head, inputs: Tensor) -> tuple[list[list[slice]], list[Block]]:
         groups = geometry.groups(samples, tokens)
         rows = samples * max(map(_tokens, groups), default=0)
         return groups, head.blocks(geometry.gathered_entries(rows))
-    parts = (
-        geometry.token_parts(samples, tokens) if inputs.ndim == 3 else geometry.row_parts(tokens)
-    )
+    parts = geometry.row_parts(tokens)
+    if inputs.ndim == 3:
+        parts = geometry.token_parts(samples, tokens)
     groups = [[part] for part in parts]
     rows = samples * max(map(_tokens, groups), default=0)
     return groups, head.blocks(geometry.entries(rows))

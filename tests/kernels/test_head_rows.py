@@ -490,6 +490,21 @@ def test_fp16_gradients_err_by_fp16s_rounding_whatever_the_upstream(lead, option
         assert error.norm() <= 1e-3 * right[2].norm() + 1e-7
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+def test_upstream_gradients_of_nan_infinity_and_0_stay_in_their_rows_in_fp16():
+    inputs = converted(head_inputs(LEADS["logprob"], {}, 1e-4), torch.float16, "cpu")
+    upstream = 1e-4 * torch.randn(37)
+    upstream[:3] = torch.tensor([torch.nan, torch.inf, 0.0])
+    target = inputs.target.where(torch.arange(37) > 3, 7)
+    inputs = inputs._replace(upstream=upstream, target=target)
+    on_device = converted(inputs, torch.float16, DEVICE)._replace(upstream=upstream.to(DEVICE))
+    *_, grad_hidden, _, _ = by_the_head(head_rows, on_device, GEOMETRIES["as on a GPU"], {})
+    grad_hidden = grad_hidden.cpu().double()
+    assert not grad_hidden[:2].isfinite().any() and (grad_hidden[2] == 0).all()
+    right = by_the_oracle(inputs._replace(upstream=upstream.nan_to_num(0.0, 0.0)), {})[2]
+    assert (grad_hidden - right)[3:].norm() <= 2e-3 * right[3:].norm()
+
+
 @interpreted_only
 def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     """A lazily mapped block, of which only the last program runs."""
