@@ -1,6 +1,6 @@
 """The heads' row passes (`head_blocks`) on GPUs; `ops.torch.rows` defines them.
 
-All are bound by memory. Each reads a block of fp32 products, [n, v] or [M, n, v], from DRAM once:
+All are bound by memory. Those of a block read fp32 products, [n, v] or [M, n, v], from DRAM once:
 
 * `online_softmax`: a program owns a row. It adds the row to its running statistics, then writes
   exp(l - peak) from the final peak. Up to 16,384 entries stay in registers; a longer row goes
@@ -10,43 +10,47 @@ All are bound by memory. Each reads a block of fp32 products, [n, v] or [M, n, v
 * `quadratic_dot`, `quadratic_grad_logits`: a program owns one token and so many entries that all
   M samples' p stay in registers. quadratic_dot stores its sums over them, [tiles, M, n], for
   torch to add up.
+* `finish_logprob`: once for the rows of a part, after all blocks. A program owns a row.
 
 No sum has an order that could vary: the same inputs give the same bits. Where the result goes over
 the products themselves, no element is read after it has been overwritten.
 
-The expected speed of an H100 at 3.0 TB/s, with blocks of 2048 x 16384, for N = 8192 rows
+The expected speed of an H100 at 3.0 TB/s, with blocks of 8192 x 16384, for N = 8192 rows
 (quadratic: 8 samples of 1024 tokens), D = 4096, V = 128,256, bf16. PREDICTED: this code has been
 compiled for sm_80, sm_90 and sm_100 and run in the interpreter, never yet on a GPU. Instructions
-are SASS per element and thread, plain / with bias and soft cap; one costs 1.1 us a block at the
+are SASS per element and thread, plain / with bias and soft cap; one costs 4.4 us a block at the
 issue limit.
 
                             bytes an element    block            call    instr.     regs   warps/SM
                             read    written     GB     ms      GB   ms
-    online_softmax             4       2      0.20  0.067     6.8  2.3  33 / 66  32 /  57   64 / 32
-    online_softmax, unweighted 4       0      0.13  0.045     4.2  1.4  22 / 52  41 /  50   32 / 32
-    grad_logits                4       2      0.20  0.067     6.3  2.1  20 / 52  32 /  40   64 / 48
-    quadratic_dot              4       0      0.13  0.045     4.2  1.4  21 / 48  56 /  56   36 / 36
-    quadratic_grad_logits      4       2      0.20  0.067     6.3  2.1  25 / 55  80 / 138   24 / 12
+    online_softmax             4       2      0.81  0.27      6.8  2.3  33 / 66  32 /  59   64 / 32
+    online_softmax, unweighted 4       0      0.54  0.18      4.2  1.4  22 / 52  41 /  50   32 / 32
+    finish_logprob             6       2                     0.27  0.1           31 /  32   64 / 64
+    grad_logits                4       2      0.81  0.27      6.3  2.1  20 / 52  32 /  40   64 / 48
+    quadratic_dot              4       0      0.54  0.18      4.2  1.4  21 / 48  56 /  56   36 / 36
+    quadratic_grad_logits      4       2      0.81  0.27      6.3  2.1  25 / 55  80 / 138   24 / 12
 
-Weights are wanted where the head is frozen and hidden trains. The two GEMMs of a block are 0.79 ms
-at 700 TFLOP/s, those of a call 24.6 ms: the passes of a frozen head should add 9% to them in
-`linear_logprob` and 20% in `linear_quadratic`. online_softmax's 6.8 GB count 0.5 for `total`. With
-a soft cap issue takes as long as memory.
+Weights are wanted where the head is frozen and hidden trains. finish_logprob's elements are those
+of hidden. The two GEMMs of a block are 3.1 ms at 700 TFLOP/s, those of a call 24.6 ms: the passes
+of a frozen head should add 10% to them in `linear_logprob` and 20% in `linear_quadratic`.
+online_softmax's 6.8 GB count 0.5 for `total`. With a soft cap issue takes as long as memory.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastperturb.kernels import head_tiles as tiles
 from fastperturb.kernels import launch
+from fastperturb.ops import gemm
 
 if TYPE_CHECKING:
-    from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+    from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax
 
 _VARYING = ["n", "start"]  # vary from batch to batch or block to block (see launch.VARYING)
 _ROW_TILE = 16384  # columns of a row that stays in registers, 16 a thread
@@ -74,10 +78,12 @@ def online_softmax_kernel(
     D,
     BV: tl.constexpr,
     BD: tl.constexpr,
+    PADDING: tl.constexpr,
+    LIFT: tl.constexpr,
 ):
     row = tl.program_id(0)
     first = row.to(tl.int64) * v
-    target = tiles.target_column(target_ptr, row, start, v)
+    target = tiles.target_column(target_ptr, row, start, v - PADDING)
     old_peak = tl.load(peak_ptr + row)
     other_sum = tl.load(other_sum_ptr + row)
     target_logit = tl.load(target_logit_ptr + row)
@@ -85,7 +91,9 @@ def online_softmax_kernel(
     # The target first, alone, and then all other entries: entropy_sum is of both.
     column = tl.maximum(target, 0)
     column_ptr = products_ptr + first + column
-    block_logit = tiles.logits(column_ptr, bias_ptr, column, target >= 0, v, scale, softcap)
+    block_logit = tiles.logits(
+        column_ptr, bias_ptr, column, target >= 0, v, scale, softcap, PADDING
+    )
     peak = tl.maximum(old_peak, block_logit)
     if entropy_sum_ptr is not None:
         entropy_sum = tl.load(entropy_sum_ptr + row)
@@ -96,7 +104,9 @@ def online_softmax_kernel(
     # disable_licm: values hoisted out of these loops would fill the registers.
     for tile in tl.range(0, num_tiles, disable_licm=True):
         b_v = tile * BV + tl.arange(0, BV)
-        b_l = tiles.other_logits(products_ptr + first, bias_ptr, b_v, target, v, scale, softcap)
+        b_l = tiles.other_logits(
+            products_ptr + first, bias_ptr, b_v, target, v, scale, softcap, PADDING
+        )
         new_peak = tl.maximum(peak, tl.max(b_l, 0))
         if entropy_sum_ptr is not None:
             entropy_sum = tiles.entropy_sum_at(entropy_sum, other_sum, target_logit, peak, new_peak)
@@ -107,8 +117,12 @@ def online_softmax_kernel(
     if weights_ptr is not None:
         for tile in tl.range(0, num_tiles, disable_licm=True):
             b_v = tile * BV + tl.arange(0, BV)
-            b_l = tiles.other_logits(products_ptr + first, bias_ptr, b_v, target, v, scale, softcap)
+            b_l = tiles.other_logits(
+                products_ptr + first, bias_ptr, b_v, target, v, scale, softcap, PADDING
+            )
             b_q = tiles.through_softcap(tl.exp(b_l - peak), b_l, softcap)
+            if LIFT != 1.0:
+                b_q *= LIFT
             tl.store(weights_ptr + first + b_v, b_q, mask=b_v < v)
     if total_ptr is not None:
         tiles.rescale_row(total_ptr + row.to(tl.int64) * D, old_peak, peak, D, BD)
@@ -118,6 +132,58 @@ def online_softmax_kernel(
     tl.store(target_logit_ptr + row, target_logit)
     if entropy_sum_ptr is not None:
         tl.store(entropy_sum_ptr + row, entropy_sum)
+
+
+@triton.jit(do_not_specialize=[*_VARYING, "lse_stride", "last_entry"])
+def finish_logprob_kernel(
+    target_ptr,  # [n]
+    peak_ptr,  # [n]; so are the next three
+    other_sum_ptr,
+    target_logit_ptr,
+    entropy_sum_ptr,  # or None
+    weight_ptr,  # [V, D]
+    total_ptr,  # [n, D] or None
+    log_probs_ptr,  # [n]
+    lse_ptr,  # [n], and the rounding errors lse_stride further
+    hit_ptr,  # [n]
+    entropy_ptr,  # [n] or None
+    grad_hidden_ptr,  # [n, D] or None
+    lse_stride,
+    weight_stride_v,
+    weight_stride_d,
+    last_entry,
+    scale,
+    softcap,
+    lift,
+    D,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0)
+    peak = tl.load(peak_ptr + row)
+    other_sum = tl.load(other_sum_ptr + row)
+    target_logit = tl.load(target_logit_ptr + row)
+    sums = other_sum + tl.exp(target_logit - peak)
+    log_sums = tl.log(sums)
+    log_prob = target_logit - peak - log_sums
+    lse = peak + log_sums
+    tl.store(log_probs_ptr + row, tl.where(log_prob > 0, 0.0, log_prob))  # NaN stays
+    tl.store(lse_ptr + row, lse)
+    tl.store(lse_ptr + lse_stride + row, peak - lse + log_sums)
+    tl.store(hit_ptr + row, (target_logit >= peak).to(tl.uint8))
+    if entropy_ptr is not None:
+        tl.store(entropy_ptr + row, log_sums - tl.load(entropy_sum_ptr + row) / sums)
+    if grad_hidden_ptr is not None:
+        share = other_sum / sums  # 1 - p_y
+        share = tiles.through_softcap(share, target_logit, softcap)
+        target = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), last_entry)
+        first = row.to(tl.int64) * D
+        for column in range(0, D, BD):
+            b_d = column + tl.arange(0, BD)
+            b_weight_ptr = weight_ptr + target * weight_stride_v + b_d * weight_stride_d
+            b_weight = tl.load(b_weight_ptr, mask=b_d < D, other=0.0).to(tl.float32)
+            b_total = tl.load(total_ptr + first + b_d, mask=b_d < D, other=0.0)
+            b_grad = (b_weight * share - b_total / (lift * sums)) * scale
+            tl.store(grad_hidden_ptr + first + b_d, b_grad, mask=b_d < D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -133,6 +199,7 @@ def grad_logits_kernel(
     softcap,
     v,
     BV: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
     row = tl.program_id(0) // num_tiles
@@ -142,9 +209,9 @@ def grad_logits_kernel(
     rounding = tl.load(lse_ptr + tl.num_programs(0) // num_tiles + row)
     upstream = tl.load(upstream_ptr + row)
     b_live = b_v < tl.where(upstream != 0, v, 0)
-    b_l = tiles.logits(products_ptr + b_offset, bias_ptr, b_v, b_live, v, scale, softcap)
+    b_l = tiles.logits(products_ptr + b_offset, bias_ptr, b_v, b_live, v, scale, softcap, PADDING)
     b_grad = -tl.exp(b_l - lse - rounding)
-    target = tiles.target_column(target_ptr, row, start, v)
+    target = tiles.target_column(target_ptr, row, start, v - PADDING)
     b_grad = tl.where(b_v == target, b_grad + 1.0, b_grad)
     b_grad = tiles.through_softcap(b_grad * (scale * upstream), b_l, softcap)
     tl.store(out_ptr + b_offset, b_grad, mask=b_v < v)
@@ -164,6 +231,7 @@ def quadratic_dot_kernel(
     M: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
     token = tl.program_id(0) // num_tiles
@@ -183,6 +251,7 @@ def quadratic_dot_kernel(
         softcap,
         M,
         BM,
+        PADDING,
     )
     b_sum = tl.sum(b_p * b_others, 1, keep_dims=True)
     b_ptr = partial_ptr + tile.to(tl.int64) * M * n + b_row
@@ -207,6 +276,7 @@ def quadratic_grad_logits_kernel(
     M: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
     token = tl.program_id(0) // num_tiles
@@ -227,10 +297,11 @@ def quadratic_grad_logits_kernel(
         softcap,
         M,
         BM,
+        PADDING,
     )
     b_is_sample = tl.arange(0, BM)[:, None] < M
     b_g = b_others * (b_r * (-2.0 / (M * (M - 1))))
-    target = tiles.target_column(target_ptr, token, start, v)
+    target = tiles.target_column(target_ptr, token, start, v - PADDING)
     b_g = tl.where(b_v == target, b_g + b_r * (2.0 / M), b_g)
     b_grad = b_p * (b_g - tl.load(dot_ptr + b_row, mask=b_is_sample, other=0.0))
     b_grad = tiles.through_softcap(b_grad * (scale * upstream), b_l, softcap)
@@ -269,8 +340,50 @@ def online_softmax(
             "D": D,
             "BV": BV,
             "BD": launch.block(D, 128 * num_warps),
+            "LIFT": 1.0 if weights is None else gemm.lift(weights.dtype),
         },
         num_warps=num_warps,
+    )
+
+
+def finish_logprob(
+    options: LogitOptions,  # of the whole vocabulary
+    target: Tensor,  # [n]
+    running: RunningSoftmax,
+    weight: Tensor,  # [V, D]
+    total: Tensor | None,  # [n, D]
+    lift: float,
+    results: LogProbs,
+) -> None:
+    D = weight.shape[1]
+    BD = launch.block(D, 2048)
+    launch.start(
+        finish_logprob_kernel,
+        (len(target),),
+        {
+            "target_ptr": target,
+            "peak_ptr": running.peak,
+            "other_sum_ptr": running.other_sum,
+            "target_logit_ptr": running.target_logit,
+            "entropy_sum_ptr": running.entropy_sum,
+            "weight_ptr": weight,
+            "total_ptr": total,
+            "log_probs_ptr": results.log_probs,
+            "lse_ptr": results.lse,
+            "hit_ptr": results.hit.view(torch.uint8),
+            "entropy_ptr": results.entropy,
+            "grad_hidden_ptr": results.grad_hidden,
+            "lse_stride": results.lse.stride(0),
+            "weight_stride_v": weight.stride(0),
+            "weight_stride_d": weight.stride(1),
+            "last_entry": len(weight) - options.padding - 1,
+            "scale": options.scale,
+            "softcap": options.softcap,
+            "lift": lift,
+            "D": D,
+            "BD": BD,
+        },
+        num_warps=launch.warps(BD, per_thread=8),
     )
 
 
@@ -369,6 +482,7 @@ def _logits_arguments(products: Tensor, options: LogitOptions) -> dict[str, Any]
         "scale": options.scale,
         "softcap": options.softcap,
         "v": products.shape[-1],
+        "PADDING": options.padding,
     }
 
 

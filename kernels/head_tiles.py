@@ -1,8 +1,9 @@
 """Tiles of logits for the heads' row passes, and the steps of an online softmax.
 
-b_v are columns of a vocabulary block, v its width. With q = exp(l - peak), a row's running
-statistics are `other_sum`, the sum of q over all entries but the target, and `entropy_sum`, the sum
-of q (l - peak) over all. The target's logit is NaN until its block has been read.
+b_v are columns of a vocabulary block, v its width, of which the last PADDING are no entries. With
+q = exp(l - peak), a row's running statistics are `other_sum`, the sum of q over all entries but the
+target, and `entropy_sum`, the sum of q (l - peak) over all. The target's logit is NaN until its
+block has been read.
 """
 
 from __future__ import annotations
@@ -17,21 +18,28 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
-def logits(b_products_ptr, bias_ptr, b_v, b_mask, v, scale, softcap):
-    """The logits of a tile, to whose shape its columns b_v broadcast; -inf outside the mask."""
+def logits(b_products_ptr, bias_ptr, b_v, b_mask, v, scale, softcap, PADDING: tl.constexpr):
+    """The logits of a tile, to whose shape its columns b_v broadcast.
+
+    -inf outside the mask and in padding. The mask of the load ignores padding, so that it falls on
+    multiples of 64 columns and the load stays wide.
+    """
     b_l = tl.load(b_products_ptr, mask=b_mask, other=0.0)
     if bias_ptr is not None:
-        b_l += tl.load(bias_ptr + b_v, mask=b_v < v, other=0.0).to(tl.float32)
+        b_l += tl.load(bias_ptr + b_v, mask=b_v < v - PADDING, other=0.0).to(tl.float32)
     b_l *= scale
     if softcap is not None:
         b_l = softcap * maths.tanh(b_l * (1.0 / softcap))
-    return tl.where(b_mask, b_l, -float("inf"))
+    if PADDING == 0:
+        return tl.where(b_mask, b_l, -float("inf"))
+    else:
+        return tl.where(b_mask & (b_v < v - PADDING), b_l, -float("inf"))
 
 
 @triton.jit
-def other_logits(row_ptr, bias_ptr, b_v, target, v, scale, softcap):
+def other_logits(row_ptr, bias_ptr, b_v, target, v, scale, softcap, PADDING: tl.constexpr):
     """A row's logits at the columns b_v, -inf at the target."""
-    b_l = logits(row_ptr + b_v, bias_ptr, b_v, b_v < v, v, scale, softcap)
+    b_l = logits(row_ptr + b_v, bias_ptr, b_v, b_v < v, v, scale, softcap, PADDING)
     return tl.where(b_v == target, -float("inf"), b_l)
 
 
@@ -92,16 +100,17 @@ def samples_tile(
     softcap,
     M,
     BM: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     """One token's rows (m, token) and offsets, logits, p and r, and S - r p: [BM, 1] or [BM, BV].
 
-    p is 0 for samples beyond M and columns that are not live.
+    p is 0 for samples beyond M, columns that are not live and padding.
     """
     b_m = tl.arange(0, BM)[:, None]
     b_row = b_m.to(tl.int64) * n + token
     b_offset = b_row * v + b_v
     b_mask = (b_m < M) & b_live
-    b_l = logits(products_ptr + b_offset, bias_ptr, b_v, b_mask, v, scale, softcap)
+    b_l = logits(products_ptr + b_offset, bias_ptr, b_v, b_mask, v, scale, softcap, PADDING)
     b_lse = tl.load(lse_ptr + b_row, mask=b_m < M, other=0.0)
     b_rounding = tl.load(lse_ptr + M * n + b_row, mask=b_m < M, other=0.0)
     b_p = tl.exp(b_l - b_lse - b_rounding)

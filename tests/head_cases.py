@@ -1,27 +1,31 @@
 """Random inputs of the heads, and their values and gradients, for the tests of the ops."""
 
 import contextlib
+import dataclasses
 
 import torch
 
-from fastperturb.ops import head_blocks
+from fastperturb.ops import head_geometry
 
 HEADS = {"logprob": "linear_logprob", "quadratic": "linear_quadratic"}
 M, N, D, V = 3, 37, 8, 150
 
 
+def small_geometry(rows, entries, **changes):
+    """The CPU's geometry with blocks of about so many rows by so many vocabulary entries."""
+    sizes = {"most_rows": rows, "block_bytes": 4 * rows * entries, "held_bytes": 4 * rows * V}
+    return dataclasses.replace(head_geometry.CPU, **{**sizes, **changes})
+
+
 @contextlib.contextmanager
 def budget(rows, entries):
     """Make blocks of about so many rows by so many vocabulary entries."""
-    names = ("BLOCK_ROWS", "BLOCK_BYTES", "HELD_BYTES")
-    before = [getattr(head_blocks, name)["cpu"] for name in names]
-    for name, value in zip(names, (rows, 4 * rows * entries, 4 * rows * V), strict=True):
-        getattr(head_blocks, name)["cpu"] = value
+    before = head_geometry.CPU
+    head_geometry.CPU = small_geometry(rows, entries)
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            getattr(head_blocks, name)["cpu"] = value
+        head_geometry.CPU = before
 
 
 def head_inputs(kind, *, dtype=torch.float64, tokens=N, bias=True, frozen=False, ignored=0.25):
@@ -41,6 +45,6 @@ def value_and_gradients(op, hidden, weight, bias, target, **options):
         target = target.where(target != -100, options["ignore_index"])
     value = op(hidden, weight, target, bias=bias, **options)
     torch.manual_seed(1)
-    upstream = torch.randn(value.shape, dtype=torch.float64).to(value.dtype)
+    upstream = torch.randn(value.shape, dtype=torch.float64).to(value)
     leaves = [leaf for leaf in (hidden, weight, bias) if leaf is not None and leaf.requires_grad]
     return [value, *torch.autograd.grad(value, leaves, upstream)]

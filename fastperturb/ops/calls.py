@@ -86,6 +86,50 @@ class LogitOptions(NamedTuple):
     bias: Tensor | None  # [v]
     scale: float
     softcap: float | None
+    padding: int = 0  # columns at the block's end that are no entries
+
+
+def empty_grad_hidden(hidden: Tensor) -> Tensor:
+    """Return memory for a gradient without its upstream factor.
+
+    It is in hidden's dtype, but in fp32 for fp16, which would flush to 0 what the factor of a
+    scaled loss makes large again.
+    """
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return hidden.new_empty(hidden.shape, dtype=dtype)
+
+
+class LogProbs(NamedTuple):
+    """The results of one pass over the vocabulary, row by row; 0 (False) where ignored."""
+
+    log_probs: Tensor
+    lse: Tensor  # [2, N], log sum exp of the logits, and its rounding error
+    hit: Tensor  # no entry has a higher logit than the target
+    entropy: Tensor | None  # of the softmax
+    grad_hidden: Tensor | None  # [N, D], the gradient of log_probs[i] with respect to hidden[i]
+
+    @classmethod
+    def empty(
+        cls, hidden: Tensor, dtype: torch.dtype, *, entropy: bool, grad_hidden: bool
+    ) -> LogProbs:
+        """Return memory for the results of hidden [N, D], of which statistics are in `dtype`."""
+        lse = hidden.new_empty((2, len(hidden)), dtype=dtype)
+        log_probs, hit = torch.empty_like(lse[0]), torch.empty_like(lse[0], dtype=torch.bool)
+        return cls(
+            log_probs,
+            lse,
+            hit,
+            torch.empty_like(log_probs) if entropy else None,
+            empty_grad_hidden(hidden) if grad_hidden else None,
+        )
+
+    def rows(self, part: slice) -> LogProbs:
+        """Return views of some rows."""
+        if part == slice(0, self.hit.shape[0]):
+            return self
+        log_probs, lse, hit, *others = self
+        entropy, grad_hidden = (None if value is None else value[part] for value in others)
+        return LogProbs(log_probs[part], lse[:, part], hit[part], entropy, grad_hidden)
 
 
 class RunningSoftmax(NamedTuple):
@@ -103,9 +147,21 @@ class RunningSoftmax(NamedTuple):
         nan = torch.full_like(zeros, torch.nan)
         return cls(peak, zeros, nan, torch.zeros_like(zeros) if entropy else None)
 
+    def rows(self, part: slice) -> RunningSoftmax:
+        """Return views of some rows."""
+        if part == slice(0, self.peak.shape[0]):
+            return self
+        return RunningSoftmax(*(None if value is None else value[part] for value in self))  # type: ignore[arg-type]
+
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the log-probs, the log of sum q, and sum q."""
         offset = self.target_logit - self.peak
         sums = self.other_sum + offset.exp()
         log_sums = sums.log()
         return (offset - log_sums).clamp_max(0.0), log_sums, sums
+
+    @staticmethod
+    def lse(peak: Tensor, log_sums: Tensor) -> Tensor:
+        """Return log sum exp of the logits and its rounding error, [2, ...]."""
+        total = peak + log_sums
+        return torch.stack([total, peak - total + log_sums])

@@ -244,14 +244,13 @@ def _check_tensors(
             f"labelled must be int64 [n], the numbers of tokens, "
             f"got {labelled.dtype} {list(labelled.shape)}"
         )
-    tensors = {
-        "weight": weight,
-        "target": target,
-        "bias": bias,
-        "cast_weight": given_cast,
-        "labelled": labelled,
-    }
-    for name, value in tensors.items():
+    for name, value in (
+        ("weight", weight),
+        ("target", target),
+        ("bias", bias),
+        ("cast_weight", given_cast),
+        ("labelled", labelled),
+    ):
         if value is not None and value.device != hidden.device:
             raise ValueError(
                 f"{name} must be on {hidden.device}, like hidden, got {value.device}; "

@@ -24,12 +24,12 @@ class Labels:
     @classmethod
     def of(cls, target: Tensor, ignore_index: int, labelled: Tensor | None) -> Labels:
         target = target.contiguous()
-        tokens = len(target)
+        tokens = target.shape[0]
         if labelled is None and target.device.type == "cpu":
             labelled = (target != ignore_index).nonzero()[:, 0]
         if labelled is None:
             return cls(target, tokens, None, target == ignore_index)
-        if len(labelled) == tokens:
+        if labelled.shape[0] == tokens:
             return cls(target, tokens, None, None)
         return cls(target.index_select(0, labelled), tokens, labelled, None)
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperturb.ops import dispatch, head_blocks, reference
-from fastperturb.ops.calls import HeadCall, schema
-from fastperturb.ops.head_blocks import Head, Wanted
+from fastperturb.ops import dispatch, head_blocks, head_gradients, reference
+from fastperturb.ops.calls import HeadCall, empty_grad_hidden, schema
+from fastperturb.ops.head_blocks import Head
+from fastperturb.ops.head_geometry import Geometry
+from fastperturb.ops.head_gradients import Wanted
 from fastperturb.ops.head_labels import Labels
 
 _CALL = schema(HeadCall)
@@ -65,7 +67,8 @@ def logprob(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )
     grad_hidden = _or_empty(result.grad_hidden, call.hidden)
     if first_pass:
-        grad_hidden = call.hidden.new_full((), torch.nan).expand(call.hidden.shape)
+        nan = empty_grad_hidden(call.hidden[:0]).new_full((), torch.nan)
+        grad_hidden = nan.expand(call.hidden.shape)
     entropy = _or_empty(result.entropy, call.hidden)
     return result.log_probs, result.lse, result.hit, entropy, grad_hidden
 
@@ -80,7 +83,7 @@ def logprob_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     call, wanted = HeadCall(*fields), Wanted(want_hidden, want_weight, want_bias)
     head = _head("linear_logprob", call)
     with dispatch.full_precision(grad.device):
-        grads = head_blocks.linear_logprob_backward(
+        grads = head_gradients.linear_logprob_backward(
             head, grad, call.hidden, _labels(call), lse, wanted
         )
     return _like_inputs(grads, call)
@@ -115,7 +118,7 @@ def quadratic_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     call, wanted = HeadCall(*fields), Wanted(want_hidden, want_weight, want_bias)
     head = _head("linear_quadratic", call)
     with dispatch.full_precision(grad.device):
-        grads = head_blocks.linear_quadratic_backward(
+        grads = head_gradients.linear_quadratic_backward(
             head, grad, call.hidden, _labels(call), row_weights, lse, dot, wanted
         )
     return _like_inputs(grads, call)
@@ -134,6 +137,7 @@ def _head(op: str, call: HeadCall) -> Head:
         call.softcap,
         call.valid_vocab,
         grad_dtype=call.weight.dtype,
+        geometry=Geometry.of(weight.device, weight.shape[1]),
     )
 
 
@@ -191,7 +195,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     lse = log_probs.new_empty((2, *log_probs.shape))
     hit = torch.empty_like(log_probs, dtype=torch.bool)
     entropy = torch.empty_like(log_probs) if want_entropy else hidden.new_empty(0)
-    grad_hidden = hidden.new_empty(hidden.shape if want_grad_hidden else 0)
+    grad_hidden = empty_grad_hidden(hidden) if want_grad_hidden else hidden.new_empty(0)
     return log_probs, lse, hit, entropy, grad_hidden
 
 
@@ -202,7 +206,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden, values = call.hidden, _empty_values(call)
     log_probs, dot = (values.new_empty(hidden.shape[:2]) for _ in range(2))
     lse = values.new_empty((2, *hidden.shape[:2]))
-    return values, log_probs, lse, dot, hidden.new_empty(hidden.shape if want_grad_hidden else 0)
+    grad_hidden = empty_grad_hidden(hidden) if want_grad_hidden else hidden.new_empty(0)
+    return values, log_probs, lse, dot, grad_hidden
 
 
 def _empty_values(call: HeadCall) -> Tensor:
@@ -231,6 +236,7 @@ def _setup_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, lse, _, _, grad_hidden = output
     ctx.set_materialize_grads(False)
     ctx.want_grad_hidden, ctx.ignore_index = want_grad_hidden, fields[-1]
+    ctx.dtype = tensors[0].dtype
     ctx.save_for_backward(
         *([grad_hidden, HeadCall(*fields).target] if want_grad_hidden else [*tensors, lse])
     )
@@ -242,7 +248,8 @@ def _logprob_gradients(ctx: Any, grad: Tensor | None, *others: None) -> tuple[An
         return _gradients(ctx, None, None, None)
     if ctx.want_grad_hidden:
         grad_hidden, target = ctx.saved_tensors
-        return _gradients(ctx, _scaled(grad_hidden, grad, target != ctx.ignore_index), None, None)
+        labelled = target != ctx.ignore_index
+        return _gradients(ctx, _scaled(grad_hidden, grad, labelled, ctx.dtype), None, None)
     *tensors, lse = ctx.saved_tensors
     wanted = _wanted(ctx)
     grads = torch.ops.fastperturb.linear_logprob_backward(
@@ -269,7 +276,7 @@ def _quadratic_gradients(
     terms = []
     if grad is not None and grad_hidden is not None:
         labelled = call.target != call.ignore_index
-        terms.append([_scaled(grad_hidden, grad, labelled), None, None])
+        terms.append([_scaled(grad_hidden, grad, labelled, call.hidden.dtype), None, None])
     elif grad is not None:
         terms.append(
             torch.ops.fastperturb.linear_quadratic_backward(
@@ -311,10 +318,10 @@ def _wanted(ctx: Any) -> Wanted:
     return Wanted(*(ctx.needs_input_grad[HeadCall._fields.index(name)] for name in Wanted._fields))
 
 
-def _scaled(grad_hidden: Tensor, grad: Tensor, labelled: Tensor) -> Tensor:
+def _scaled(grad_hidden: Tensor, grad: Tensor, labelled: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad_hidden [.., N, D] times upstream gradients [N], rounded once; 0 if ignored."""
     upstream = grad.where(labelled, 0.0)[:, None]
-    return torch.mul(grad_hidden, upstream, out=grad_hidden.new_empty(grad_hidden.shape))
+    return torch.mul(grad_hidden, upstream, out=torch.empty_like(grad_hidden, dtype=dtype))
 
 
 def _reject_second_derivative(op: str) -> None:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from head_cases import HEADS, D, M, N, V, budget, head_inputs, value_and_gradients
+from head_cases import HEADS, D, M, N, V, budget, head_inputs, small_geometry, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastperturb import ops
-from fastperturb.ops import head_blocks, reference
+from fastperturb.ops import head_blocks, head_gradients, reference
 from fastperturb.ops.head_labels import Labels
 from fastperturb.ops.torch import rows as torch_rows
 
@@ -265,6 +265,22 @@ def test_vocabulary_entries_with_logits_of_minus_infinity_have_no_probability(ki
         assert (impossible == -torch.inf).all()
 
 
+@pytest.mark.usefixtures("implementation")
+def test_a_scaled_loss_brings_back_fp16_gradients_of_labels_that_are_nearly_certain():
+    hidden, weight, bias, _ = head_inputs("logprob", dtype=torch.float16, frozen=True)
+    target = reference.logits(hidden, weight, bias=bias).argmax(-1)
+    exact = hidden.detach().double().requires_grad_()
+    options = {"bias": bias.double(), "logit_scale": 20.0}
+    oracle = reference.linear_logprob(exact, weight.double(), target, **options)
+    (unscaled,) = torch.autograd.grad(oracle.sum(), exact)
+    below = (unscaled.half() == 0) & (unscaled.abs() > 1e-11)
+    assert below.sum() > 10
+    value = ops.linear_logprob(hidden, weight, target, bias=bias, logit_scale=20.0)
+    (ours,) = torch.autograd.grad(value, hidden, torch.full_like(value, 2.0**20))
+    right = (2.0**20 * unscaled)[below]
+    torch.testing.assert_close(ours[below].double(), right, rtol=5e-3, atol=1e-6)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 300), st.booleans(), st.sampled_from(list(HEADS)))
 def test_block_sizes_change_nothing_beyond_rounding(rows, entries, frozen, kind):
@@ -320,19 +336,26 @@ def test_no_tensor_is_larger_than_the_weight_and_a_frozen_head_makes_none_of_its
     shape = (tokens, dim) if kind == "logprob" else (samples, tokens, dim)
     hidden, weight = torch.randn(shape), torch.randn(vocab, dim)
     target = torch.randint(vocab, (tokens,))
-    head = head_blocks.Head(torch_rows, weight, None, 1.0, None, vocab, weight.dtype)
+    geometry = small_geometry(16, 128, held_bytes=4 * vocab * samples)
+    head = head_blocks.Head(torch_rows, weight, None, 1.0, None, vocab, weight.dtype, geometry)
     labels = Labels.of(target, -100, None)
     run = getattr(head_blocks, HEADS[kind])
     rows = (None,) if kind == "quadratic" else ()
     metrics = {"want_entropy": True} if kind == "logprob" else {}
-    with budget(16, 128), Largest() as largest:
-        head_blocks.HELD_BYTES["cpu"] = 4 * vocab * samples
+    with Largest() as largest:
         result = run(head, hidden, labels, *rows, want_grad_hidden=frozen, **metrics)
         assert largest.elements < vocab * dim
         if not frozen:
             saved = (result.lse,) if kind == "logprob" else (*rows, result.lse, result.dot)
-            backward = getattr(head_blocks, HEADS[kind] + "_backward")
-            backward(head, torch.randn(tokens), hidden, labels, *saved, (True, True, True))
+            backward = getattr(head_gradients, HEADS[kind] + "_backward")
+            backward(
+                head,
+                torch.randn(tokens),
+                hidden,
+                labels,
+                *saved,
+                head_gradients.Wanted(True, True, True),
+            )
             assert largest.elements == vocab * dim
 
 

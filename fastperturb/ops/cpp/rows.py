@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+from fastperturb.ops.torch.rows import finish_logprob as finish_logprob
 
 _cpp = torch.ops.fastperturb_cpp
 
@@ -57,5 +58,5 @@ def quadratic_grad_logits(
 
 
 def _plain(options: LogitOptions) -> tuple[int, Tensor | None, float, float]:
-    start, bias, scale, softcap = options
+    start, bias, scale, softcap, _ = options  # no padding on a CPU
     return start, bias, scale, softcap or 0.0

@@ -1,8 +1,10 @@
 """The row passes of the heads (`head_blocks`) in torch, which define the other implementations.
 
-Each takes a block of products hidden W^T, [n, v] or [M, n, v], contiguous and in at least fp32,
-and makes the logits l = softcap * tanh((products + bias) * scale / softcap) of it. The result for
-the next GEMM, `weights` or `out`, may be the products' own memory; nothing else changes them.
+All but `finish_logprob` take a block of products hidden W^T, [n, v] or [M, n, v], contiguous and
+in at least fp32, and make the logits l = softcap * tanh((products + bias) * scale / softcap) of it.
+The last `padding` columns are no entries: their products do not count. The input of the next
+product, `weights` or `out`, is 0 there. It may be the products' own memory; nothing else changes
+them.
 `slope` is dl / d(products * scale), 1 without a softcap. Targets [n] are numbers of vocabulary
 entries; many do not lie in the block. Row statistics are [n] or [M, n] and contiguous. `lse` holds
 the log-sum-exp and its own rounding error, [2, n] or [2, M, n]: at logits in the hundreds the
@@ -14,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+from fastperturb.ops import gemm
+from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax
 
 
 def online_softmax(
@@ -27,8 +30,8 @@ def online_softmax(
 ) -> None:
     """Add a block to the softmax statistics of its rows, in place.
 
-    weights becomes slope * exp(l - peak), with the new peak, and 0 at the target. total is
-    rescaled to the new peak.
+    weights becomes slope * exp(l - peak), with the new peak, times `gemm.lift` of its dtype, and 0
+    at the target. total is rescaled to the new peak.
     """
     logits, slope = _logits(products, options)
     peak, other_sum, target_logit, entropy_sum = running
@@ -49,9 +52,39 @@ def online_softmax(
     other_sum.mul_(rescale).add_(q.sum(1))
     peak.copy_(new_peak)
     if weights is not None:
-        weights.copy_(q if slope is None else q * slope)
+        lift = gemm.lift(weights.dtype)
+        q = q if lift == 1.0 else q * lift
+        _store(weights, q if slope is None else q * slope, options)
     if total is not None:
         total.mul_(rescale[:, None])
+
+
+def finish_logprob(
+    options: LogitOptions,  # of the whole vocabulary
+    target: Tensor,  # [n]
+    running: RunningSoftmax,
+    weight: Tensor,  # [V, D]
+    total: Tensor | None,  # [n, D], overwritten
+    lift: float,
+    results: LogProbs,
+) -> None:
+    """Write the results of rows whose blocks are all in, with total = lift * sum_v q_v W_v.
+
+    grad_hidden = scale * ((1 - p_y) slope_y W_y - sum_v q_v W_v / sum q), rounded once.
+    """
+    log_probs, log_sums, sums = running.finish()
+    if results.grad_hidden is not None and total is not None:
+        share = running.other_sum / sums  # 1 - p_y
+        if options.softcap is not None:
+            share = share * (1 - (running.target_logit / options.softcap).square())
+        at_target = weight[target.clamp(0, weight.shape[0] - options.padding - 1)].to(total.dtype)
+        grad_hidden = (at_target * share[:, None]).sub_(total.div_((lift * sums)[:, None]))
+        results.grad_hidden.copy_(grad_hidden.mul_(options.scale))
+    if results.entropy is not None and running.entropy_sum is not None:
+        results.entropy.copy_(log_sums - running.entropy_sum / sums)
+    results.log_probs.copy_(log_probs)
+    results.lse.copy_(RunningSoftmax.lse(running.peak, log_sums))
+    results.hit.copy_(running.target_logit >= running.peak)
 
 
 def grad_logits(
@@ -67,7 +100,7 @@ def grad_logits(
     grad = _softmax(logits, lse).neg_()
     _add_at_target(grad, target, options.start, 1.0)
     grad *= (options.scale * upstream)[:, None]
-    out.copy_(grad if slope is None else grad * slope)
+    _store(out, grad if slope is None else grad * slope, options)
 
 
 def quadratic_dot(
@@ -99,11 +132,12 @@ def quadratic_grad_logits(
     g = _others(p, row_weights).mul_(row_weights[..., None]).mul_(-2 / (M * (M - 1)))
     _add_at_target(g, target, options.start, 2 / M * row_weights)
     grad = p * (g - dot[..., None]) * (options.scale * upstream)[:, None]
-    out.copy_(grad if slope is None else grad * slope)
+    _store(out, grad if slope is None else grad * slope, options)
 
 
 def _logits(products: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | None]:
-    """Return the logits, and their slope unless it is 1."""
+    """Return the logits of a block's entries, and their slope unless it is 1."""
+    products = products[..., : products.shape[-1] - options.padding]
     logits = products if options.bias is None else products + options.bias
     if options.scale != 1.0:
         logits = logits * options.scale
@@ -111,6 +145,13 @@ def _logits(products: Tensor, options: LogitOptions) -> tuple[Tensor, Tensor | N
         return logits, None
     tanh = torch.tanh(logits / options.softcap)
     return options.softcap * tanh, 1 - tanh.square()
+
+
+def _store(out: Tensor, values: Tensor, options: LogitOptions) -> None:
+    """Write the values of a block's entries, and 0 in its padding."""
+    entries, padding = out.split([values.shape[-1], options.padding], -1)
+    entries.copy_(values)
+    padding.zero_()
 
 
 def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
