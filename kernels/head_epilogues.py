@@ -54,7 +54,7 @@ def softmax_quarter(
 ):
     """Store weights = slope * exp(l - ref); return each row's sum of exp(l - ref), and its peak.
 
-    The target is left out of all three, and its logit stored.
+    The target is left out of all three, and its logit stored. Columns beyond the entries are 0.
     """
     W: tl.constexpr = b_products.shape[1]
     b_column = tl.arange(0, W)[None, :]
@@ -86,12 +86,13 @@ def grad_quarter(
     uneven,
     FAST: tl.constexpr,
 ):
-    """Store out = factor * slope * (e_y - p), 0 in rows whose factor is 0."""
+    """Store out = factor * slope * (e_y - p); 0 beyond the entries, and in rows of factor 0."""
     b_column = tl.arange(0, b_products.shape[1])[None, :]
     b_l = _logits(b_products, column + b_column, logit_options)
     b_grad = -_exp(b_l - b_lse[:, None] - b_rounding[:, None], FAST)
     if uneven:
         b_grad = tl.where(b_column == b_target[:, None], b_grad + 1.0, b_grad)
+        b_grad = tl.where(column + b_column < logit_options[1], b_grad, 0.0)
     b_grad = tiles.through_softcap(b_grad * b_factor[:, None], b_l, logit_options[3])
     b_grad = tl.where(b_factor[:, None] != 0, b_grad, 0.0)
     out.store([row, column], b_grad.to(out.dtype))

@@ -20,6 +20,9 @@ logit lies so far above ref that its weight or a sum might overflow, `merge` set
 rows must be done again by `head_rows`: beyond 60 in bf16 and without weights, 11 in fp16. A
 reference that is too low costs nothing else: the weights are floating point. It never is too high.
 
+Results may have up to 63 columns more than the block has entries, which become 0: so their rows, a
+multiple of 16 bytes apart, suit the next GEMM as well.
+
 A logit costs 4 bytes, written here and read by the next GEMM, instead of 12. PREDICTED for an H100:
 this code has been compiled for sm_90 and sm_100 and run in the interpreter, never yet on a GPU. A
 tile of 128 x 256 takes 65,536 tensor core cycles at D = 4096, 32,768 at D = 2048. Its epilogue
@@ -80,7 +83,7 @@ TILES = {
 def head_gemm_kernel(
     hidden,  # descriptor of [n, D]
     weight,  # descriptor of [v, D]
-    out,  # descriptor of [n, v], or None
+    out,  # descriptor of [n, v + padding], or None
     bias_ptr,  # [v] or None
     target_ptr,  # [n]
     ref_ptr,  # [n]; with the next two for softmax, otherwise None
@@ -213,10 +216,14 @@ class BlockStatistics(NamedTuple):
     limit: float  # exp(l - ref) is finite in the weights' dtype for l up to ref + limit
 
 
-def can_run(hidden: Tensor, weight: Tensor) -> bool:
-    """Tell if these 16-bit matrices can be multiplied here: on Hopper or later, by its TMA."""
+def can_run(hidden: Tensor, weight: Tensor, *, want_weights: bool = False) -> bool:
+    """Tell if these 16-bit matrices can be multiplied here: on Hopper or later, by its TMA.
+
+    Weights of a softmax in fp16 have too small a range.
+    """
     return (
-        launch.capability(hidden.device) >= 9
+        not (want_weights and hidden.dtype == torch.float16)
+        and launch.capability(hidden.device) >= 9
         and hidden.dtype == weight.dtype
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and all(_is_aligned(matrix) for matrix in (hidden, weight))
@@ -229,7 +236,7 @@ def online_softmax(
     options: LogitOptions,
     target: Tensor,  # [n]
     running: RunningSoftmax,
-    weights: Tensor | None,  # [n, v], rows a multiple of 16 bytes apart
+    weights: Tensor | None,  # [n, v + padding]
 ) -> BlockStatistics:
     """Make a block's statistics for `merge`, and weights = slope * exp(l - running.peak).
 
@@ -289,7 +296,7 @@ def grad_logits(
     target: Tensor,  # [n]
     lse: Tensor,  # [2, n]
     upstream: Tensor,  # [n]
-    out: Tensor,  # [n, v], rows a multiple of 16 bytes apart
+    out: Tensor,  # [n, v + padding]
 ) -> None:
     """out = upstream * scale * slope * (e_y - p)."""
     rows = {

@@ -108,9 +108,9 @@ class RowPass:
     @staticmethod
     def add_block(hidden, weight, options, target, running, weights, total, overflow):
         logits = products(hidden, weight, running.peak.dtype)
-        torch_rows.online_softmax(logits, options, target, running, weights, total)
+        torch_rows.online_softmax(logits, options, target, running, logits, total)
         if total is not None:
-            total += products(weights, weight.T, total.dtype)
+            total += products(logits, weight.T, total.dtype)
 
 
 class Fused:
@@ -120,7 +120,8 @@ class Fused:
     def add_block(hidden, weight, options, target, running, weights, total, overflow):
         block = head_gemm.online_softmax(hidden, weight, options, target, running, weights)
         if total is not None:
-            total += products(weights, weight.T, total.dtype)
+            assert (weights[:, len(weight) :].nan_to_num() == 0).all()
+            total += products(weights[:, : len(weight)], weight.T, total.dtype)
         head_gemm.merge(block, running, total, overflow)
 
 
@@ -136,8 +137,8 @@ class Defined:
         logits.scatter_(1, index, target_logit.where(~here, -torch.inf)[:, None])
         q = torch.exp(logits - running.peak[:, None])
         if weights is not None:
-            weights.copy_(q if slope is None else q * slope)
-            total += products(weights, weight.T, total.dtype)
+            weights.zero_()[:, : len(weight)] = q if slope is None else q * slope
+            total += products(weights[:, : len(weight)], weight.T, total.dtype)
         peak = torch.maximum(running.peak, logits.amax(1))
         peak = torch.fmax(peak, running.target_logit)
         rescale = torch.exp(running.peak - peak)
@@ -150,7 +151,7 @@ class Defined:
 def run_softmax(way, inputs, dtype, weights_dtype):
     """All blocks' softmax, the first by its row pass; without weights_dtype only statistics.
 
-    The rows of the weights are a multiple of 64 entries apart.
+    The fused blocks' weights have columns of padding, up to a multiple of 64.
     """
     hidden, target = inputs.hidden.to(DEVICE), inputs.target.to(DEVICE)
     running = RunningSoftmax.start(len(hidden), hidden.new_empty(0, dtype=dtype))
@@ -162,12 +163,10 @@ def run_softmax(way, inputs, dtype, weights_dtype):
     for index, (weight, options) in enumerate(inputs.blocks):
         weight, options, v = weight.to(DEVICE), on_device(options, dtype), len(weight)
         if weights_dtype is not None:
-            memory = hidden.new_full((len(hidden), v + -v % 64), torch.nan, dtype=weights_dtype)
-            weights = memory[:, :v]
+            weights = hidden.new_full((len(hidden), v + -v % 64), torch.nan, dtype=weights_dtype)
         add_block = way.add_block if index else RowPass.add_block
         add_block(hidden, weight, options, target, running, weights, total, overflow)
         if weights is not None:
-            assert memory[:, v:].isnan().all()
             kept.append(weights)
     return Results(running, total, kept[1:], bool(overflow))
 
@@ -177,24 +176,23 @@ def normalised(results):
     log_probs, _, sums = results.running.finish()
     if results.total is None:
         return [log_probs.cpu()]
-    mean = (results.total / sums[:, None]).to(results.weights[0].dtype)
-    return [log_probs.cpu(), mean.cpu()]
+    dtype = HALF if results.total.dtype == torch.float32 else None
+    return [log_probs.cpu(), (results.total / sums[:, None]).to(dtype).cpu()]
 
 
 def run_grad_logits(by_triton, inputs, lse, upstream, dtype, out_dtype):
     """out of the inputs' last block."""
     (weight, options), hidden = inputs.blocks[-1], inputs.hidden.to(DEVICE)
     weight, options = weight.to(DEVICE), on_device(options, dtype)
-    memory = hidden.new_full((len(hidden), len(weight) + -len(weight) % 64), torch.nan)
-    out = memory[:, : len(weight)] if by_triton else torch.empty_like(memory, dtype=out_dtype)
+    v = len(weight)
+    out = hidden.new_full((len(hidden), v + -v % 64), torch.nan, dtype=out_dtype)
     rows = inputs.target.to(DEVICE), lse.to(DEVICE, dtype), upstream.to(DEVICE, dtype)
     if by_triton:
         head_gemm.grad_logits(hidden, weight, options, *rows, out)
-        assert memory[:, len(weight) :].isnan().all()
+        assert (out[:, v:].nan_to_num() == 0).all()
     else:
-        out = out[:, : len(weight)]
-        torch_rows.grad_logits(products(hidden, weight, dtype), options, *rows, out)
-    return out.cpu()
+        torch_rows.grad_logits(products(hidden, weight, dtype), options, *rows, out[:, :v])
+    return out[:, :v].cpu()
 
 
 def some_statistics(inputs):
@@ -245,6 +243,14 @@ def test_it_gives_the_log_probs_and_gradients_of_the_row_passes(options, want):
         torch.testing.assert_close(statistic, truth.float(), equal_nan=True)
 
 
+def test_every_tile_is_made_where_groups_of_16_row_tiles_are_not_full():
+    inputs = some_inputs(17 * 128 + 5, 8, [8, 300])
+    ours = run_softmax(Fused, inputs, torch.float32, HALF)
+    exact = run_softmax(Defined, inputs, torch.float64, torch.float64)
+    naive = run_softmax(Defined, inputs, torch.float32, HALF)
+    assert_all_as_good(ours.tensors(), exact.tensors(), naive.tensors())
+
+
 def test_a_peak_that_rises_in_every_block_rescales_what_came_before():
     inputs = some_inputs(40, 24, [64, 100, 100, 100], size=1.0)
     for index, (weight, _) in enumerate(inputs.blocks):
@@ -260,7 +266,7 @@ def test_a_target_is_found_in_every_quarter_of_a_tile(column):
     first, block = torch.randn(3, 64), torch.randn(3, 321)
     inputs = inputs_of_logits(first, block, target=[64 + column, 63, 64 + 321])
     running, _, (weights,), _ = run_softmax(Fused, inputs, torch.float32, HALF)
-    assert (weights == 0).nonzero().tolist() == [[0, column]]
+    assert (weights[:, :321] == 0).nonzero().tolist() == [[0, column]]
     expected = torch.stack([block[0, column], first[1, 63]]).to(HALF).float()
     assert torch.equal(running.target_logit[:2].cpu(), expected)
     assert running.target_logit[2].isnan()
@@ -384,10 +390,27 @@ def test_without_rows_the_results_are_empty():
     assert run_grad_logits(True, inputs, lse, upstream, torch.float32, HALF).shape == (0, 300)
 
 
+def test_nothing_is_written_beyond_the_columns_of_a_result():
+    inputs = some_inputs(5, 24, [130])
+    (weight, options), target = inputs.blocks[0], inputs.target.to(DEVICE)
+    hidden, weight = inputs.hidden.to(DEVICE), weight.to(DEVICE)
+    running = RunningSoftmax.start(5, hidden.new_empty(0, dtype=torch.float32))
+    running.peak.zero_()
+    statistics = torch.zeros(2, 5, device=DEVICE), torch.ones(5, device=DEVICE)
+    memory = hidden.new_full((7, 192), torch.nan)
+    out = memory[1:-1, :130]
+    head_gemm.online_softmax(hidden, weight, options, target, running, out)
+    assert not out.isnan().any() and memory.isnan().sum() == memory.numel() - out.numel()
+    out.fill_(torch.nan)
+    head_gemm.grad_logits(hidden, weight, options, target, *statistics, out)
+    assert not out.isnan().any() and memory.isnan().sum() == memory.numel() - out.numel()
+
+
 def test_it_runs_for_aligned_rows_of_16_bits_only():
     hidden, weight = torch.zeros(3, 24, dtype=HALF), torch.zeros(50, 24, dtype=HALF)
     hidden, weight = hidden.to(DEVICE), weight.to(DEVICE)
     assert head_gemm.can_run(hidden, weight) and head_gemm.can_run(hidden[1:], weight[7:])
+    assert head_gemm.can_run(hidden, weight, want_weights=True) == (torch.bfloat16 == HALF)
     assert not head_gemm.can_run(hidden.float(), weight.float())
     assert not head_gemm.can_run(hidden, weight.float())
     assert not head_gemm.can_run(hidden[:, :20], weight[:, 4:])  # weight starts at 8 bytes
