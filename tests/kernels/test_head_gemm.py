@@ -244,7 +244,7 @@ def test_it_gives_the_log_probs_and_gradients_of_the_row_passes(options, want):
 
 
 def test_every_tile_is_made_where_groups_of_16_row_tiles_are_not_full():
-    inputs = some_inputs(17 * 128 + 5, 8, [8, 300])
+    inputs = some_inputs(17 * 128 + 5, 8, [8, 300], size=1.0)
     ours = run_softmax(Fused, inputs, torch.float32, HALF)
     exact = run_softmax(Defined, inputs, torch.float64, torch.float64)
     naive = run_softmax(Defined, inputs, torch.float32, HALF)
@@ -337,6 +337,14 @@ def test_a_nan_logit_reaches_the_results_of_its_row_and_no_others():
     for value in (log_probs, sums, running.peak, total.sum(1), weights.sum(1)):
         assert value.isnan().tolist() == [False, True, False, False]
     assert not overflow and not (running.target_logit >= running.peak)[1]
+
+
+@NUMPY_WARNS
+def test_a_nan_logit_of_a_later_block_leaves_no_peak_that_a_target_could_reach():
+    inputs = some_inputs(3, 24, [40, 300], "biased")._replace(target=torch.tensor([50, 3, 330]))
+    inputs.blocks[1].options.bias[9] = torch.nan
+    running = run_softmax(Fused, inputs, torch.float32, HALF).running
+    assert running.peak.isnan().all() and running.finish()[0].isnan().all()
 
 
 def test_the_target_reaches_the_peak_where_it_ties_and_not_where_a_logit_is_higher():
