@@ -94,6 +94,13 @@ def inputs_of_logits(first, *others, target, scale=1.0):
 
 
 def products(hidden, weight, dtype):
+    """hidden weight^T in a dtype.
+
+    Long rows in fp32 by a GPU's tensor cores, as the heads do: those truncate as they accumulate.
+    """
+    is_narrow = hidden.dtype == weight.dtype == HALF
+    if hidden.is_cuda and is_narrow and dtype == torch.float32 and hidden.shape[1] > 1000:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return hidden.to(dtype) @ weight.to(dtype).T
 
 
