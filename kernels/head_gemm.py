@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 
 _VARYING = ["n", "v", "start"]  # vary from batch to batch or block to block (see launch.VARYING)
+# Rows of a batch may start anywhere. Their addresses are read one by one, whatever the alignment.
+_ROWS = ["target_ptr", "ref_ptr", "target_logit_ptr", "partial_ptr", "lse_ptr", "upstream_ptr"]
 _GROUP = 16
 # exp(l - ref) and a sum of many times an entry's weights stay finite in fp32 up to this l - ref,
 # and exp(l - ref) in fp16 up to the other.
@@ -79,7 +81,7 @@ TILES = {
 }
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ROWS)
 def head_gemm_kernel(
     hidden,  # descriptor of [n, D]
     weight,  # descriptor of [v, D]
