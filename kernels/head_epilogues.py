@@ -1,7 +1,7 @@
 """The epilogues of the heads' GEMM (`head_gemm`): they turn a tile of fp32 products into results.
 
 Each works on a quarter of the tile, [BM, W], so that no more results than that take registers and
-shared memory. Few tiles hold a target or reach past the last vocabulary entry. Those are
+shared memory. Few quarters hold a target or reach past the last vocabulary entry. Those are
 `uneven`: only they pay for comparing columns.
 """
 
@@ -37,6 +37,18 @@ def target_columns(target_ptr, b_row, b_mask, first, width):
     """Each row's target as a column of the `width` entries from `first` on, -1 if elsewhere."""
     b_column = tl.load(target_ptr + b_row, mask=b_mask, other=-1) - first
     return tl.where((b_column >= 0) & (b_column < width), b_column, -1).to(tl.int32)
+
+
+@triton.jit
+def uneven_quarters(b_target, width, W: tl.constexpr):
+    """A bit for each quarter of W columns that holds a target, or columns from `width` on."""
+    b_bit = tl.where(b_target >= 0, 1 << (tl.maximum(b_target, 0) // W), 0)
+    return tl.reduce(b_bit, 0, _either) | (15 << (width // W)) & 15
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
 
 
 @triton.jit

@@ -28,11 +28,12 @@ this code has been compiled for sm_90 and sm_100 and run in the interpreter, nev
 tile of 128 x 256 takes 65,536 tensor core cycles at D = 4096, 32,768 at D = 2048. Its epilogue
 comes after them and is not hidden; only the loads for the next tile are under way meanwhile.
 
-                      SASS an entry       cycles a tile        share of the tile's time
-                      plain   uneven   issue   exponentials   D = 4096   D = 2048
-    online_softmax      8.3     10.4    2100           2000        4%         8%
-      statistics only   7.0      9.1    1800           2000        3%         7%
-    grad_logits        10.8     11.3    2800           2000        4%         8%
+                     SASS instructions an entry,     cycles a tile,    share of the tile's time
+                     in quarters that are             issue /
+                     even      uneven (6%)            exponentials      D = 4096    D = 2048
+    online_softmax    8.3         17.0                2260 / 2050         3.5%         7%
+      statistics      7.0         15.5                1920 / 2050         3%           6%
+    grad_logits      10.4         14.5                2730 / 2050         4%           8%
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def head_gemm_kernel(
         b_mask = b_row < n
         width = tl.minimum(v - column, BN)
         b_target = epilogues.target_columns(target_ptr, b_row, b_mask, start + column, width)
-        uneven = (tl.max(b_target, 0) >= 0) | (width < BN)
+        uneven = epilogues.uneven_quarters(b_target, width, BN // 4)
         logit_options = bias_ptr, v, scale, softcap
         b_quarters = epilogues.quarters(b_products)
         if lse_ptr is None:
@@ -143,7 +144,7 @@ def head_gemm_kernel(
                     out,
                     row,
                     column + quarter * (BN // 4),
-                    uneven,
+                    uneven & (1 << quarter) != 0,
                     FAST,
                 )
                 b_sum += b_quarter_sum
@@ -168,7 +169,7 @@ def head_gemm_kernel(
                     out,
                     row,
                     column + quarter * (BN // 4),
-                    uneven,
+                    uneven & (1 << quarter) != 0,
                     FAST,
                 )
 
