@@ -124,6 +124,9 @@ def resources(compiled_kernel: Any, cc: int) -> dict[str, Any]:
         + len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
         "wide_stores": len(re.findall(r"st\.global[^;]*\.v4\.b32", ptx)),
         "narrow_stores": len(re.findall(r"st\.global[^;]*\.b16", ptx)),
+        "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor[^;]*shared::\w+\.global", ptx)),
+        "tma_stores": len(re.findall(r"cp\.async\.bulk\.tensor[^;]*global\.shared::cta", ptx)),
+        "waits": [int(count) for count in re.findall(r"wgmma\.wait_group\D*(\d+)", ptx)],
         "mma": sorted(set(re.findall(r"(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx))),
     }
 

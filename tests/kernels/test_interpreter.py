@@ -30,7 +30,14 @@ def interpret(file: str, marks: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["test_combine.py", "test_head_rows.py", "test_noise.py", "test_perturb_embed.py"]
+    "file",
+    [
+        "test_combine.py",
+        "test_head_gemm.py",
+        "test_head_rows.py",
+        "test_noise.py",
+        "test_perturb_embed.py",
+    ],
 )
 def test_the_kernels_pass_their_tests_in_the_interpreter(file):
     interpret(file, "not slow and not gpu")
