@@ -47,6 +47,10 @@ _MODULES = {
 OPS = tuple(_MODULES["torch"])
 
 _only: str | None = None
+# Names of devices on which bench/heads.py has shown the heads' fused GEMM to be faster than a GEMM
+# and a row pass. None has been measured yet.
+_FUSED_HEAD_DEVICES: frozenset[str] = frozenset()
+_fused_head: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,27 @@ def only(name: str) -> Iterator[None]:
         yield
     finally:
         _only = before
+
+
+def fused_head(device: torch.device) -> ModuleType | None:
+    """Return the module of the heads' fused GEMM, on devices where it is faster."""
+    if device.type != "cuda" or _only not in (None, "triton") or not _has_triton():
+        return None
+    measured = torch.cuda.get_device_name(device) in _FUSED_HEAD_DEVICES
+    if not (measured if _fused_head is None else _fused_head):
+        return None
+    return importlib.import_module("fastperturb.kernels.head_gemm")
+
+
+@contextlib.contextmanager
+def fuse_heads(fuse: bool) -> Iterator[None]:
+    """Let the heads use their fused GEMM, or not, whatever the device: for tests and benchmarks."""
+    global _fused_head
+    before, _fused_head = _fused_head, fuse
+    try:
+        yield
+    finally:
+        _fused_head = before
 
 
 def reject_forward_mode(op: str, *inputs: Tensor | None) -> None:

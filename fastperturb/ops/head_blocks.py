@@ -44,6 +44,9 @@ from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax, empty_
 from fastperturb.ops.head_geometry import Geometry, even_parts
 from fastperturb.ops.head_labels import Labels
 
+# The first block gives the fused GEMM a peak to start from, at little cost.
+_FIRST_ENTRIES = 512
+
 
 class Quadratic(NamedTuple):
     """The quadratic estimator's values [N], and each sample's part [M, N] for the backward."""
@@ -67,6 +70,7 @@ class Head:
     valid_vocab: int
     grad_dtype: torch.dtype  # of the gradient with respect to weight
     geometry: Geometry
+    fused: ModuleType | None = None  # kernels.head_gemm, where it is faster
 
     def dtype(self, hidden: Tensor) -> torch.dtype:
         """Return the dtype of the products' inputs; their results are in at least fp32."""
@@ -83,6 +87,20 @@ class Head:
     def blocks(self, entries: int) -> list[Block]:
         """Cut the vocabulary into even blocks of about so many entries at most."""
         return [Block(self, part) for part in even_parts(self.valid_vocab, entries, multiple=64)]
+
+    def blocks_after_a_narrow_one(self, entries: int) -> list[Block]:
+        """Cut it into a first block that is narrow, and even ones of so many entries at most."""
+        first = min(_FIRST_ENTRIES, self.valid_vocab)
+        others = even_parts(self.valid_vocab - first, entries, multiple=64)
+        parts = [slice(first + part.start, first + part.stop) for part in others]
+        return [Block(self, part) for part in [slice(0, first), *parts]]
+
+    def fuses(self, inputs: Tensor, *, want_weights: bool) -> bool:
+        """Tell if blocks of these rows go through the fused GEMM, whose flag the host reads."""
+        module = self.fused
+        if module is None or not module.can_run(inputs, self.weight, want_weights=want_weights):
+            return False
+        return not (inputs.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True)
@@ -165,10 +183,19 @@ def linear_logprob(
     dtype = gemm.result_dtype(head.dtype(hidden))
     results = LogProbs.empty(inputs, dtype, entropy=want_entropy, grad_hidden=want_grad_hidden)
     running = RunningSoftmax.start(len(inputs), results.lse, entropy=want_entropy)
-    memory = Memory(head)
-    for part in head.geometry.row_parts(len(inputs)):
+    memory, parts = Memory(head), head.geometry.row_parts(len(inputs))
+    overflow = None
+    if not want_entropy and head.fuses(inputs, want_weights=want_grad_hidden):
+        overflow = torch.zeros(len(parts), dtype=torch.int32, device=inputs.device)
+    for index, part in enumerate(parts):
         rows = inputs[part], target[part], running.rows(part), results.rows(part)
-        _logprob_rows(head, *rows, memory)
+        _logprob_rows(
+            head, *rows, memory, None if overflow is None else overflow[index : index + 1]
+        )
+    if overflow is not None:  # the only wait for the device, once a call
+        for part in (parts[index] for index in overflow.nonzero()[:, 0].tolist()):
+            fresh = RunningSoftmax.start(part.stop - part.start, results.lse)
+            _logprob_rows(head, inputs[part], target[part], fresh, results.rows(part), memory, None)
     return LogProbs(
         labels.scatter(results.log_probs, dim=0),
         labels.scatter(results.lse, dim=1),
@@ -185,12 +212,20 @@ def _logprob_rows(
     running: RunningSoftmax,
     results: LogProbs,
     memory: Memory,
+    overflow: Tensor | None,  # [1]
 ) -> None:
-    """Run `linear_logprob` on few enough rows for one block of logits."""
+    """Run `linear_logprob` on few enough rows for one block of logits.
+
+    With a flag for overflow, all blocks but a narrow first one go through the fused GEMM.
+    """
     dtype = head.dtype(hidden)
     h, total = hidden.to(dtype), None
-    for block in head.blocks(head.geometry.entries(len(h))):
+    cut = head.blocks if overflow is None else head.blocks_after_a_narrow_one
+    for index, block in enumerate(cut(head.geometry.entries(len(h)))):
         weight = block.weight(dtype)
+        if overflow is not None and index > 0:
+            total = _fused_block(block, h, weight, target, running, total, memory, overflow)
+            continue
         products = memory.product(h, weight)
         weights = None if results.grad_hidden is None else memory.for_gemm(products, dtype)
         head.row_passes.online_softmax(products, block.options, target, running, weights, total)
@@ -198,6 +233,28 @@ def _logprob_rows(
             total = gemm.add_product(total, weights, weight)
     rows = target, running, head.weight, total, gemm.lift(dtype)
     head.row_passes.finish_logprob(head.options, *rows, results)
+
+
+def _fused_block(
+    block: Block,
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    running: RunningSoftmax,
+    total: Tensor | None,
+    memory: Memory,
+    overflow: Tensor,
+) -> Tensor | None:
+    """Add a block to running, and return total with the block added."""
+    module = block.head.fused
+    assert module is not None
+    weights = None if total is None else memory.narrow((len(h), block.width), h, h.dtype)
+    entries = block.unpadded(weight), block.options
+    statistics = module.online_softmax(h, *entries, target, running, weights)
+    if weights is not None:
+        total = gemm.add_product(total, weights, weight)
+    module.merge(statistics, running, total, overflow)
+    return total
 
 
 def linear_quadratic(

@@ -25,6 +25,7 @@ from fastperturb.ops.head_blocks import Block, Head, Memory, quadratic_bounds
 from fastperturb.ops.head_labels import Labels
 
 GradLogits = Callable[[Tensor, LogitOptions, slice, Tensor], None]
+FusedGradLogits = Callable[[Tensor, Tensor, LogitOptions, list[slice], Tensor], None]
 
 
 class Wanted(NamedTuple):
@@ -61,7 +62,7 @@ def linear_logprob_backward(
     def grad_logits(products: Tensor, options: LogitOptions, part: slice, out: Tensor) -> None:
         head.row_passes.grad_logits(products, options, *rows_of(part.start, part.stop), out)
 
-    grads = _gradients(head, inputs, grad_logits, lift, wanted)
+    grads = _gradients(head, inputs, grad_logits, lift, wanted, _fused(head, inputs, rows_of))
     return _scattered(grads, labels, dim=0)
 
 
@@ -110,6 +111,7 @@ def _gradients(
     grad_logits: GradLogits,
     lift: Tensor | None,
     wanted: Wanted,
+    fused: FusedGradLogits | None = None,
 ) -> Gradients:
     """Sum the gradients over each group of the tokens and each vocabulary block."""
     groups, blocks = _cut(head, inputs)
@@ -126,7 +128,11 @@ def _gradients(
         weight, grad_block = block.weight(dtype), None
         place = None if grad_weight is None else _place_of(block, grad_weight, dtype, lift)
         for index, (group, h) in enumerate(zip(groups, rows, strict=True)):
-            out = _grad_logits_of(h, group, block, weight, grad_logits, memory)
+            if fused is None:
+                out = _grad_logits_of(h, group, block, weight, grad_logits, memory)
+            else:
+                out = memory.narrow((len(h), block.width), h, h.dtype)
+                fused(h, block.unpadded(weight), block.options, group, out)
             if wanted.hidden:
                 totals[index] = gemm.add_product(totals[index], out, weight)
             if wanted.weight:
@@ -142,6 +148,23 @@ def _gradients(
         if grad_hidden is not None and total is not None:
             _write_rows(grad_hidden, group, gemm.lowered(total, lift))
     return Gradients(grad_hidden, grad_weight, grad_bias)
+
+
+def _fused(
+    head: Head, inputs: Tensor, rows_of: Callable[[int, int], list[Tensor]]
+) -> FusedGradLogits | None:
+    """Return grad_logits of hidden states and weights, where the fused GEMM takes these."""
+    module = head.fused
+    if module is None or not module.can_run(inputs, head.weight):
+        return None
+
+    def grad_logits(
+        h: Tensor, weight: Tensor, options: LogitOptions, group: list[slice], out: Tensor
+    ) -> None:
+        rows = rows_of(group[0].start, group[-1].stop)
+        module.grad_logits(h, weight, options, *rows, out)
+
+    return grad_logits
 
 
 def _cut(head: Head, inputs: Tensor) -> tuple[list[list[slice]], list[Block]]:

@@ -138,6 +138,7 @@ def _head(op: str, call: HeadCall) -> Head:
         call.valid_vocab,
         grad_dtype=call.weight.dtype,
         geometry=Geometry.of(weight.device, weight.shape[1]),
+        fused=dispatch.fused_head(weight.device) if op == "linear_logprob" else None,
     )
 
 
