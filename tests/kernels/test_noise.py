@@ -13,8 +13,8 @@ from fastperturb.kernels import noise
 pytestmark = MARKS
 
 SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), -81985529216486896)
-# Latents of a program. Compile time grows faster than they do: 256 x 256 take a GPU's compiler 12 s,
-# 512 x 256 take it 153 s. The interpreter likes few programs.
+# Latents of a program. Compile time grows faster: 256 x 256 take a GPU's compiler 12 s, 512 x 256
+# take it 153 s. The interpreter likes few programs.
 LATENTS_OF_A_PROGRAM = 2**16 if INTERPRETED else 2**12
 
 
