@@ -53,9 +53,7 @@ NOT_REHEARSED = {
 }
 INTERPRETER_ONLY = ("tests/kernels/test_noise.py",)  # kernels of the tests' own
 # One test or two of each kind, for pytest's -k.
-SHORT = (
-    "philox or frequent or autocast or out_of_range or (wrapped and auto) or temperature or doctor"
-)
+SHORT = "philox or frequent or (wrapped and auto) or temperature or doctor"
 GIB = 2**30
 
 
