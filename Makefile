@@ -47,7 +47,7 @@ bench: $(INSTALLED)  ## time every implementation against naive code, into runs/
 	$(RUN) -m bench.run --output-dir runs/bench --overwrite
 
 # A GPU machine brings its own torch and may have no network: no virtual environment here.
-gpu:  ## tests and benchmarks that need CUDA, with the python that is there, into runs/gpu; again: the rest
+gpu:  ## tests and benchmarks that need CUDA, with the python that is there, into runs/gpu
 	PYTHONPATH=. $(PYTHON) -m bench.gpu --output-dir $(OUT) $(if $(STAGES),--stages $(STAGES)) $(ARGS)
 
 clean:  ## remove build products and caches; keeps the virtual environment and runs/

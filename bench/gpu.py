@@ -155,7 +155,13 @@ def side_by_side(
 
 
 def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": ".", "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": ".",
+        "PYTHONUNBUFFERED": "1",  # so that a log is whole when its program is killed
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // SHARDS)),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # older versions of torch ask for it in some tests
+    }
     if arguments[0] == "compute-sanitizer":
         # In torch's pool of memory a read beyond a tensor's end lands in another allocation.
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"

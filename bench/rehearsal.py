@@ -17,6 +17,7 @@ show does not: its compilers, its results, its speed. NOT_REHEARSED names tests 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import importlib.machinery
 import os
 import shutil
@@ -230,26 +231,17 @@ def pytest_configure(config: Any) -> None:
 
 
 def _torch_for_kernels() -> None:
-    from fastperturb.kernels import combine, head_rows, perturb_embed
-    from fastperturb.ops.torch import combine as torch_combine
-    from fastperturb.ops.torch import embed as torch_embed
-    from fastperturb.ops.torch import rows as torch_rows
+    """Put torch's functions in the place of those that launch kernels."""
+    from fastperturb.ops import dispatch
 
-    for kernels, module, names in (
-        (combine, torch_combine, ["combine"]),
-        (
-            head_rows,
-            torch_rows,
-            ["online_softmax", "grad_logits", "quadratic_dot", "quadratic_grad_logits"],
-        ),
-        (
-            perturb_embed,
-            torch_embed,
-            ["perturb_embed", "perturb_embed_backward", "perturb_embed_per_sample_grad"],
-        ),
-    ):
-        for name in names:
-            setattr(kernels, name, getattr(module, name))
+    for op in dispatch.OPS:
+        kernels, functions = (
+            importlib.import_module(dispatch._MODULES[name][op]) for name in ("triton", "torch")
+        )
+        for name, function in vars(functions).items():
+            if getattr(function, "__module__", None) == functions.__name__ and name[0] != "_":
+                assert hasattr(kernels, name), f"{kernels.__name__} has no {name}"
+                setattr(kernels, name, function)
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
