@@ -48,7 +48,7 @@ class TrunkInputs:
         rows = torch.arange(count * size, device=values.device).view(count, size, 1)
         # Positions may share a source. An embedding's gradient is summed in the same order in every
         # run on a GPU too; that of `gather` is not.
-        return F.embedding(rows * length + self.source, values.flatten(0, 2))
+        return torch.nn.functional.embedding(rows * length + self.source, values.flatten(0, 2))
 
     def _packed_lengths(self, trunk: Any) -> dict[str, Any]:
         """Return where documents begin, for flash kernels, which would take a row for one."""
