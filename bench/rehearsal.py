@@ -44,14 +44,17 @@ MISSING = (
         "wandb",
     ),
 )
-# Names of tests, and what of the card they need that the CPU has not.
+# Names of tests, and what they need that a CPU has not.
 _MORE_THAN_TORCH = "the kernels, whose promises are not torch's"
 NOT_REHEARSED = {
-    "test_attention_over_all_samples_takes_the_flash_kernel": "its attention kernels",
-    "test_memory_does_not_grow_with_the_samples": "its allocator",
+    "test_attention_over_all_samples_takes_the_flash_kernel": "the card's attention kernels",
+    "test_memory_does_not_grow_with_the_samples": "the card's allocator",
     "test_an_out_of_range_target_gives_nan_and_no_error": "a device that must not be waited for",
     "test_under_autocast_the_heads_multiply_in_16_bits_and_return_fp32": "products in 16 bits",
     "test_rows_without_upstream_gradients_give_zeros_whatever_their_logits": _MORE_THAN_TORCH,
+    "test_fp32_heads_have_the_error_of_fp32_where_the_model_may_use_tf32": "TF32",
+    "test_under_autocast_one_cast_serves_many_calls_and_the_gradient_is_fp32": "CUDA's autocast",
+    "test_a_projection_made_again_gives_the_same_gradients": _MORE_THAN_TORCH,
     "test_an_fp64_table_is_rejected_by_name": _MORE_THAN_TORCH,
     "test_the_jackknife_gives_all_impossible_samples_the_same_negative_weight": _MORE_THAN_TORCH,
 }
