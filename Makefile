@@ -48,7 +48,7 @@ bench: $(INSTALLED)  ## time every implementation against naive code, into runs/
 
 # A GPU machine brings its own torch and may have no network: no virtual environment here.
 gpu:  ## tests and benchmarks that need CUDA, with the python that is there, into runs/gpu
-	PYTHONPATH=. $(PYTHON) -m bench.gpu --output-dir $(OUT) $(if $(STAGES),--stages $(STAGES))
+	PYTHONPATH=. $(PYTHON) -m bench.gpu --output-dir $(OUT) $(if $(STAGES),--stages $(STAGES)) $(ARGS)
 
 clean:  ## remove build products and caches; keeps the virtual environment and runs/
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

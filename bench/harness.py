@@ -2,6 +2,13 @@
 
 A machine's speed drifts, so every repetition times each variant once, and only ratios of
 medians within one run mean anything.
+
+On a GPU a call is timed by events, behind a sleep of the device that is longer than the CPU takes
+to enqueue the call: the number has no launch latency in it, as in a training step, whose CPU runs
+ahead. `milliseconds_idle`, the same call on an idle device, and `milliseconds_replayed`, a CUDA
+graph of it, stand beside the number where a variant asks for them. A graph's should agree with it.
+Before each timing the L2 cache is filled by reads, which leave nothing to write back: inputs come
+from memory, as they do in a step that touches more than the cache holds.
 """
 
 import contextlib
@@ -33,6 +40,7 @@ class Variant:
     mode: str  # forward, backward or full
     run: Callable[[], Any]
     opaque: bool = False  # whether it runs as one call whose inner traffic nobody sees
+    replay: bool = False  # whether a GPU times it in two more ways, to check the first
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,9 @@ class Row:
     op: str
     provider: str
     mode: str
-    # milliseconds; extra_mib: the peak above what was allocated before; bytes_ratio: bytes that
-    # go in and out of all its calls, over the least possible; fits: 0, where the memory did not do
+    # milliseconds (and _idle, _replayed: see above); extra_mib: the peak above what was allocated
+    # before; bytes_ratio: bytes that go in and out of all its calls, over the least possible;
+    # fits: 0, where the memory did not do; captures: 0, where no CUDA graph could be made of it
     metric: str
     x: dict[str, Any]
     p20: float
@@ -70,12 +79,13 @@ def measure(
     device has too little memory is left out, and its row says so.
     """
     times: dict[Variant, list[float]] = {variant: [] for variant in variants}
+    timed = Timing(device)
     gc.disable()  # a collection in the middle of a timing would be charged to that variant
     for repeat in range(-warmup, repeats):
         for variant in list(times):
             elapsed = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                elapsed = _milliseconds(variant.run, device)
+                elapsed = timed.milliseconds(variant.run)
             if elapsed is None:
                 del times[variant]
                 gc.collect()  # what the failed call held is not given back by itself
@@ -95,6 +105,9 @@ def measure(
         rows.append(
             Row(metric="milliseconds", p20=p20, p50=statistics.median(taken), p80=p80, **label)
         )
+        if variant.replay and device.type == "cuda":
+            for metric, value in timed.other_ways(variant.run, repeats).items():
+                rows.append(Row(metric=metric, p20=value, p50=value, p80=value, **label))
         extra = _extra_mib(variant.run, device)
         rows.append(Row(metric="extra_mib", p20=extra, p50=extra, p80=extra, **label))
         if not variant.opaque:
@@ -116,17 +129,77 @@ def by(implementation: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     return wrap
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+class Timing:
+    """The duration of a call on a device, in milliseconds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._enqueue: dict[Callable[[], Any], float] = {}  # the CPU's milliseconds for a call
+        if device.type == "cuda":
+            size = torch.cuda.get_device_properties(device).L2_cache_size
+            self._cold = torch.zeros(2 * size // 4, device=device)  # twice the cache, in fp32
+            self._cycles = self._cycles_of_a_millisecond()
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        if self._device.type == "cuda":
+            return self._on_gpu(run)
+        begin = time.perf_counter()
         run()
+        return 1e3 * (time.perf_counter() - begin)
+
+    def other_ways(self, run: Callable[[], Any], repeats: int) -> dict[str, float]:
+        """Return the medians of a call on an idle device, and of a CUDA graph's replay."""
+
+        def median(call: Callable[[], Any], sleep: bool) -> float:
+            return statistics.median(self._on_gpu(call, sleep=sleep) for _ in range(repeats))
+
+        medians = {"milliseconds_idle": median(run, False)}
+        try:
+            medians["milliseconds_replayed"] = median(_captured(run).replay, True)
+        except RuntimeError:  # of the device, or of a call that waits for it
+            medians["captures"] = 0.0
+        return medians
+
+    def _on_gpu(self, run: Callable[[], Any], *, sleep: bool = True) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._cold.sum()
+        torch.cuda.synchronize()
+        # Twice the time, against a busy CPU. Whoever takes longer than this waits for the device.
+        cover = min(2 * self._enqueue.get(run, 0.0) + 0.1, 50.0)
+        if sleep:
+            torch.cuda._sleep(int(cover * self._cycles))
+        start.record()
+        begin = time.perf_counter()
+        run()
+        enqueue = 1e3 * (time.perf_counter() - begin)
         end.record()
         end.synchronize()
+        # The least seen: the first call compiles, and a full queue makes the CPU wait.
+        self._enqueue[run] = min(enqueue, self._enqueue.get(run, math.inf))
         return start.elapsed_time(end)
-    begin = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - begin)
+
+    def _cycles_of_a_millisecond(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cycles = 10_000_000
+        torch.cuda._sleep(1000)  # the first launch loads the kernel
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        return cycles / start.elapsed_time(end)
+
+
+def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of a call, which has run before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # libraries make their workspaces for a stream
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph
 
 
 def _extra_mib(run: Callable[[], Any], device: torch.device) -> float:
@@ -205,6 +278,8 @@ def show(
             traffic = medians.get((row.provider, row.mode, "bytes_ratio"))
             bytes_ratio = "" if traffic is None else f"{traffic:>8.1f}"
             print(f"{row.mode:10}{row.provider:14}{spread:28}{ratios}{extra:>10.1f}{bytes_ratio}")
+        if row.metric in ("milliseconds_idle", "milliseconds_replayed"):
+            print(f"{'':24}{row.metric.removeprefix('milliseconds_')}: {row.p50:.3f} ms")
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -111,7 +111,8 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     for name, forward in forwards.items():
         for mode, run in {"forward": torch.no_grad()(forward), "full": full(forward)}.items():
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
-            timed.append(Variant(name, mode, chosen, opaque=True))
+            replay = name == "triton" and mode == "forward"
+            timed.append(Variant(name, mode, chosen, opaque=True, replay=replay))
     others = {}
     if case.M == 1:
         others = _peers(hidden, weight, target, upstream, leaves)

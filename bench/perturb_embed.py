@@ -113,7 +113,8 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         }
         for mode, run in calls.items():
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
-            timed.append(Variant(name, mode, chosen, opaque=name in ("torch", "compiled")))
+            opaque, replay = name in ("torch", "compiled"), name == "triton" and mode == "forward"
+            timed.append(Variant(name, mode, chosen, opaque=opaque, replay=replay))
     out = torch.empty_like(upstream)
     for mode in ("forward", "shift"):
         timed.append(Variant("floor", mode, lambda: torch.empty_like(upstream).fill_(1.0)))

@@ -81,7 +81,9 @@ def resample(
     drawn = resampled.drawn
     index = drawn.view(*drawn.shape, *[1] * (log_probs.ndim - 2)).expand_as(resampled.weights)
     weights = resampled.weights.new_zeros(log_probs.shape)
-    weights.scatter_add_(0, index, resampled.weights)
+    for once in range(len(index)):  # one by one: a GPU adds to a sample drawn twice in any order
+        here = slice(once, once + 1)
+        weights.scatter_add_(0, index[here], resampled.weights[here])
     return _WithGradient.apply(log_probs, resampled.value, weights), weights
 
 
@@ -127,9 +129,19 @@ def draw_samples(weights: Tensor, uniforms: Tensor, *, mask: Tensor) -> tuple[Te
         chances = (weights * mask).sum(-1) / labelled.clamp_min(1)
         chances = chances.where(labelled > 0, 1 / num_samples)
     chances = (1 - _UNIFORM_SHARE) * chances + _UNIFORM_SHARE / num_samples
-    edges = chances.cumsum(0).T.contiguous()  # (B, M)
+    edges = _running_sums(chances).T.contiguous()  # (B, M)
     drawn = torch.searchsorted(edges, uniforms.to(edges).T.contiguous(), right=True)
     return drawn.clamp_max(num_samples - 1).T, chances
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """Return the sums of the first 1, 2, ... rows of [M, B], added in fp64.
+
+    cumsum does the same on a CPU. On a GPU it adds in an order that varies from run to run.
+    """
+    size = len(values)
+    ones = torch.ones(size, size, dtype=torch.float64, device=values.device)
+    return (ones.tril() @ values.double()).to(values)
 
 
 def default_backward_samples(
@@ -190,7 +202,8 @@ class Telescope:
 
     def sample(self, uniforms: Tensor) -> Tensor:
         """Draw levels by uniforms on [0, 1): int64 of their shape."""
-        edges = torch.tensor(self.probabilities, device=uniforms.device).cumsum(0)[:-1]
+        probabilities = torch.tensor(self.probabilities, device=uniforms.device)
+        edges = _running_sums(probabilities[:, None])[:-1, 0].contiguous()
         return torch.bucketize(uniforms, edges, right=True)
 
     def draws(self, level: Tensor) -> Tensor:

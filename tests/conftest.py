@@ -11,13 +11,21 @@ from torch.distributed.device_mesh import DeviceMesh
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="Run every Nth test, from the Ith (0..N-1) on.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Workers share the cores: more threads than one each only makes them wait for each other.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("shard", None):
+        first, step = map(int, shard.split("/"))
+        items[:] = items[first::step]
     if torch.cuda.is_available():
         return
     for item in items:

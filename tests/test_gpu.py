@@ -9,7 +9,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.memory import PLANS
-from fastperturb import PerturbConfig, noise, ops, wrap
+from fastperturb import EditConfig, PerturbConfig, edit, noise, ops, wrap
 from fastperturb.cli import doctor
 from fastperturb.config import LATENTS, TRANSFORMS
 from fastperturb.ops import reference
@@ -145,6 +145,39 @@ def test_a_wrapped_model_gives_the_loss_and_gradient_it_gives_on_the_cpu(plan, c
     gradient = torch.autograd.grad(on_gpu, lm.transform.U)[0].cpu()
     assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-4)
     assert (gradient - expected).norm() < 2e-3 * expected.norm()
+
+
+STEPS = {
+    "chunked": {"plan": "chunked", "chunk_size": 3},
+    "resample": {"plan": "resample", "backward_samples": 3},
+    "mlmc": {"estimator": "mlmc"},
+    "quadratic": {"estimator": "quadratic"},
+    "edits": {"rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", STEPS.values(), ids=STEPS)
+def test_a_step_gives_the_same_bits_again_and_may_be_told_to(options, strict):
+    """`strict`: torch raises for what has no fixed order."""
+    base = tiny.llama().train()
+    kind = (edit, EditConfig) if "rate" in options else (wrap, PerturbConfig)
+    lm = kind[0](base, kind[1](num_samples=4, **options)).cuda()
+    ids = torch.randint(97, (2, 12)).cuda()
+    results = []
+    torch.use_deterministic_algorithms(strict)
+    try:
+        for _ in range(2):
+            lm.zero_grad()
+            with sdpa_kernel(SDPBackend.MATH):  # others are torch's, and have no fixed order
+                loss = lm(input_ids=ids, labels=ids, seed=5).loss
+                loss.backward()
+            grads = [value.grad for value in lm.parameters() if value.grad is not None]
+            results.append([loss.detach(), *grads])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(results[0]) > 10
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("method", ["exact", "neftune", "fixed", "discrete", "learned"])

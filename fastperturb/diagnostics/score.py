@@ -183,9 +183,10 @@ def _standard_error(influence: Tensor) -> Tensor:
 def _sum_by(owners: Tensor, values: Tensor) -> Tensor:
     """Sum values [m, B, T] over the positions of each owner [B, T]: [m, owners]."""
     numbers, index = owners.unique(return_inverse=True)
-    return values.new_zeros(len(values), len(numbers)).index_add_(
-        1, index.flatten(), values.flatten(1)
-    )
+    total = values.new_zeros((len(numbers), len(values)), dtype=torch.float64)
+    # Not index_add_, which adds in any order on a GPU. In fp64 a CPU adds in order too.
+    total.index_put_((index.flatten(),), values.flatten(1).T.double(), accumulate=True)
+    return total.T.to(values)
 
 
 def _curve(samples: Tensor, mask: Tensor, count: Tensor, *, group_size: int) -> Curve:

@@ -50,7 +50,11 @@ class TrunkInputs:
         """Gather the values from which each position's label is predicted."""
         if self.source is None:
             return values
-        return values.gather(2, self.source[..., None].expand(-1, -1, -1, values.shape[-1]))
+        count, size, length = values.shape[:3]
+        rows = torch.arange(count * size, device=values.device).view(count, size, 1)
+        # Positions may share a source. An embedding's gradient is summed in the same order in every
+        # run on a GPU too; that of `gather` is not.
+        return torch.nn.functional.embedding(rows * length + self.source, values.flatten(0, 2))
 
     def _packed_lengths(self, trunk: Any, documents: PackedDocuments | None) -> dict[str, Any]:
         """Return where packed documents begin, for kernels that need it."""

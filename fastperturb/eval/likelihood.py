@@ -113,7 +113,8 @@ def measure(
             mask = batch["labels"][:, 1:] != IGNORED
             documents = torch.from_numpy(np.stack(domain.documents[chosen])).to(device)[:, 1:][mask]
             for total, values in zip(sums, _label_values(score)):
-                total.index_add_(0, documents, values[mask].double())
+                # Not index_add_, which adds in any order on a GPU.
+                total.index_put_((documents,), values[mask].double(), accumulate=True)
             batches.append(_BatchScore.of(score))
     nll_sums, jackknife_sums, counts = sums.tolist()
     return Likelihood(

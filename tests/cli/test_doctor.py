@@ -17,11 +17,12 @@ from fastperturb.ops import dispatch, reference
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("dtype", doctor.TOLERANCES, ids=str)
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_every_op_agrees_with_the_reference_here(op: str) -> None:
-    entry = doctor.check(op, CPU)
+def test_every_op_agrees_with_the_reference_here(op: str, dtype: torch.dtype) -> None:
+    entry = doctor.check(op, CPU, dtype)
     assert entry["ok"], entry
-    assert 0 < entry["gradient_error"] < doctor.TOLERANCE
+    assert 0 < entry["gradient_error"] < doctor.TOLERANCES[dtype]
 
 
 def test_json_is_one_object_that_covers_every_op_on_every_device(
@@ -30,8 +31,10 @@ def test_json_is_one_object_that_covers_every_op_on_every_device(
     assert cli.main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     expected = [(str(device), op) for device in doctor.present_devices() for op in dispatch.OPS]
-    for section in ("ops", "checks"):
-        assert [(entry["device"], entry["op"]) for entry in report[section]] == expected
+    assert [(entry["device"], entry["op"]) for entry in report["ops"]] == expected
+    dtypes = ["float32", "bfloat16", "float16"]
+    checked = [(entry["device"], entry["op"], entry["dtype"]) for entry in report["checks"]]
+    assert checked == [(*place, dtype) for place in expected for dtype in dtypes]
     assert report["versions"]["torch"] == torch.__version__
     assert report["ok"]
 
@@ -53,7 +56,7 @@ def test_the_first_usable_candidate_is_what_runs(monkeypatch: pytest.MonkeyPatch
 
 
 def wrong_value(*arguments: Any, **options: Any) -> torch.Tensor:
-    return reference.linear_logprob(*arguments, **options) * 1.001
+    return reference.linear_logprob(*arguments, **options) * 1.02
 
 
 def wrong_gradient(hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -76,12 +79,8 @@ def test_a_wrong_op_fails_the_check_and_the_status(
     monkeypatch.setattr(ops, "linear_logprob", implementation)
     assert cli.main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert {entry["op"]: entry["ok"] for entry in report["checks"]} == {
-        "perturb_embed": True,
-        "linear_logprob": False,
-        "linear_quadratic": True,
-        "combine": True,
-    }
+    for entry in report["checks"]:
+        assert entry["ok"] == (entry["op"] != "linear_logprob"), entry
 
 
 def test_the_tables_show_the_error_and_why_other_implementations_do_not_run(

@@ -13,6 +13,7 @@ together they are one fixed language model, whose answer depends on the context 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -173,7 +174,9 @@ class ModelOracle:
         if mixture.weighted:
             first = _log_probs_of(encoded.logits[:, context], ids[:, 0])
             others = _log_probs_of(logits[:, :, :-1], ids[:, 1:])
-            summed = torch.cat([first[..., None], others], dim=-1).double().cumsum(-1)
+            # Not cumsum, which adds in an order of its own on a GPU.
+            tokens = torch.cat([first[..., None], others], dim=-1).double().unbind(-1)
+            summed = torch.stack(list(itertools.accumulate(tokens)), dim=-1)
             log_weights = log_weights + summed[:, row, position]
         mixture.add(encoded.numbers[context[row]], column, logits[:, row, index], log_weights)
 
