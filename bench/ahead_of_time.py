@@ -35,6 +35,7 @@ _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 class Launch(NamedTuple):
     kernel: Any
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int]
 
@@ -69,7 +70,8 @@ def recorded(cc: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: Any, arguments: dict[str, Any], **options: int) -> None:
-        launches.append(Launch(kernel, arguments, options))
+        if all(grid):
+            launches.append(Launch(kernel, grid, arguments, options))
 
     start, capability = launch.start, launch.capability
     launch.start, launch.capability = record, lambda device: cc // 10
