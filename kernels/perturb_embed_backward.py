@@ -15,6 +15,7 @@ grid axis 2, and each of those programs reads the upstream gradient.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,7 +71,7 @@ def backward_kernel(
     BR: tl.constexpr,
     BH: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = table_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = grad_ptr.dtype.element_ty  # not always the table's
     WANT_E: tl.constexpr = grad_e_ptr is not None
     PROJECTED: tl.constexpr = projected_ptr is not None  # gated and mlp
     ND: tl.constexpr = (D + BD - 1) // BD
@@ -119,7 +120,8 @@ def backward_kernel(
             b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
             b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, 0.0)
         elif FAMILY == "gated":
-            b_gate = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, DTYPE)
+            GATE: tl.constexpr = table_ptr.dtype.element_ty  # as in the forward
+            b_gate = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, GATE)
         elif FAMILY == "mlp":
             b_projected = tiles.matrix_tile(projected_ptr, b_token, b_h, N, H)
             b_gelu, b_slope = maths.gelu_and_slope(b_projected)
@@ -282,7 +284,8 @@ def backward(
     """
     family, N, D, R, H = layout.family, layout.N, layout.D, layout.R, layout.H
     major = launch.capability(layout.table.device)
-    BT, BD, BR, BH, num_warps = tile_sizes(family, want_table, layout.half, R, H, major)
+    half = grad.dtype != torch.float32
+    BT, BD, BR, BH, num_warps = tile_sizes(family, want_table, half, R, H, major)
     BD = launch.block(D, BD)
     ND, NR, NH = triton.cdiv(D, BD), triton.cdiv(R, BR), triton.cdiv(H, BH)
     sums = layout.sums(per_sample=per_sample)
@@ -325,7 +328,7 @@ def backward(
         },
         num_warps=num_warps,
         # In fp32 the tensor cores want g transposed, which async copies do element by element.
-        num_stages=3 if layout.half else 1,
+        num_stages=3 if half else 1,
     )
     grads = {role: value.sum((2, 3)) for role, value in partial.items()}
     if grad_projected is not None:

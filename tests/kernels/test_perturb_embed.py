@@ -30,6 +30,7 @@ from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import FAMILIES, make_transform
 
 DTYPES = (torch.float32, HALF)
+OTHER_HALF = () if INTERPRETED else (torch.float16,)  # beside HALF
 pytestmark = MARKS
 
 # Latents may differ by 4e-6; a 16-bit result of one element has no naive error to compare with.
@@ -187,6 +188,17 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
         torch.testing.assert_close(
             psi.sum((0, 1)), total, rtol=0, atol=2e-5 * float(total.abs().max())
         )
+
+
+@pytest.mark.parametrize("upstream", (torch.float32, *OTHER_HALF), ids=str)
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_an_upstream_gradient_may_have_another_dtype_than_the_table(family, upstream):
+    call = make_call(family, HALF, (3, 2, 9, 24, 5, 7), "explicit")
+    grad = torch.randn(3, 2, 9, 24).to(upstream)
+    parts = run(kernels.perturb_embed_per_sample_grad, grad, call)
+    expected = torch_embed.perturb_embed_per_sample_grad(grad.double(), in_fp64(call))
+    for psi, truth in zip(parts, expected):
+        torch.testing.assert_close(psi.double(), truth, rtol=0, atol=2e-2 * truth.abs().max())
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)

@@ -44,6 +44,13 @@ def test_the_widest_backwards_do_not_spill_for_few_or_many_latents_and_hidden_un
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("upstream", ["float32", "float16"])
+def test_per_sample_gradients_compile_for_an_upstream_gradient_of_another_dtype(upstream):
+    rows = compiled("--dtype", "bfloat16", "--upstream", upstream, "--directions", "per sample")
+    check(rows)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_no_kernel_spills_with_the_embeddings_gradient_or_in_another_dtype(dtype):
     check(compiled("--dtype", dtype, "--want-table", "--cc", "80", "90", "100"))
@@ -89,13 +96,16 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
     )
 
 
-def launches(call, want_table, cc):
-    """(direction, launch) of every kernel, forward then backward."""
+def launches(call, want_table, cc, upstream=None):
+    """(direction, launch) of every kernel: forward, backward and, from `upstream`, per sample."""
     with ahead_of_time.recorded(cc) as forward:
         out = perturb_embed.perturb_embed(call)
     with ahead_of_time.recorded(cc) as backward:
         perturb_embed.perturb_embed_backward(torch.empty_like(out), call, want_table)
-    passes = {"forward": forward, "backward": backward}
+    with ahead_of_time.recorded(cc) as per_sample:
+        if upstream is not None:
+            perturb_embed.perturb_embed_per_sample_grad(out.to(upstream), call)
+    passes = {"forward": forward, "backward": backward, "per sample": per_sample}
     return [(direction, launched) for direction in passes for launched in passes[direction]]
 
 
@@ -104,6 +114,7 @@ def main():
     parser.add_argument("--families", nargs="+", default=TRANSFORMS)
     parser.add_argument("--cc", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--upstream", help="dtype of a per-sample gradient's upstream one")
     parser.add_argument("--want-table", action="store_true")
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--sizes", nargs="+", default=["16x64"], help="R x H")
@@ -113,7 +124,8 @@ def main():
     for family, cc, size in itertools.product(options.families, options.cc, options.sizes):
         R, H = map(int, size.split("x"))
         call = call_of(family, dtype, M=8, B=8, T=1024, D=4096, R=R, H=H)
-        for direction, launched in launches(call, options.want_table, cc):
+        upstream = getattr(torch, options.upstream) if options.upstream else None
+        for direction, launched in launches(call, options.want_table, cc, upstream):
             if direction not in options.directions:
                 continue
             tile = [launched.arguments["BT"], launched.arguments["BD"]]
