@@ -1,6 +1,7 @@
 // perturb_embed forward: a block of tokens at a time, all M samples of each, so that a token's
 // embedding comes from memory once. Finished rows go past the cache where the output is too big
-// to stay in it.
+// to stay in it. The squared length of a shift, where it is wanted, is summed lane by lane on the
+// way: the output has the same bits with it and without.
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -37,13 +38,17 @@ struct Row {
   const T* embedding;
   const float* gain;
   T* out;
+  float* squared_shift;
 };
 
 template <class T>
 class Forward {
  public:
-  Forward(const Problem& problem, T* out)
-      : problem_(problem), source_(static_cast<const T*>(problem.source)), out_(out) {
+  Forward(const Problem& problem, T* out, float* squared_shift)
+      : problem_(problem),
+        source_(static_cast<const T*>(problem.source)),
+        out_(out),
+        squared_shift_(squared_shift) {
     const int64_t row_bytes = problem.dim * sizeof(T);
     const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && row_bytes % 64 == 0;
     streaming_ = aligned && problem.num_samples * problem.tokens * row_bytes >= STREAMING_BYTES;
@@ -72,11 +77,15 @@ class Forward {
   T* row(int64_t sample, int64_t token) const {
     return out_ + (sample * problem_.tokens + token) * problem_.dim;
   }
+  float* squared_shift(int64_t sample, int64_t token) const {
+    return squared_shift_ ? squared_shift_ + sample * problem_.tokens + token : nullptr;
+  }
   const T* embedding(int64_t token) const { return source_ + problem_.source_row(token); }
 
   void copy(int64_t token) const {
     for (int64_t m = 0; m < problem_.num_samples; ++m) {
       std::memcpy(row(m, token), embedding(token), problem_.dim * sizeof(T));
+      if (squared_shift_) *squared_shift(m, token) = 0.0f;
     }
   }
 
@@ -95,22 +104,33 @@ class Forward {
       }
       for (int64_t m = 0; m < problem_.num_samples; ++m) {
         for (int64_t n = first; n < last; ++n) {
-          if (problem_.perturbs(n)) perturb_row(embedding(n), sampler.draw(n, m), row(m, n));
+          if (!problem_.perturbs(n)) continue;
+          const float* z = sampler.draw(n, m);
+          if (squared_shift_) perturb_row<true>(m, n, z);
+          else perturb_row<false>(m, n, z);
         }
       }
     }
     streaming_fence();
   }
 
-  void perturb_row(const T* from, const float* z, T* to) const {
-    const float* scale = problem_.weights[0];
+  template <bool measured>
+  void perturb_row(int64_t sample, int64_t token, const float* z) const {
+    const T* from = embedding(token);
+    T* to = row(sample, token);
+    const float* scales = problem_.weights[0];
+    Vec squares = {};
     for (int64_t d = 0; d < problem_.dim; d += LANES) {
       const int64_t left = problem_.dim - d;
-      const Vec perturbed =
-          load_some(from + d, left) + load_some(scale + d, left) * load_some(z + d, left);
-      put(to + d, perturbed, left);
+      const Vec scale = load_some(scales + d, left), latent = load_some(z + d, left);
+      if constexpr (measured) squares += square_of_product(scale, latent);
+      put(to + d, load_some(from + d, left) + scale * latent, left);
     }
+    if constexpr (measured) *squared_shift(sample, token) = sum_of_lanes(squares);
   }
+
+  // (a b)^2 without the product a b, which would no longer be fused with the sum e + a b.
+  static Vec square_of_product(Vec a, Vec b) { return (a * a) * (b * b); }
 
   // The other families: rows of coefficients (z, or mlp's hidden units) times the weights.
   void perturb(int64_t begin, int64_t end, int64_t block, const Panels& weights) const {
@@ -129,7 +149,9 @@ class Forward {
         fill_coefficients(n, sampler.draw(n), coefficients + rows.size() * stride, stride);
         const bool gated = problem_.family == Family::gated;
         const float* gain = gated ? problem_.per_token + n * problem_.dim : nullptr;
-        for (int64_t m = 0; m < M; ++m) rows.push_back({embedding(n), gain, row(m, n)});
+        for (int64_t m = 0; m < M; ++m) {
+          rows.push_back({embedding(n), gain, row(m, n), squared_shift(m, n)});
+        }
       }
       for (size_t start = 0; start < rows.size(); start += ROWS) {
         const int64_t count = rows.size() - start < ROWS ? rows.size() - start : ROWS;
@@ -155,7 +177,7 @@ class Forward {
   }
 
   void perturb_rows(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
-                 const Panels& weights) const {
+                    const Panels& weights) const {
     switch (problem_.family) {
       case Family::gated:
         return perturb_tile<Family::gated>(rows, count, coefficients, stride, weights);
@@ -168,34 +190,56 @@ class Forward {
 
   template <Family family>
   void perturb_tile(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
-                 const Panels& weights) const {
+                    const Panels& weights) const {
+    if (squared_shift_) perturb_tile<family, true>(rows, count, coefficients, stride, weights);
+    else perturb_tile<family, false>(rows, count, coefficients, stride, weights);
+  }
+
+  template <Family family, bool measured>
+  void perturb_tile(const Row<T>* rows, int64_t count, const float* coefficients, int64_t stride,
+                    const Panels& weights) const {
+    Vec squares[ROWS] = {};
     for (int64_t index = 0; index < weights.count(); ++index) {
-      Tile shift = {};
-      multiply(shift, coefficients, stride, weights.panel(index), problem_.inner_dim());
+      Tile products = {};
+      multiply(products, coefficients, stride, weights.panel(index), problem_.inner_dim());
       const int64_t start = index * weights.width(), left = problem_.dim - start;
       if (count == ROWS && left >= weights.width()) {
         // Constant bounds keep the tile in registers.
-        for (int i = 0; i < ROWS; ++i) finish<family, true>(rows[i], start, PANEL, shift[i]);
+        for (int i = 0; i < ROWS; ++i) {
+          finish<family, measured, true>(rows[i], start, PANEL, products[i], squares[i]);
+        }
       } else {
-        for (int64_t i = 0; i < count; ++i) finish<family, false>(rows[i], start, left, shift[i]);
+        for (int64_t i = 0; i < count; ++i) {
+          finish<family, measured, false>(rows[i], start, left, products[i], squares[i]);
+        }
       }
+    }
+    if constexpr (measured) {
+      for (int64_t i = 0; i < count; ++i) *rows[i].squared_shift = sum_of_lanes(squares[i]);
     }
   }
 
-  // One row of a tile: the columns from `start`, of which `left` are there.
-  template <Family family, bool whole>
-  void finish(const Row<T>& row, int64_t start, int64_t left, const Vec (&shift)[VECS]) const {
+  // One row of a tile: the columns from `start`, of which `left` are there. `products` are those
+  // with the weights, 0 in columns that are not there.
+  template <Family family, bool measured, bool whole>
+  void finish(const Row<T>& row, int64_t start, int64_t left, const Vec (&products)[VECS],
+              Vec& squares) const {
     constexpr int V = family == Family::affine ? 1 : VECS;
     for (int v = 0; v < V; ++v) {
       const int64_t d = start + v * LANES, count = whole ? LANES : left - v * LANES;
       if (count <= 0) return;
       const Vec e = load_some(row.embedding + d, count);
-      Vec perturbed = e + shift[v];
+      Vec perturbed, square;
       if constexpr (family == Family::gated) {
-        perturbed = e + load_some(row.gain + d, count) * shift[v];
-      } else if constexpr (family == Family::affine) {
-        perturbed = e + shift[0] * e + shift[1];
+        const Vec gain = load_some(row.gain + d, count);
+        perturbed = e + gain * products[v];
+        square = square_of_product(gain, products[v]);
+      } else {
+        const Vec shift = family == Family::affine ? products[0] * e + products[1] : products[v];
+        perturbed = e + shift;
+        square = shift * shift;
       }
+      if constexpr (measured) squares += square;
       put(row.out + d, perturbed, count);
     }
   }
@@ -203,15 +247,16 @@ class Forward {
   const Problem& problem_;
   const T* source_;
   T* out_;
+  float* squared_shift_;
   bool streaming_;
 };
 
 }  // namespace
 
-void forward(const Problem& problem, void* out) {
+void forward(const Problem& problem, void* out, float* squared_shift) {
   visit(problem.dtype, out, [&](auto* data) {
     advise_huge_pages(data, problem.num_samples * problem.tokens * problem.dim * sizeof(*data));
-    Forward(problem, data).run();
+    Forward(problem, data, squared_shift).run();
   });
 }
 

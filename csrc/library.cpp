@@ -116,8 +116,8 @@ Problem make_problem(const Tensor& source, const OptionalTensor& ids, const Opti
 // The registered passes. Each takes the arguments of make_problem between its own.
 template <class... Call>
 struct EmbedOps {
-  static void forward(Tensor out, Call... call) {
-    fastperturb::forward(make_problem(call...), out.mutable_data_ptr());
+  static void forward(Tensor out, Call... call, OptionalTensor squared_shift) {
+    fastperturb::forward(make_problem(call...), out.mutable_data_ptr(), write(squared_shift));
   }
 
   static void backward(Tensor grad, Call... call, bool per_row, std::vector<Tensor> grad_weights,
@@ -239,7 +239,7 @@ void latents_op(Tensor latents, Tensor words, std::string latent) {
 #define LOGIT_OPTIONS "int start, Tensor? bias, float scale, float softcap"
 
 STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
-  m.def("forward(Tensor(a!) out, " EMBED_CALL ") -> ()");
+  m.def("forward(Tensor(a!) out, " EMBED_CALL ", Tensor(b!)? squared_shift) -> ()");
   m.def("backward(Tensor grad, " EMBED_CALL
         ", bool per_row, Tensor(a!)[] grad_weights, Tensor(b!)? upstream_sum, "
         "Tensor(c!)? through_shift) -> ()");

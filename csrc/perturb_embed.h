@@ -58,7 +58,8 @@ struct Gradients {
                          // mlp: the gradient of h [N, H]
 };
 
-void forward(const Problem& problem, void* out);  // out [M, N, D]
+// out [M, N, D]; squared_shift [M, N], the square of the length of the shift T(e, z) - e, or nothing.
+void forward(const Problem& problem, void* out, float* squared_shift);
 
 void backward(const Problem& problem, const Upstream& upstream, const Gradients& gradients);
 

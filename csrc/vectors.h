@@ -82,6 +82,16 @@ inline To bit_cast(const From& from) {
   return to;
 }
 
+// The sum of the lanes, halves folded onto each other.
+inline float sum_of_lanes(Vec value) {
+  float lanes[LANES];
+  std::memcpy(lanes, &value, sizeof(value));
+  for (int half = LANES / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[half + i];
+  }
+  return lanes[0];
+}
+
 inline Vec load(const float* from) {
   Vec value;
   std::memcpy(&value, from, sizeof(value));

@@ -58,22 +58,29 @@ from torch import Tensor
 
 from fastperturb.kernels import perturb_embed_backward as backward
 from fastperturb.kernels import perturb_embed_forward as forward
+from fastperturb.kernels import perturb_embed_projection as projection
 from fastperturb.kernels.perturb_embed_call import Layout
+from fastperturb.ops.calls import Embedded
 
 if TYPE_CHECKING:
     from fastperturb.ops.calls import EmbedCall
 
 
-def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
+def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
     layout = Layout(call)
     out = call.table.new_empty((layout.M, layout.B, layout.T, layout.D))
     forward.forward(layout, out)
-    return out
+    squared_shift = None
+    if want_shift:
+        e = call.table if call.ids is None else call.table[call.ids]
+        squared_shift = (out.float() - e.float()).square().sum(-1)
+    return Embedded(out, squared_shift, projection.project(layout))
 
 
 def perturb_embed_backward(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
+    projected: Tensor | None,  # [N, H], from the forward
     want_table: bool,
 ) -> list[Tensor]:
     """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""

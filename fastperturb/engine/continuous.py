@@ -56,25 +56,28 @@ class Continuous(Perturbation):
             )
 
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
-        perturbed = lm.perturb(
-            batch.embeddings,
-            batch.sampling.seed,
-            samples,
-            rows=batch.sampling.rows,
-            positions=batch.positions,
-            perturb_mask=batch.perturb_mask,
+        noise = {
+            "seed": batch.sampling.seed,
+            "samples": samples,
+            "rows": batch.sampling.rows,
+            "positions": batch.positions,
+            "antithetic": lm.config.antithetic,
+            "perturb_mask": batch.perturb_mask,
+        }
+        noise = _held(lm, batch.embeddings, noise)
+        perturbed, shift = ops.perturb_embed(
+            batch.embeddings, None, lm.transform, **noise, return_shift=True
         )
         count = len(samples)
         return TrunkInputs(
-            perturbed, repeated(batch.attention_mask, count), repeated(batch.positions, count)
+            perturbed,
+            repeated(batch.attention_mask, count),
+            repeated(batch.positions, count),
+            shift=shift,
         )
 
     def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
-        if lm.config.deterministic:  # one latent for all samples, rows and positions
-            zeros = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
-            keys = {key: torch.zeros_like(noise[key]) for key in ("seed", "samples", "rows")}
-            noise = {**noise, **keys, "positions": zeros}
-        return ops.perturb_embed(embeddings, None, lm.transform, **noise)
+        return ops.perturb_embed(embeddings, None, lm.transform, **_held(lm, embeddings, noise))
 
     def next_logits(
         self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
@@ -124,3 +127,12 @@ class Continuous(Perturbation):
                 RuntimeWarning,
                 stacklevel=6,
             )
+
+
+def _held(lm: WrappedModel, embeddings: Tensor, noise: dict[str, Any]) -> dict[str, Any]:
+    """Return these keys of the noise, or under `deterministic` those of one latent for all."""
+    if not lm.config.deterministic:
+        return noise
+    zeros = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+    keys = {key: torch.zeros_like(noise[key]) for key in ("seed", "samples", "rows")}
+    return {**noise, **keys, "positions": zeros}

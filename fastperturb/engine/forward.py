@@ -20,7 +20,7 @@ from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
 from fastperturb.engine.protocol import WrappedModel
-from fastperturb.engine.trunk import TrunkInputs, repeated, shift_norms
+from fastperturb.engine.trunk import TrunkInputs, repeated
 from fastperturb.ops import reference
 
 
@@ -79,16 +79,16 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
     if batch.return_logits:
         log_sum = _log_sum(hidden, weight, options)
     kept = hidden if "quadratic" in equations else None
-    norms = shift_norms(inputs.at_source(inputs.embeddings.detach()), batch.embeddings)
-    return Pass(norms, log_probs, kept, log_sum)
+    return Pass(inputs.shift_norms(batch.embeddings), log_probs, kept, log_sum)
 
 
 def _exact(batch: Batch, samples: Tensor) -> TrunkInputs:
-    count = len(samples)
+    count, embeddings = len(samples), batch.embeddings
     return TrunkInputs(
-        batch.embeddings[None],
+        embeddings[None],
         repeated(batch.attention_mask, count),
         repeated(batch.positions, count),
+        shift=embeddings.new_zeros((1, *embeddings.shape[:2]), dtype=torch.float32),
     )
 
 

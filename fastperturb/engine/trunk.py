@@ -22,6 +22,7 @@ class TrunkInputs:
     attention_mask: Tensor | None  # [m B, L]
     position_ids: Tensor | None  # [m B, L]
     source: Tensor | None = None  # [m, B, T], the index in L for each position; None: its own
+    shift: Tensor | None = None  # [m, B, T], |T(e) - e|; None: to be computed
 
     def hidden_states(
         self, trunk: Any, prefix: SharedPrefix | None = None
@@ -46,6 +47,15 @@ class TrunkInputs:
             return values
         return values.gather(2, self.source[..., None].expand(-1, -1, -1, values.shape[-1]))
 
+    @torch.no_grad()
+    def shift_norms(self, exact: Tensor) -> Tensor:  # [B, T]
+        """Return the sum over samples of |T(e) - e|, with the exact embeddings [B, T, D]."""
+        if self.shift is not None:
+            return self.shift.sum(0)
+        # One sample at a time, since a difference is as large as the embeddings.
+        norms = ((sample - exact).float().norm(dim=-1) for sample in self.at_source(self.embeddings))
+        return functools.reduce(torch.add, norms)
+
     def _packed_lengths(self, trunk: Any) -> dict[str, Any]:
         """Return where documents begin, for flash kernels, which would take a row for one."""
         attention = str(getattr(trunk.config, "_attn_implementation", None))
@@ -69,10 +79,3 @@ class TrunkInputs:
 def repeated(per_row: Tensor | None, count: int) -> Tensor | None:
     """Repeat [B, T] for every sample: [count * B, T], samples outermost."""
     return None if per_row is None else per_row.repeat(count, 1)
-
-
-@torch.no_grad()
-def shift_norms(perturbed: Tensor, embeddings: Tensor) -> Tensor:
-    """Return the sum over samples of |T(e) - e| [B, T], one sample at a time."""
-    norms = ((sample - embeddings).float().norm(dim=-1) for sample in perturbed)
-    return functools.reduce(torch.add, norms)

@@ -44,6 +44,19 @@ class EmbedCall(NamedTuple):
     scope: str
     antithetic: bool
 
+    @property
+    def projection_width(self) -> int | None:
+        """Return H of the projection (e / rho) A [N, H], or None for a family without A."""
+        return self.parameters[-1].shape[0] if self.family in ("gated", "mlp") else None
+
+
+class Embedded(NamedTuple):
+    """The results of perturb_embed. All but `out` are in fp32, or in fp64 for an fp64 table."""
+
+    out: Tensor  # [M, B, T, D]
+    squared_shift: Tensor | None  # [M, B, T], |T(e, z) - e|^2 before `out` is rounded, if wanted
+    projected: Tensor | None  # [N, H], the projection (e / rho) A of gated and mlp, for mlp + b
+
 
 class HeadCall(NamedTuple):
     """The arguments that linear_logprob and linear_quadratic share."""

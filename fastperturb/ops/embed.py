@@ -1,22 +1,55 @@
 """perturb_embed: M perturbed samples of a batch of token embeddings, as one registered op.
 
 The noise is regenerated in the backward from the counters, so nothing of size [M, B, T, R] is
-kept between the passes.
+kept between the passes. The projection of gated and mlp is kept: N H numbers, an H / (M D) of the
+output.
 """
 
 from __future__ import annotations
 
 import copy
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastperturb import noise
-from fastperturb.ops import dispatch
+from fastperturb.ops import dispatch, reference
 from fastperturb.ops.calls import EmbedCall, schema
 from fastperturb.transforms import Transform
+
+
+@overload
+def perturb_embed(
+    ids: Tensor,
+    table: Tensor | None,
+    transform: Transform,
+    seed: int | Tensor,
+    samples: int | Tensor,
+    *,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    antithetic: bool = False,
+    perturb_mask: Tensor | None = None,
+    return_shift: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def perturb_embed(
+    ids: Tensor,
+    table: Tensor | None,
+    transform: Transform,
+    seed: int | Tensor,
+    samples: int | Tensor,
+    *,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    antithetic: bool = False,
+    perturb_mask: Tensor | None = None,
+    return_shift: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def perturb_embed(
@@ -30,7 +63,8 @@ def perturb_embed(
     positions: Tensor | None = None,
     antithetic: bool = False,
     perturb_mask: Tensor | None = None,
-) -> Tensor:
+    return_shift: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Embed `ids` and perturb each embedding by `transform`, once per sample: [M, B, T, D].
 
     ids: token ids [B, T] with their `table` [V, D], or embeddings [B, T, D] with `table=None`.
@@ -38,13 +72,16 @@ def perturb_embed(
         (see `fastperturb.noise`), M or [M] or [M, B]; [B] or [B, T]; [B, T].
     antithetic: the latent of sample 2j + 1 is the negative of sample 2j's.
     perturb_mask: bool [B, T], the embeddings to perturb; default all.
+    return_shift: return also each embedding's shift |T(e, z) - e| [M, B, T], before the output is
+        rounded and without a gradient.
 
     Computed in fp32 (fp64 for an fp64 table), returned in the table's dtype. Gradients flow to
     the transform's parameters and to the table or embeddings where they require it.
     """
     call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
     dispatch.reject_forward_mode("perturb_embed", call.table, *call.parameters)
-    return torch.ops.fastperturb.perturb_embed(*call)
+    out, squared_shift, _ = torch.ops.fastperturb.perturb_embed(*call, return_shift)
+    return (out, squared_shift.sqrt()) if return_shift else out
 
 
 def perturb_embed_per_sample_grad(
@@ -168,25 +205,37 @@ def _implementation(table: Tensor) -> ModuleType:
 
 
 @torch.library.custom_op(
-    "fastperturb::perturb_embed", mutates_args=(), schema=f"({schema(EmbedCall)}) -> Tensor"
+    "fastperturb::perturb_embed",
+    mutates_args=(),
+    schema=f"({schema(EmbedCall)}, bool want_shift) -> (Tensor, Tensor, Tensor)",
 )
-def _op(*arguments: Any) -> Tensor:
-    call = EmbedCall(*arguments)
+def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the fields of `Embedded`, empty where there is none."""
+    *fields, want_shift = arguments
+    call = EmbedCall(*fields)
     _check_ids(call.ids, call.table)
     with dispatch.full_precision(call.table.device):
-        return _implementation(call.table).perturb_embed(call)
+        out, *others = _implementation(call.table).perturb_embed(call, want_shift)
+    squared_shift, projected = (_fp32(call, 0) if value is None else value for value in others)
+    return out, squared_shift, projected
 
 
 @torch.library.custom_op(
     "fastperturb::perturb_embed_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {schema(EmbedCall)}, bool want_table) -> Tensor[]",
+    schema=f"(Tensor grad, {schema(EmbedCall)}, Tensor projected, bool want_table) -> Tensor[]",
 )
 def _op_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *fields, want_table = arguments
+    *fields, projected, want_table = arguments
     call = EmbedCall(*fields)
+    kept = None if call.projection_width is None else projected
     with dispatch.full_precision(call.table.device):
-        return _implementation(call.table).perturb_embed_backward(grad, call, want_table)
+        return _implementation(call.table).perturb_embed_backward(grad, call, kept, want_table)
+
+
+def _fp32(call: EmbedCall, *shape: int) -> Tensor:
+    """Return an empty tensor of the dtype that the op computes in."""
+    return call.table.new_empty(shape, dtype=reference.accumulation_dtype(call.table))
 
 
 def _check_ids(ids: Tensor | None, table: Tensor) -> None:
@@ -199,35 +248,43 @@ def _check_ids(ids: Tensor | None, table: Tensor) -> None:
 
 
 @_op.register_fake
-def _(*arguments: Any) -> Tensor:
-    call = EmbedCall(*arguments)
-    shape = (call.samples.shape[0], *call.positions.shape, call.table.shape[-1])
-    return call.table.new_empty(shape)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, want_shift = arguments
+    call = EmbedCall(*fields)
+    M, (B, T), H = call.samples.shape[0], call.positions.shape, call.projection_width
+    return (
+        call.table.new_empty((M, B, T, call.table.shape[-1])),
+        _fp32(call, M, B, T) if want_shift else _fp32(call, 0),
+        _fp32(call, 0) if H is None else _fp32(call, B * T, H),
+    )
 
 
 @_op_backward.register_fake
 def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *fields, want_table = arguments
+    *fields, _, want_table = arguments
     call = EmbedCall(*fields)
     grad_table = torch.empty_like(call.table) if want_table else call.table.new_empty(0)
     return [grad_table, *(torch.empty_like(value) for value in call.parameters)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, table, parameters, *tensors, family, latent, scope, antithetic = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ids, table, parameters, *tensors, family, latent, scope, antithetic, _ = inputs
+    _, squared_shift, projected = output
     ctx.options, ctx.count = (family, latent, scope, antithetic), len(parameters)
-    ctx.save_for_backward(ids, table, *parameters, *tensors)
+    ctx.save_for_backward(ids, table, *parameters, *tensors, projected)
+    ctx.mark_non_differentiable(squared_shift, projected)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    ids, table, *saved = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Any, ...]:
+    ids, table, *saved, projected = ctx.saved_tensors
     parameters, tensors = saved[: ctx.count], saved[ctx.count :]
     want_table = ctx.needs_input_grad[1]
     grad_table, *grads = torch.ops.fastperturb.perturb_embed_backward(
-        grad, ids, table, parameters, *tensors, *ctx.options, want_table
+        grad, ids, table, parameters, *tensors, *ctx.options, projected, want_table
     )
-    others = [None] * (len(tensors) + len(ctx.options))
-    return (None, grad_table if want_table else None, grads, *others)
+    rest = [None] * (len(tensors) + len(ctx.options) + 1)
+    return (None, grad_table if want_table else None, grads, *rest)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

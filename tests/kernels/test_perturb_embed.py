@@ -97,6 +97,16 @@ def on_device(value):
     return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
 
 
+def output_of(call):
+    return kernels.perturb_embed(call, False).out
+
+
+def gradients_of(grad, call, want_table, module=kernels):
+    """The gradients of [table, *parameters], from the projection of the forward."""
+    projected = module.perturb_embed(call, False).projected
+    return module.perturb_embed_backward(grad, call, projected, want_table)
+
+
 def run(function, grad, call, *options):
     """The result of one of the kernels' functions, on the CPU."""
     inputs = [on_device(call), *options]
@@ -127,21 +137,21 @@ def naive(call, grad):
 
 def check(family, dtype, shape, variant):
     call = make_call(family, dtype, shape, variant)
-    out = run(kernels.perturb_embed, None, call)
+    out = run(output_of, None, call)
     grad = torch.randn(out.shape).to(dtype)
     exact = in_fp64(call)
     naive_out, naive_grads = naive(call, grad)
     eps = EPS[dtype]
     assert out.dtype == dtype
-    assert_as_good(out, torch_embed.perturb_embed(exact), naive_out, eps=eps, name="output")
+    assert_as_good(out, torch_embed.perturb_embed(exact, False).out, naive_out, eps=eps, name="output")
     if call.mask is not None:
         e = call.table if call.ids is None else call.table[call.ids]
         assert torch.equal(out[:, ~call.mask], e[~call.mask].expand(len(out), -1, -1))
 
-    expected = torch_embed.perturb_embed_backward(grad.double(), exact, True)
+    expected = gradients_of(grad.double(), exact, True, torch_embed)
     names = ["table", *(f"parameter {i}" for i in range(len(call.parameters)))]
     for want_table in (True, False):
-        grads = run(kernels.perturb_embed_backward, grad, call, want_table)
+        grads = run(gradients_of, grad, call, want_table)
         assert grads[0].numel() == (call.table.numel() if want_table else 0)
         assert [value.dtype for value in grads[1:]] == [torch.float32] * (len(grads) - 1)
         first = 0 if want_table else 1
@@ -179,7 +189,7 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
     call = make_call(family, torch.float32, (3, 2, 9, 24, 5, 7), "explicit")
     grad = torch.randn(3, 2, 9, 24)
     parts = run(kernels.perturb_embed_per_sample_grad, grad, call)
-    whole = run(kernels.perturb_embed_backward, grad, call, False)[1:]
+    whole = run(gradients_of, grad, call, False)[1:]
     expected = torch_embed.perturb_embed_per_sample_grad(grad.double(), in_fp64(call))
     for psi, total, truth in zip(parts, whole, expected):
         torch.testing.assert_close(
@@ -205,10 +215,10 @@ def test_an_upstream_gradient_may_have_another_dtype_than_the_table(family, upst
 def test_the_same_seed_gives_the_same_bits_run_after_run(family):
     call = make_call(family, DTYPES[1], (2, 2, 20, 24, 5, 7), "plain")
     grad = torch.randn(2, 2, 20, 24).to(DTYPES[1])
-    first, again = [run(kernels.perturb_embed_backward, grad, call, True) for _ in range(2)]
+    first, again = [run(gradients_of, grad, call, True) for _ in range(2)]
     assert all(map(torch.equal, first, again))
     assert torch.equal(
-        run(kernels.perturb_embed, None, call), run(kernels.perturb_embed, None, call)
+        run(output_of, None, call), run(output_of, None, call)
     )
 
 
@@ -221,11 +231,11 @@ def test_strided_gradients_tables_and_masks_give_what_contiguous_ones_do():
         ids=call.ids.T.contiguous().T,
     )
     assert not strided.table.is_contiguous() and not strided.mask.is_contiguous()
-    plain = run(kernels.perturb_embed_backward, grad.mT.contiguous(), call, True)
-    assert all(map(torch.equal, run(kernels.perturb_embed_backward, grad.mT, strided, True), plain))
+    plain = run(gradients_of, grad.mT.contiguous(), call, True)
+    assert all(map(torch.equal, run(gradients_of, grad.mT, strided, True), plain))
     padded = torch.cat([call.table, call.table], 1)[:, : call.table.shape[1]]
-    out = run(kernels.perturb_embed, None, call._replace(table=padded))
-    assert torch.equal(out, run(kernels.perturb_embed, None, call))
+    out = run(output_of, None, call._replace(table=padded))
+    assert torch.equal(out, run(output_of, None, call))
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
@@ -238,9 +248,9 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(family):
         rows=call.rows[:B],
         positions=call.positions[:B],
     )
-    assert run(kernels.perturb_embed, None, empty).shape == (2, B, T, 24)
+    assert run(output_of, None, empty).shape == (2, B, T, 24)
     grad = torch.empty(2, B, T, 24)
-    for gradient in run(kernels.perturb_embed_backward, grad, empty, True):
+    for gradient in run(gradients_of, grad, empty, True):
         assert gradient.numel() and (gradient == 0).all()
     for psi in run(kernels.perturb_embed_per_sample_grad, grad, empty):
         assert psi.shape[:2] == (2, B)
@@ -251,15 +261,15 @@ def test_parameters_in_the_tables_dtype_get_gradients_in_it():
     rounded = call._replace(parameters=[value.to(DTYPES[1]) for value in call.parameters])
     widened = call._replace(parameters=[value.float() for value in rounded.parameters])
     grad = torch.randn(3, 2, 5, 24).to(DTYPES[1])
-    _, *narrow = run(kernels.perturb_embed_backward, grad, rounded, False)
-    _, *wide = run(kernels.perturb_embed_backward, grad, widened, False)
+    _, *narrow = run(gradients_of, grad, rounded, False)
+    _, *wide = run(gradients_of, grad, widened, False)
     assert all(torch.equal(ours, fp32.to(DTYPES[1])) for ours, fp32 in zip(narrow, wide))
 
 
 def test_an_fp64_table_is_rejected_by_name():
     call = make_call("lowrank", torch.float64, SHAPES["ragged"], "plain")
     with pytest.raises(TypeError, match="table must have one of the dtypes"):
-        kernels.perturb_embed(call)
+        output_of(call)
 
 
 @interpreted_only
@@ -298,13 +308,13 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     out, grad = lazy(M, 1, N, D), lazy(M, 1, N, D)
     forward.forward(layout, out)
     exact = in_fp64(small)
-    expected = torch_embed.perturb_embed(exact)
+    expected = torch_embed.perturb_embed(exact, False).out
     torch.testing.assert_close(out[..., :columns].double(), expected, rtol=2e-3, atol=2e-3)
 
     grad[..., :columns] = torch.randn(M, 1, N, columns)
     grad_e, grads = backward.backward(layout, grad, want_table=True, per_sample=False)
     part = grad[..., :columns].double()
-    expected = torch_embed.perturb_embed_backward(part, exact, False)[1]
+    expected = gradients_of(part, exact, False, torch_embed)[1]
     ours = grads[0][0, 0, :, :columns].double()
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     torch.testing.assert_close(grad_e[:, :columns].double(), part.sum((0, 1)), rtol=2e-3, atol=2e-3)
@@ -320,12 +330,12 @@ def test_the_last_tokens_of_more_than_2_to_the_31_elements_are_as_of_a_small_bat
     part = call._replace(
         ids=call.ids[:, -tail:], rows=call.rows[:, -tail:], positions=call.positions[:, -tail:]
     )
-    out = kernels.perturb_embed(call)
+    out = output_of(call)
     assert out.numel() > 2**31
-    assert torch.equal(out[:, :, -tail:], kernels.perturb_embed(part))
+    assert torch.equal(out[:, :, -tail:], output_of(part))
     grad = torch.zeros_like(out)
     grad[:, :, -tail:] = torch.randn(M, 1, tail, D, device=DEVICE)
     del out
-    whole = kernels.perturb_embed_backward(grad, call, False)[1]
-    expected = kernels.perturb_embed_backward(grad[:, :, -tail:], part, False)[1]
+    whole = gradients_of(grad, call, False)[1]
+    expected = gradients_of(grad[:, :, -tail:], part, False)[1]
     torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -96,12 +96,13 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
     )
 
 
-def launches(call, want_table, cc, upstream=None):
+def launches(call, want_table, cc, upstream=None, want_shift=True):
     """(direction, launch) of every kernel: forward, backward and, from `upstream`, per sample."""
     with ahead_of_time.recorded(cc) as forward:
-        out = perturb_embed.perturb_embed(call)
+        out, _, projected = perturb_embed.perturb_embed(call, want_shift)
     with ahead_of_time.recorded(cc) as backward:
-        perturb_embed.perturb_embed_backward(torch.empty_like(out), call, want_table)
+        grad = torch.empty_like(out)
+        perturb_embed.perturb_embed_backward(grad, call, projected, want_table)
     with ahead_of_time.recorded(cc) as per_sample:
         if upstream is not None:
             perturb_embed.perturb_embed_per_sample_grad(out.to(upstream), call)
@@ -128,7 +129,7 @@ def main():
         for direction, launched in launches(call, options.want_table, cc, upstream):
             if direction not in options.directions:
                 continue
-            tile = [launched.arguments["BT"], launched.arguments["BD"]]
+            tile = [launched.arguments.get(size) for size in ("BT", "BD", "BK", "BH")]
             about = {"family": family, "direction": direction, "size": size, "tile": tile}
             kernel = ahead_of_time.print_resources(launched, cc, **about)
             if options.dump:

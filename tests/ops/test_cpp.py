@@ -1,6 +1,7 @@
 """The C++ kernels draw the contract's noise and agree with the oracle."""
 
 import itertools
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_the_kernel_gives_each_element_the_latent_of_its_numbers(
     call = make_call(transform, None, torch.zeros(B, T, D), antithetic=antithetic, **numbers)
     call = call._replace(parameters=[torch.ones(D)])
     z = noise.latent(call.seed, (M, B, T, D), scope=scope, antithetic=antithetic, **numbers)
-    assert (cpp_embed.perturb_embed(call) - z).abs().max() <= 4e-6
+    assert (cpp_embed.perturb_embed(call, False).out - z).abs().max() <= 4e-6
 
 
 def make_call(
@@ -119,7 +120,7 @@ def random_transform(family: str, D: int, R: int, H: int, **options: Any) -> Tra
 
 
 def truth(call: EmbedCall, transform: Transform, grad: Tensor) -> list[Tensor]:
-    """Return output and gradients in fp64, by autograd through the oracle."""
+    """Return output, shifts and gradients in fp64, by autograd through the oracle."""
     table = call.table.double().requires_grad_()
     exact = transform.double()
     perturbed = reference.perturb_embed(
@@ -136,7 +137,8 @@ def truth(call: EmbedCall, transform: Transform, grad: Tensor) -> list[Tensor]:
     parameters = [getattr(exact, name) for name in exact.parameter_names]
     grads = torch.autograd.grad(perturbed, [table, *parameters], grad.double())
     transform.float()
-    return [perturbed.detach(), *grads]
+    embeddings = table if call.ids is None else table[call.ids]
+    return [perturbed.detach(), (perturbed - embeddings).norm(dim=-1).detach(), *grads]
 
 
 def error(value: Tensor, exact: Tensor) -> float:
@@ -148,13 +150,17 @@ def error(value: Tensor, exact: Tensor) -> float:
 def check(call: EmbedCall, transform: Transform, grad: Tensor) -> None:
     """Check an error of at most twice torch's in the same dtype, plus an epsilon."""
     exact = truth(call, transform, grad)
-    ours, theirs = (
-        [module.perturb_embed(call), *module.perturb_embed_backward(grad, call, True)]
-        for module in (cpp_embed, torch_embed)
-    )
+    ours, theirs = (results(module, call, grad) for module in (cpp_embed, torch_embed))
     for value, other, right in zip(ours, theirs, exact, strict=True):
         assert value.dtype == other.dtype
         assert error(value, right) <= 2 * error(other, right) + 2e-6
+
+
+def results(module: ModuleType, call: EmbedCall, grad: Tensor) -> list[Tensor]:
+    """Return an implementation's output, shifts and gradients."""
+    out, squared_shift, projected = module.perturb_embed(call, True)
+    grads = module.perturb_embed_backward(grad, call, projected, True)
+    return [out, squared_shift.sqrt(), *grads]
 
 
 def run_case(
@@ -231,8 +237,11 @@ def test_an_output_too_big_for_the_cache_is_right(family: str) -> None:
     transform = random_transform(family, D, 5, 9)
     table, ids = torch.randn(20, D), torch.randint(20, (B, T))
     call = make_call(transform, ids, table, samples=M, mask=torch.rand(B, T) < 0.8)
-    out, expected = cpp_embed.perturb_embed(call), torch_embed.perturb_embed(call)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = (module.perturb_embed(call, True) for module in (cpp_embed, torch_embed))
+    torch.testing.assert_close(ours.out, theirs.out, rtol=1e-5, atol=1e-5)
+    # The shift may err by as much as all of its D elements together.
+    shift, expected = ours.squared_shift.sqrt(), theirs.squared_shift.sqrt()
+    torch.testing.assert_close(shift, expected, rtol=1e-5, atol=1e-5 * D**0.5)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -244,8 +253,9 @@ def test_without_tokens_outputs_are_empty_and_gradients_zero(
     transform = random_transform(family, 12, 3, 4)
     ids, table = torch.zeros(shape, dtype=torch.int64), torch.randn(5, 12)
     call, grad = make_call(transform, ids, table), torch.zeros(4, *shape, 12)
-    assert cpp_embed.perturb_embed(call).shape == grad.shape
-    grads = cpp_embed.perturb_embed_backward(grad, call, True)
+    out, squared_shift, projected = cpp_embed.perturb_embed(call, True)
+    assert out.shape == grad.shape and squared_shift.shape == grad.shape[:3]
+    grads = cpp_embed.perturb_embed_backward(grad, call, projected, True)
     for value, like in zip(grads, [table, *call.parameters], strict=True):
         assert torch.equal(value, torch.zeros_like(like))
     psi = cpp_embed.perturb_embed_per_sample_grad(grad, call)
@@ -266,7 +276,8 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
     grad = torch.randn(M, B, T, D)
     psi = cpp_embed.perturb_embed_per_sample_grad(grad, call)
     expected = torch_embed.perturb_embed_per_sample_grad(grad, call)
-    _, *total = cpp_embed.perturb_embed_backward(grad, call, False)
+    projected = cpp_embed.perturb_embed(call, False).projected
+    _, *total = cpp_embed.perturb_embed_backward(grad, call, projected, False)
     for ours, theirs, summed in zip(psi, expected, total, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.sum((0, 1)), summed, rtol=1e-4, atol=1e-4)
@@ -280,7 +291,7 @@ def test_the_same_bits_come_out_every_time_and_for_any_number_of_threads(family:
     call, grad = make_call(transform, ids, table), torch.randn(M, B, T, D)
 
     def run() -> list[Tensor]:
-        return [cpp_embed.perturb_embed(call), *cpp_embed.perturb_embed_backward(grad, call, True)]
+        return results(cpp_embed, call, grad)
 
     before = torch.get_num_threads()
     try:
@@ -294,6 +305,21 @@ def test_the_same_bits_come_out_every_time_and_for_any_number_of_threads(family:
     assert all(map(torch.equal, threaded, threaded_again))
     if family not in ("gated", "mlp"):  # their projections are torch's GEMMs
         assert all(map(torch.equal, first, threaded))
+
+
+@pytest.mark.parametrize("D", [70, 1024], ids=["ragged", "streamed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_has_the_same_bits_with_the_shift_and_without(
+    family: str, dtype: torch.dtype, D: int
+) -> None:
+    B, T = 2, 300
+    transform = random_transform(family, D, 6, 10)
+    table, ids = torch.randn(20, D).to(dtype), torch.randint(20, (B, T))
+    call = make_call(transform, ids, table, samples=8, mask=torch.rand(B, T) < 0.8)
+    plain, measured = (cpp_embed.perturb_embed(call, want) for want in (False, True))
+    assert plain.squared_shift is None
+    assert torch.equal(plain.out, measured.out)
 
 
 def test_fp64_runs_in_torch() -> None:

@@ -1,5 +1,6 @@
 """The registered op against the fp64 oracle, with random upstream gradients."""
 
+import copy
 import itertools
 
 import pytest
@@ -108,6 +109,79 @@ def test_a_masked_position_is_the_plain_embedding_bit_for_bit(family):
     assert (out[:, mask] != table[ids][mask]).any(-1).all()
 
 
+def shift_of_the_oracle(arguments, transform, seed, samples, **options):
+    """Return |T(e, z) - e| [M, B, T] in fp64."""
+    ids, table = arguments
+    exact = copy.deepcopy(transform).double()
+    e = (ids if table is None else table[ids]).double()
+    perturbed = reference.perturb_embed(e, None, exact, seed, samples, **options)
+    return (perturbed - e).norm(dim=-1)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source", ["ids", "embeddings"])
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_the_returned_shift_is_the_oracles_in_at_least_fp32(family, source, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    transform = transform_of(family, dtype=wide)
+    arguments, _ = inputs(source, dtype=dtype)
+    mask = torch.rand(2, 7) > 0.3
+    options = {"antithetic": True, "perturb_mask": mask}
+    out, shift = ops.perturb_embed(*arguments, transform, 5, 4, **options, return_shift=True)
+    assert shift.dtype == wide and out.dtype == dtype
+    assert torch.equal(out, ops.perturb_embed(*arguments, transform, 5, 4, **options))
+    assert (shift[:, ~mask] == 0).all()
+    expected = shift_of_the_oracle(arguments, transform, 5, 4, **options)
+    rtol = 1e-10 if wide == torch.float64 else 1e-5
+    torch.testing.assert_close(shift.double(), expected.detach(), rtol=rtol, atol=0)
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_a_shift_too_small_for_the_outputs_dtype_is_measured_all_the_same(family):
+    transform = transform_of(family, dtype=torch.float32, init_scale=1e-6)
+    with torch.no_grad():
+        for name in transform.outer:
+            getattr(transform, name).mul_(1e-6)
+    arguments, _ = inputs("embeddings", dtype=torch.bfloat16)
+    out, shift = ops.perturb_embed(*arguments, transform, 5, 4, return_shift=True)
+    assert torch.equal(out, arguments[0].expand_as(out))
+    expected = shift_of_the_oracle(arguments, transform, 5, 4)
+    torch.testing.assert_close(shift.double(), expected.detach(), rtol=1e-5, atol=0)
+
+
+def test_the_shift_has_no_gradient_and_changes_none():
+    transform = transform_of("mlp")
+    arguments, leaf = inputs("embeddings")
+    leaves = [leaf, *transform.parameters()]
+    plain = value_and_gradients(ops.perturb_embed, arguments, leaves, transform)
+    shifts = []
+
+    def with_shift(*call, **options):
+        out, shift = ops.perturb_embed(*call, **options, return_shift=True)
+        shifts.append(shift)
+        return out
+
+    measured = value_and_gradients(with_shift, arguments, leaves, transform)
+    assert not shifts[0].requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("family", ["gated", "mlp"])
+def test_the_forward_keeps_the_projection_and_the_backward_reads_it(family):
+    transform = transform_of(family, dtype=torch.float32)
+    arguments, leaf = inputs("embeddings", dtype=torch.float32)
+    out = ops.perturb_embed(*arguments, transform, 5, 4)
+    kept = [value for value in out.grad_fn.saved_tensors if value is not None and value.ndim == 2]
+    (projected,) = (value for value in kept if value.shape == (2 * 7, 5))
+    expected = leaf.flatten(0, 1) @ transform.A / 0.5
+    torch.testing.assert_close(projected, expected if family == "gated" else expected + transform.b)
+    projected.data.fill_(torch.nan)
+    assert torch.autograd.grad(out.sum(), transform.C)[0].isnan().all()
+
+
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_any_split_of_samples_rows_and_positions_gives_the_same_rows(family):
     transform = transform_of(family)
@@ -171,7 +245,9 @@ def test_the_registration_passes_opcheck(family, source):
         "token",
         False,
     )
-    torch.library.opcheck(torch.ops.fastperturb.perturb_embed.default, tuple(call))
+    for want_shift in (False, True):
+        arguments = (*call, want_shift)
+        torch.library.opcheck(torch.ops.fastperturb.perturb_embed.default, arguments)
 
 
 @pytest.mark.slow

@@ -19,23 +19,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastperturb.ops.calls import EmbedCall
+from fastperturb.ops.calls import EmbedCall, Embedded
 
 
-def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
-    shape = (call.samples.shape[0], *call.positions.shape, call.table.shape[-1])
-    out = call.table.new_empty(shape)
+def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
+    shape = (call.samples.shape[0], *call.positions.shape)
+    out = call.table.new_empty((*shape, call.table.shape[-1]))
+    squared_shift = torch.empty(shape) if want_shift else None
+    inputs = _Inputs.of(call)
+    projected = inputs.project()
     if out.numel():
-        inputs = _Inputs.of(call)
-        e = inputs.embeddings()
-        per_token = None if e is None else inputs.per_token(inputs.inner(e))
-        torch.ops.fastperturb_cpp.forward(out, *inputs.arguments(per_token))
-    return out
+        arguments = inputs.arguments(inputs.per_token(projected))
+        torch.ops.fastperturb_cpp.forward(out, *arguments, squared_shift)
+    return Embedded(out, squared_shift, projected)
 
 
 def perturb_embed_backward(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
+    projected: Tensor | None,  # [N, H], from the forward
     want_table: bool,
 ) -> list[Tensor]:
     """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
@@ -43,7 +45,9 @@ def perturb_embed_backward(
         grad_table = torch.zeros_like(call.table) if want_table else call.table.new_empty(0)
         return [grad_table, *(torch.zeros_like(value) for value in call.parameters)]
     inputs = _Inputs.of(call)
-    grad_embeddings, grads = _gradients(inputs, grad, want_embeddings=want_table, per_row=False)
+    grad_embeddings, grads = _gradients(
+        inputs, grad, projected, want_embeddings=want_table, per_row=False
+    )
     if grad_embeddings is None:
         grad_table = call.table.new_empty(0)
     else:
@@ -60,10 +64,13 @@ def perturb_embed_per_sample_grad(
     M, B = call.samples.shape
     results = [value.new_zeros((M, B, *value.shape)) for value in call.parameters]
     if grad.numel():
+        projected = _Inputs.of(call).project()
         for m in range(M):
             sample = slice(m, m + 1)
             inputs = _Inputs.of(call._replace(samples=call.samples[sample]))
-            _, grads = _gradients(inputs, grad[sample], want_embeddings=False, per_row=True)
+            _, grads = _gradients(
+                inputs, grad[sample], projected, want_embeddings=False, per_row=True
+            )
             for result, value in zip(results, grads, strict=True):
                 result[m] = value
     return results
@@ -105,15 +112,21 @@ class _Inputs:
         e = self.source if self.ids is None else F.embedding(self.ids, self.source)
         return e.float()
 
-    def inner(self, e: Tensor) -> Tensor:
-        """Return (e / rho) A [N, H]."""
-        return e @ (self.parameters[1 if self.family == "gated" else 0] / self.embed_rms)
+    def project(self) -> Tensor | None:
+        """Return (e / rho) A [N, H], for mlp + b; None for a family without A."""
+        e = self.embeddings()
+        if e is None:
+            return None
+        if self.family == "gated":
+            return e @ (self.parameters[1] / self.embed_rms)
+        A, _, b, _ = self.parameters
+        return torch.addmm(b, e, A / self.embed_rms)
 
-    def per_token(self, inner: Tensor) -> Tensor:
-        """Return gated's gain rho (1 + tanh(inner C)) [N, D], or mlp's hidden layer at z = 0."""
-        if self.family == "mlp":
-            return inner + self.parameters[2]
-        return torch.mm(inner, self.parameters[2]).tanh_().add_(1).mul_(self.embed_rms)
+    def per_token(self, projected: Tensor | None) -> Tensor | None:
+        """Return gated's gain rho (1 + tanh(P C)) [N, D], or mlp's hidden layer P at z = 0."""
+        if projected is None or self.family == "mlp":
+            return projected
+        return torch.mm(projected, self.parameters[2]).tanh_().add_(1).mul_(self.embed_rms)
 
     def weights(self, *, backward: bool) -> list[Tensor]:
         """Return the kernels' weights, with rho folded in."""
@@ -134,7 +147,12 @@ class _Inputs:
 
 
 def _gradients(
-    inputs: _Inputs, grad: Tensor, *, want_embeddings: bool, per_row: bool
+    inputs: _Inputs,
+    grad: Tensor,
+    projected: Tensor | None,
+    *,
+    want_embeddings: bool,
+    per_row: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Return the gradient of the embeddings [N, D], where wanted, and the parameters'.
 
@@ -143,9 +161,7 @@ def _gradients(
     family, rho, parameters = inputs.family, inputs.embed_rms, inputs.parameters
     _, B, T, D = grad.shape
     slots = B if per_row else 1
-    e = inputs.embeddings()
-    inner = None if e is None else inputs.inner(e)
-    per_token = None if inner is None else inputs.per_token(inner)
+    e, per_token = inputs.embeddings(), inputs.per_token(projected)
     # The parameters whose gradients the kernel sums.
     summed = {"affine": (0, 1), "mlp": (3, 1)}.get(family, (0,))
     sums = [rho.new_empty((slots, *parameters[index].shape)) for index in summed]
@@ -161,7 +177,7 @@ def _gradients(
     )
     if family == "affine":
         return _add(upstream_sum, through), [sums[0], sums[1].mul_(rho)]
-    if e is None or inner is None or per_token is None or through is None:
+    if e is None or projected is None or per_token is None or through is None:
         return upstream_sum, [sums[0].mul_(rho)]
 
     def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -173,13 +189,13 @@ def _gradients(
         _, A, C = parameters
         # rho (1 - tanh^2) = gain (2 - gain / rho)
         grad_gate = through.mul_(per_token).mul_(per_token.div_(-rho).add_(2))
-        grad_inner = grad_gate @ C.T
-        grads = [sums[0], outer(e, grad_inner).div_(rho), outer(inner, grad_gate)]
+        grad_projected = grad_gate @ C.T
+        grads = [sums[0], outer(e, grad_projected).div_(rho), outer(projected, grad_gate)]
     else:
-        A, grad_inner = parameters[0], through
-        grad_bias = grad_inner.unflatten(0, (slots, -1)).sum(1)
-        grads = [outer(e, grad_inner).div_(rho), sums[1], grad_bias, sums[0].mul_(rho)]
-    return _add(upstream_sum, grad_inner @ (A.T / rho) if want_embeddings else None), grads
+        A, grad_projected = parameters[0], through
+        grad_bias = grad_projected.unflatten(0, (slots, -1)).sum(1)
+        grads = [outer(e, grad_projected).div_(rho), sums[1], grad_bias, sums[0].mul_(rho)]
+    return _add(upstream_sum, grad_projected @ (A.T / rho) if want_embeddings else None), grads
 
 
 def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -15,32 +15,36 @@ from torch.nn import functional as F
 
 from fastperturb import noise
 from fastperturb.ops import reference
-from fastperturb.ops.calls import EmbedCall
+from fastperturb.ops.calls import EmbedCall, Embedded
 from fastperturb.transforms import FAMILIES
 
 
-def perturb_embed(call: EmbedCall) -> Tensor:  # [M, B, T, D]
+def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
     embeddings = _embeddings(call)
     dtype = reference.accumulation_dtype(embeddings)
-    perturbed = FAMILIES[call.family].formula(
-        embeddings.to(dtype),
-        _latent(call).to(dtype),
-        call.embed_rms.to(dtype),
-        *(value.to(dtype) for value in call.parameters),
-    )
-    perturbed = perturbed.to(embeddings.dtype)
-    if call.mask is None:
-        return perturbed
-    return torch.where(call.mask[..., None], perturbed, embeddings)
+    e, z, rho = (value.to(dtype) for value in (embeddings, _latent(call), call.embed_rms))
+    projected = _project(call, e)
+    parameters = (value.to(dtype) for value in call.parameters)
+    shift = _SHIFTS[call.family](e, z, rho, projected, *parameters)  # (M, B, T, D)
+    squared_shift = torch.linalg.vector_norm(shift, dim=-1).square_() if want_shift else None
+    out = shift.add_(e).to(embeddings.dtype)
+    if call.mask is not None:
+        out = torch.where(call.mask[..., None], out, embeddings)
+        squared_shift = None if squared_shift is None else squared_shift.where(call.mask, 0.0)
+    return Embedded(out, squared_shift, None if projected is None else projected.flatten(0, 1))
 
 
 def perturb_embed_backward(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
+    projected: Tensor | None,  # [N, H], from the forward
     want_table: bool,
 ) -> list[Tensor]:
     """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
-    through_shift, grads = _shift_gradient(grad, call, _latent(call), _embeddings(call))
+    if projected is not None:
+        projected = projected.unflatten(0, call.positions.shape)
+    z, embeddings = _latent(call), _embeddings(call)
+    through_shift, grads = _shift_gradient(grad, call, z, embeddings, projected)
     table = call.table
     if not want_table:
         return [table.new_empty(0), *grads]
@@ -61,13 +65,16 @@ def perturb_embed_per_sample_grad(
 ) -> list[Tensor]:
     """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
     z, embeddings = _latent(call), _embeddings(call)
+    projected = _project(call, embeddings.to(reference.accumulation_dtype(embeddings)))
     M, B = call.samples.shape
     results = [value.new_empty((M, B, *value.shape)) for value in call.parameters]
     for m in range(M):
         for b in range(B):
             sample, row = slice(m, m + 1), slice(b, b + 1)
             part = call._replace(mask=None if call.mask is None else call.mask[row])
-            _, grads = _shift_gradient(grad[sample, row], part, z[sample, row], embeddings[row])
+            kept = None if projected is None else projected[row]
+            tensors = z[sample, row], embeddings[row], kept
+            _, grads = _shift_gradient(grad[sample, row], part, *tensors)
             for result, value in zip(results, grads, strict=True):
                 result[m, b] = value
     return results
@@ -90,8 +97,53 @@ def _latent(call: EmbedCall) -> Tensor:
     )
 
 
+def _project(call: EmbedCall, e: Tensor) -> Tensor | None:
+    """Return (e / rho) A [B, T, H], for mlp + b, in e's dtype; None for a family without A."""
+    if call.projection_width is None:
+        return None
+    named = dict(zip(FAMILIES[call.family].parameter_names, call.parameters, strict=True))
+    projected = (e / call.embed_rms.to(e.dtype)) @ named["A"].to(e.dtype)
+    return projected.add_(named["b"]) if "b" in named else projected
+
+
+# Each takes (e, z, rho, the projection of e, *parameters) and returns the shift [M, B, T, D].
+
+
+def _diagonal_shift(e: Tensor, z: Tensor, rho: Tensor, _: None, s: Tensor) -> Tensor:
+    return rho * s * z
+
+
+def _lowrank_shift(e: Tensor, z: Tensor, rho: Tensor, _: None, U: Tensor) -> Tensor:
+    return (z @ U).mul_(rho)
+
+
+def _gated_shift(
+    e: Tensor, z: Tensor, rho: Tensor, projected: Tensor, U: Tensor, A: Tensor, C: Tensor
+) -> Tensor:
+    return (z @ U).mul_(rho * (1 + torch.tanh(projected @ C)))
+
+
+def _affine_shift(e: Tensor, z: Tensor, rho: Tensor, _: None, Ua: Tensor, Ub: Tensor) -> Tensor:
+    return (z @ Ua).mul_(e).add_((z @ Ub).mul_(rho))
+
+
+def _mlp_shift(
+    e: Tensor, z: Tensor, rho: Tensor, rest: Tensor, A: Tensor, B: Tensor, b: Tensor, C: Tensor
+) -> Tensor:
+    return ((F.gelu(rest + z @ B) - F.gelu(rest)) @ C).mul_(rho)
+
+
+_SHIFTS: dict[str, Callable[..., Tensor]] = {
+    "diagonal": _diagonal_shift,
+    "lowrank": _lowrank_shift,
+    "gated": _gated_shift,
+    "affine": _affine_shift,
+    "mlp": _mlp_shift,
+}
+
+
 def _shift_gradient(
-    grad: Tensor, call: EmbedCall, z: Tensor, embeddings: Tensor
+    grad: Tensor, call: EmbedCall, z: Tensor, embeddings: Tensor, projected: Tensor | None
 ) -> tuple[Tensor | float, list[Tensor]]:
     """Return the embeddings' gradient through the shift, and the parameters' gradients."""
     dtype = reference.accumulation_dtype(embeddings)
@@ -101,6 +153,7 @@ def _shift_gradient(
         z.to(dtype),
         call.embed_rms.to(dtype),
         upstream if call.mask is None else upstream * call.mask[..., None],
+        projected,
         *(value.to(dtype) for value in call.parameters),
     )
     return through_shift, [
@@ -113,56 +166,71 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return left.flatten(0, -2).T @ right.flatten(0, -2)
 
 
-# Each takes (e, z, rho, upstream gradient of the perturbed rows, *parameters) and returns the
-# gradient of e through the shift, and the parameters' gradients.
+# Each takes (e, z, rho, upstream gradient of the perturbed rows, the projection of e, *parameters)
+# and returns the gradient of e through the shift, and the parameters' gradients.
 
 
 def _diagonal_gradient(
-    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, s: Tensor
+    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, _: None, s: Tensor
 ) -> tuple[Tensor | float, list[Tensor]]:
     return 0.0, [rho * (g * z).sum((0, 1, 2))]
 
 
 def _lowrank_gradient(
-    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, U: Tensor
+    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, _: None, U: Tensor
 ) -> tuple[Tensor | float, list[Tensor]]:
     return 0.0, [rho * _outer(z, g)]
 
 
 def _gated_gradient(
-    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, U: Tensor, A: Tensor, C: Tensor
+    e: Tensor,
+    z: Tensor,
+    rho: Tensor,
+    g: Tensor,
+    projected: Tensor,
+    U: Tensor,
+    A: Tensor,
+    C: Tensor,
 ) -> tuple[Tensor | float, list[Tensor]]:
-    x = e / rho
-    inner = x @ A
-    gate = torch.tanh(inner @ C)
+    gate = torch.tanh(projected @ C)
     grad_gate = rho * (g * (z @ U)).sum(0) * (1 - gate.square())  # (B, T, D), through tanh
-    grad_inner = grad_gate @ C.T
-    grads = [rho * _outer(z, g * (1 + gate)), _outer(x, grad_inner), _outer(inner, grad_gate)]
-    return grad_inner @ A.T / rho, grads
+    grad_projected = grad_gate @ C.T
+    grads = [
+        rho * _outer(z, g * (1 + gate)),
+        _outer(e / rho, grad_projected),
+        _outer(projected, grad_gate),
+    ]
+    return grad_projected @ A.T / rho, grads
 
 
 def _affine_gradient(
-    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, Ua: Tensor, Ub: Tensor
+    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, _: None, Ua: Tensor, Ub: Tensor
 ) -> tuple[Tensor | float, list[Tensor]]:
     return (g * (z @ Ua)).sum(0), [_outer(z, g * e), rho * _outer(z, g)]
 
 
 def _mlp_gradient(
-    e: Tensor, z: Tensor, rho: Tensor, g: Tensor, A: Tensor, B: Tensor, b: Tensor, C: Tensor
+    e: Tensor,
+    z: Tensor,
+    rho: Tensor,
+    g: Tensor,
+    rest: Tensor,  # [B, T, H], the hidden layer at z = 0
+    A: Tensor,
+    B: Tensor,
+    b: Tensor,
+    C: Tensor,
 ) -> tuple[Tensor | float, list[Tensor]]:
-    x = e / rho
-    rest = x @ A + b  # (B, T, H), the hidden layer at z = 0
     hidden = rest + z @ B  # (M, B, T, H)
     grad_gelu = rho * (g @ C.T)
     grad_hidden = grad_gelu * _gelu_slope(hidden)
-    grad_inner = grad_hidden.sum(0) - grad_gelu.sum(0) * _gelu_slope(rest)
+    grad_rest = grad_hidden.sum(0) - grad_gelu.sum(0) * _gelu_slope(rest)
     grads = [
-        _outer(x, grad_inner),
+        _outer(e / rho, grad_rest),
         _outer(z, grad_hidden),
-        grad_inner.sum((0, 1)),
+        grad_rest.sum((0, 1)),
         rho * _outer(F.gelu(hidden) - F.gelu(rest), g),
     ]
-    return grad_inner @ A.T / rho, grads
+    return grad_rest @ A.T / rho, grads
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
