@@ -59,7 +59,7 @@ from torch import Tensor
 from fastperturb.kernels import perturb_embed_backward as backward
 from fastperturb.kernels import perturb_embed_forward as forward
 from fastperturb.kernels import perturb_embed_projection as projection
-from fastperturb.kernels.perturb_embed_call import Layout
+from fastperturb.kernels.perturb_embed_call import Layout, pieces
 from fastperturb.ops.calls import Embedded
 
 if TYPE_CHECKING:
@@ -67,24 +67,31 @@ if TYPE_CHECKING:
 
 
 def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
-    layout = Layout(call)
-    out = call.table.new_empty((layout.M, layout.B, layout.T, layout.D))
-    forward.forward(layout, out)
-    squared_shift = None
-    if want_shift:
-        e = call.table if call.ids is None else call.table[call.ids]
-        squared_shift = (out.float() - e.float()).square().sum(-1)
-    return Embedded(out, squared_shift, projection.project(layout))
+    whole = Layout(call)
+    M, B, T, D = whole.M, whole.B, whole.T, whole.D
+    out = call.table.new_empty((M, B, T, D))
+    projected = projection.project(whole)
+    squared_shifts = []
+    cut = list(pieces(call, forward.token_bytes(whole)))
+    for piece in cut:
+        layout = whole if len(cut) == 1 else Layout(piece.of(call))
+        kept = None if projected is None else piece.rows_of(projected, call)
+        squared_shift = forward.forward(layout, piece.tokens(out), kept, want_shift=want_shift)
+        squared_shifts.append(squared_shift)
+    squared_shift = torch.cat(squared_shifts, 1).view(M, B, T) if want_shift else None
+    return Embedded(out, squared_shift, projected)
 
 
 def perturb_embed_backward(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
-    projected: Tensor | None,  # [N, H], from the forward
+    projected: Tensor | None,  # [N, H], from the forward; made again if there is none
     want_table: bool,
 ) -> list[Tensor]:
     """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
-    grad_e, grads = backward.backward(Layout(call), grad, want_table=want_table, per_sample=False)
+    grad_e, grads = backward.backward(
+        call, grad, projected, want_table=want_table, per_sample=False
+    )
     grads = [value[0, 0].to(like.dtype) for value, like in zip(grads, call.parameters)]
     if grad_e is None:
         return [call.table.new_empty(0), *grads]
@@ -102,5 +109,5 @@ def perturb_embed_per_sample_grad(
     call: EmbedCall,
 ) -> list[Tensor]:
     """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
-    _, grads = backward.backward(Layout(call), grad, want_table=False, per_sample=True)
+    _, grads = backward.backward(call, grad, None, want_table=False, per_sample=True)
     return [value.to(like.dtype) for value, like in zip(grads, call.parameters)]

@@ -36,6 +36,14 @@ def slab_of_tokens(segment_tokens, slab_tokens, N, ND: tl.constexpr):
 
 
 @triton.jit
+def sample_and_tokens(N, BT: tl.constexpr):
+    """The sample, int64, and the tokens of a program that owns one tile of one sample."""
+    tiles = tl.cdiv(N, BT)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    return sample, tl.program_id(0) % tiles * BT + tl.arange(0, BT)
+
+
+@triton.jit
 def source_rows(ids_ptr, b_token, b_live, vocab):
     """The table row of each token, and whether there is one: an id out of range reads NaN."""
     if ids_ptr is None:
