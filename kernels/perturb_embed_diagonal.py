@@ -68,10 +68,17 @@ def forward_kernel(
     b_mask = b_live[:, None] & (b_d < D)[None, :]
     if squared_shift_ptr is not None:
         squared_shift_ptr += tl.cast(block_d, tl.int64) * M * N
+    b_z = tl.zeros([BT, BD], tl.float32)
+    b_pair = tl.full([BT], -1, tl.int32)  # no pair has an odd number
     for _ in range(M):
-        b_shift = b_s[None, :] * tiles.latent_tile(tokens, b_sample_ptr, block_d * BD, BD, NOISE)
+        b_z, b_pair, b_sign = tiles.latent_of_pair(
+            tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
+        )
+        b_shift = b_z * b_s[None, :] * b_sign[:, None]
         if squared_shift_ptr is not None:
-            tl.store(squared_shift_ptr + b_token, tl.sum(b_shift * b_shift, axis=1), mask=b_live)
+            # Chosen by e, which is NaN where there is none, the sum takes e's layout: a row a warp.
+            b_squared = tl.where(b_e == b_e, b_shift * b_shift, 0.0)
+            tl.store(squared_shift_ptr + b_token, tl.sum(b_squared, axis=1), mask=b_live)
             squared_shift_ptr += tl.cast(N, tl.int64)
         tl.store(out_ptr + b_offset, (b_e.to(tl.float32) + b_shift).to(DTYPE), mask=b_mask)
         out_ptr += tl.cast(sample_tokens, tl.int64) * D
@@ -128,9 +135,14 @@ def backward_kernel(
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         b_grad_e = tl.zeros([BT, BD], tl.float32)
         tile_ptr = grad_ptr
+        b_z = tl.zeros([BT, BD], tl.float32)
+        b_pair = tl.full([BT], -1, tl.int32)
         for _ in range(M):
             b_g = tl.load(tile_ptr + b_offset, mask=b_mask, other=0.0).to(tl.float32)
-            b_grad_s += b_g * tiles.latent_tile(tokens, b_sample_ptr, block_d * BD, BD, NOISE)
+            b_z, b_pair, b_sign = tiles.latent_of_pair(
+                tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
+            )
+            b_grad_s += b_g * b_z * b_sign[:, None]
             if grad_e_ptr is not None:
                 b_grad_e += b_g
             tile_ptr += sample_stride

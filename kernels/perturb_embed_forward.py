@@ -94,10 +94,17 @@ def forward_kernel(
 # compiler fits into registers.
 _TILES = {
     "lowrank": ((64, 128, 8), (64, 64, 8)),
-    "gated": ((64, 128, 8), (32, 64, 8)),
-    "affine": ((64, 128, 8), (32, 64, 4)),
+    "gated": ((64, 64, 4), (32, 64, 8)),
+    "affine": ((64, 64, 4), (32, 64, 4)),
     "mlp": ((64, 128, 8), (64, 64, 8)),
 }
+
+
+def tile_sizes(family: str, half: bool, K: int) -> tuple[int, int, int, int]:
+    """Return (BT, BD, BK, warps) that fit the registers, checked up to K = 256."""
+    BT, BD, num_warps = _TILES[family][0 if half else 1]
+    BK = launch.block(K, 64 if half and family != "affine" else 32)
+    return BT, BD, BK, num_warps
 
 
 def token_bytes(layout: Layout) -> int:
@@ -121,9 +128,9 @@ def forward(
         coordinates, directions = hidden.change(layout, projected), layout.C
     else:
         coordinates, directions = latents.draw(layout), layout.U
-    BT, BD, num_warps = _TILES[layout.family][0 if layout.half else 1]
-    BD = launch.block(layout.D, BD)
     M, N, K = coordinates.shape
+    BT, BD, BK, num_warps = tile_sizes(layout.family, layout.half, K)
+    BD = launch.block(layout.D, BD)
     ND = triton.cdiv(layout.D, BD)
     tiles_of_tokens = triton.cdiv(N, BT) * ND
     wanted = triton.cdiv(launch.programs(layout.device, num_warps), max(1, tiles_of_tokens))
@@ -152,7 +159,7 @@ def forward(
             "FAMILY": layout.family,
             "BT": BT,
             "BD": BD,
-            "BK": launch.block(K, 64 if layout.half else 32),
+            "BK": BK,
             "BH": launch.block(layout.H, 64),
         },
         num_warps=num_warps,

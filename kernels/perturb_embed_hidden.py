@@ -161,11 +161,8 @@ def hidden_backward_kernel(
     tiles.store_matrix(grad_B_ptr + slab * (R * H), b_r, b_h, b_grad_B * rho, R, H)
 
 
-_WARPS = 4
-
-
 def _blocks(layout: Layout) -> dict[str, int]:
-    return {"BT": 32, "BR": launch.block(layout.R, 32), "BH": launch.block(layout.H, 64)}
+    return {"BR": launch.block(layout.R, 32), "BH": launch.block(layout.H, 64)}
 
 
 def change(layout: Layout, rest: Tensor) -> Tensor:
@@ -173,9 +170,10 @@ def change(layout: Layout, rest: Tensor) -> Tensor:
     M, N, H = layout.M, layout.N, layout.H
     result = layout.table.new_empty((M, N, H))
     blocks = _blocks(layout)
+    BT = 2048 // blocks["BH"]
     launch.start(
         change_kernel,
-        (M * triton.cdiv(N, blocks["BT"]), triton.cdiv(H, blocks["BH"])),
+        (M * triton.cdiv(N, BT), triton.cdiv(H, blocks["BH"])),
         {
             **layout.noise,
             **blocks,
@@ -185,8 +183,9 @@ def change(layout: Layout, rest: Tensor) -> Tensor:
             "N": N,
             "R": layout.R,
             "H": H,
+            "BT": BT,
         },
-        num_warps=_WARPS,
+        num_warps=4,
     )
     return result
 
@@ -199,9 +198,10 @@ def hidden_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of h [groups, N, H] and of B, and the inner layer's change."""
     blocks = _blocks(layout)
+    BT, num_warps = (16, 8) if blocks["BH"] == 64 else (32, 4)
     NR, NH = triton.cdiv(layout.R, blocks["BR"]), triton.cdiv(layout.H, blocks["BH"])
-    wanted = launch.programs(layout.device, _WARPS)
-    slab_tokens, slabs = sums.slabs(blocks["BT"], NH * NR, wanted)
+    wanted = launch.programs(layout.device, num_warps)
+    slab_tokens, slabs = sums.slabs(BT, NH * NR, wanted)
     grad_rest = layout.fp32(sums.groups, layout.N, layout.H)
     grad_B = layout.fp32(sums.groups, sums.segments, slabs, layout.R, layout.H)
     result = layout.table.new_empty((layout.M, layout.N, layout.H))
@@ -224,7 +224,8 @@ def hidden_backward(
             "slab_tokens": slab_tokens,
             "R": layout.R,
             "H": layout.H,
+            "BT": BT,
         },
-        num_warps=_WARPS,
+        num_warps=num_warps,
     )
     return grad_rest, grad_B.sum(2), result

@@ -127,18 +127,33 @@ def outer_kernel(
         tiles.store_matrix(grad_V_ptr + base, b_k, b_d, tl.trans(b_grad_V) * rho, K, D)
 
 
-# (BT, BD, warps) for a 16-bit upstream gradient and for fp32, by the family and whether the
-# embeddings' gradient is wanted, which keeps another tile.
+# (BT, BD, warps, stages) for a 16-bit upstream gradient and for fp32, by the family and whether the
+# embeddings' gradient is wanted, which keeps another tile. In fp32 the tensor cores want g
+# transposed, which async copies do element by element: there one stage.
 _TILES = {
-    ("lowrank", False): ((32, 128, 4), (16, 64, 4)),
-    ("lowrank", True): ((32, 128, 4), (16, 64, 4)),
-    ("gated", False): ((32, 128, 4), (16, 64, 4)),
-    ("gated", True): ((32, 64, 4), (16, 64, 4)),
-    ("affine", False): ((32, 128, 4), (16, 64, 4)),
-    ("affine", True): ((32, 64, 4), (16, 64, 4)),
-    ("mlp", False): ((32, 128, 4), (16, 64, 4)),
-    ("mlp", True): ((32, 128, 4), (16, 64, 4)),
+    ("lowrank", False): ((32, 128, 4, 3), (16, 64, 4, 1)),
+    ("lowrank", True): ((32, 128, 4, 3), (16, 64, 4, 1)),
+    ("gated", False): ((16, 128, 4, 3), (16, 64, 4, 1)),
+    ("gated", True): ((16, 128, 8, 2), (16, 64, 8, 1)),
+    ("affine", False): ((32, 128, 4, 3), (16, 64, 4, 1)),
+    ("affine", True): ((16, 128, 4, 3), (16, 64, 4, 1)),
+    ("mlp", False): ((64, 128, 8, 3), (16, 64, 4, 1)),
+    ("mlp", True): ((32, 128, 8, 3), (16, 64, 4, 1)),
 }
+
+
+def tile_sizes(
+    family: str, want_e: bool, half: bool, K: int, H: int
+) -> tuple[int, int, int, int, int]:
+    """Return (BT, BD, BK, warps, stages) that fit the registers, checked up to K and H of 256.
+
+    The sums [BD, BK] stay in registers: more coordinates take a smaller tile.
+    """
+    BT, BD, num_warps, stages = _TILES[family, want_e][0 if half else 1]
+    BK = launch.block(K, 64 if half else 32)
+    if family in ("gated", "affine") and (K > 16 or H > 128):
+        BD, BK = BD // 2, min(BK, 32)
+    return BT, BD, BK, num_warps, stages
 
 
 def outer(
@@ -158,9 +173,9 @@ def outer(
     grad_e, grad_gate: where to write the sums over samples, if wanted.
     """
     half, N, D, K = grad.dtype != torch.float32, layout.N, layout.D, coordinates.shape[-1]
-    BT, BD, num_warps = _TILES[family, grad_e is not None][0 if half else 1]
+    sizes = tile_sizes(family, grad_e is not None, half, K, layout.H)
+    BT, BD, BK, num_warps, stages = sizes
     BD = launch.block(D, BD)
-    BK = launch.block(K, 64 if half else 32)
     ND, NK = triton.cdiv(D, BD), triton.cdiv(K, BK)
     slab_tokens, slabs = sums.slabs(BT, ND * NK, launch.programs(layout.device, num_warps))
     shape = sums.groups, sums.segments, slabs, K, D
@@ -196,7 +211,6 @@ def outer(
             "BH": launch.block(layout.H, 64),
         },
         num_warps=num_warps,
-        # In fp32 the tensor cores want g transposed, which async copies do element by element.
-        num_stages=3 if half else 1,
+        num_stages=stages,
     )
     return {role: value.sum(2) for role, value in partial.items()}

@@ -114,6 +114,35 @@ def latent_tile(
 
 
 @triton.jit
+def latent_of_pair(
+    tokens,
+    b_sample_ptr,  # [BT], where each token's sample number is
+    first,
+    b_z,  # [BT, BR], the latents of the sample before, without their signs
+    b_pair,  # [BT], the numbers that key them
+    NOISE: tl.constexpr,
+):
+    """The latents of this sample without their signs, their numbers, and the signs [BT].
+
+    Samples of an antithetic pair that follow each other share a draw.
+    """
+    LATENT: tl.constexpr = NOISE[0]
+    ANTITHETIC: tl.constexpr = NOISE[1]
+    FAST: tl.constexpr = NOISE[2]
+    BR: tl.constexpr = b_z.shape[1]
+    b_sample = tl.load(b_sample_ptr, mask=tokens.b_perturbed, other=0).to(tl.int32)
+    b_next, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
+    b_sign = tl.where(tokens.b_perturbed, b_sign, 0.0)
+    if (not ANTITHETIC) or tl.max((b_next != b_pair).to(tl.int32)) > 0:
+        quad = first // 4 + tl.arange(0, BR // 4)
+        b_one = tl.full(b_sign.shape, 1.0, tl.float32)
+        b_z = noise.tile(
+            tokens.seed, quad, tokens.b_position, b_next, tokens.b_row_id, b_one, LATENT, FAST
+        )
+    return b_z, b_next, b_sign
+
+
+@triton.jit
 def matrix_tile(ptr, b_i, b_j, I, J: tl.constexpr):  # noqa: E741
     """The entries (b_i, b_j) of a contiguous [I, J] matrix, 0 outside."""
     b_mask = (b_i < I)[:, None] & (b_j < J)[None, :]
