@@ -1,6 +1,7 @@
 """The family diagonal, T(e, z) = e + rho s z, and its gradient ds = rho sum g z.
 
-It has a latent for each column, so a program draws those of its tile in registers.
+It has a latent for each column, so a program draws those of its tile in registers, unless all tokens
+of a batch row share them: then they are read.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from torch import Tensor
 from fastperturb.kernels import launch
 from fastperturb.kernels import perturb_embed_tiles as tiles
 from fastperturb.kernels.perturb_embed_call import Layout, Sums
+from fastperturb.kernels.perturb_embed_latents import draw_sequences
 
-_BT, _BD, _WARPS = 4, 256, 4
+_BT, _BD = 4, 256
+
+
+def _warps(layout: Layout) -> int:
+    return 4 if layout.half else 8  # 16 bytes of e a thread
 
 
 @triton.jit(do_not_specialize=launch.VARYING)
@@ -25,6 +31,7 @@ def forward_kernel(
     ids_ptr,
     s_ptr,  # [D]
     rho_ptr,
+    z_ptr,  # [M, B, D] fp32, the latents of all tokens of a batch row; None: to be drawn
     seed_ptr,
     samples_ptr,
     row_ids_ptr,
@@ -33,6 +40,7 @@ def forward_kernel(
     table_stride,
     M,
     N,
+    B,
     T,
     vocab,
     sample_tokens,
@@ -71,10 +79,14 @@ def forward_kernel(
     b_z = tl.zeros([BT, BD], tl.float32)
     b_pair = tl.full([BT], -1, tl.int32)  # no pair has an odd number
     for _ in range(M):
-        b_z, b_pair, b_sign = tiles.latent_of_pair(
-            tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
-        )
-        b_shift = b_z * b_s[None, :] * b_sign[:, None]
+        if z_ptr is None:
+            b_z, b_pair, b_sign = tiles.latent_of_pair(
+                tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
+            )
+            b_shift = b_z * b_s[None, :] * b_sign[:, None]
+        else:
+            b_shift = b_s[None, :] * tiles.latent_of_sequence(tokens, z_ptr, b_d, D)
+            z_ptr += tl.cast(B, tl.int64) * D
         if squared_shift_ptr is not None:
             # Chosen by e, which is NaN where there is none, the sum takes e's layout: a row a warp.
             b_squared = tl.where(b_e == b_e, b_shift * b_shift, 0.0)
@@ -91,6 +103,7 @@ def backward_kernel(
     grad_s_ptr,  # [G, S, D] fp32
     grad_e_ptr,  # [N, D], sum_m g in the table's dtype, or None
     rho_ptr,
+    z_ptr,  # [M, B, D] fp32, the latents of all tokens of a batch row; None: to be drawn
     seed_ptr,
     samples_ptr,
     row_ids_ptr,
@@ -98,6 +111,7 @@ def backward_kernel(
     mask_ptr,
     M,  # samples of one group
     N,
+    B,
     T,
     samples_stride_m,
     samples_stride_b,
@@ -125,6 +139,8 @@ def backward_kernel(
     sample_stride = tl.cast(N, tl.int64) * D
     grad_ptr += group * M * sample_stride
     samples_ptr += group * M * samples_stride_m
+    if z_ptr is not None:
+        z_ptr += group * M * B * D
     b_grad_s = tl.zeros([BT, BD], tl.float32)
     for start in range(first, last, BT):
         b_token = start + tl.arange(0, BT)
@@ -134,15 +150,19 @@ def backward_kernel(
         tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, SCOPE)
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         b_grad_e = tl.zeros([BT, BD], tl.float32)
-        tile_ptr = grad_ptr
+        tile_ptr, sequence_ptr = grad_ptr, z_ptr
         b_z = tl.zeros([BT, BD], tl.float32)
         b_pair = tl.full([BT], -1, tl.int32)
         for _ in range(M):
             b_g = tl.load(tile_ptr + b_offset, mask=b_mask, other=0.0).to(tl.float32)
-            b_z, b_pair, b_sign = tiles.latent_of_pair(
-                tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
-            )
-            b_grad_s += b_g * b_z * b_sign[:, None]
+            if z_ptr is None:
+                b_z, b_pair, b_sign = tiles.latent_of_pair(
+                    tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
+                )
+                b_grad_s += b_g * b_z * b_sign[:, None]
+            else:
+                b_grad_s += b_g * tiles.latent_of_sequence(tokens, sequence_ptr, b_d, D)
+                sequence_ptr += tl.cast(B, tl.int64) * D
             if grad_e_ptr is not None:
                 b_grad_e += b_g
             tile_ptr += sample_stride
@@ -171,13 +191,15 @@ def forward(layout: Layout, out: Tensor, *, want_shift: bool) -> Tensor | None:
             "s_ptr": layout.U,
             "rho_ptr": layout.rho,
             "M": layout.M,
+            "z_ptr": draw_sequences(layout),
             "N": layout.N,
+            "B": layout.B,
             "sample_tokens": layout.N,
             "D": layout.D,
             "BT": _BT,
             "BD": BD,
         },
-        num_warps=_WARPS,
+        num_warps=_warps(layout),
     )
     return None if squared_shift is None else torch.sum(squared_shift, 0)
 
@@ -192,7 +214,7 @@ def backward(
     """Return the gradient of s in fp32, [groups, segments, D], as U."""
     BD = launch.block(layout.D, _BD)
     ND = triton.cdiv(layout.D, BD)
-    slab_tokens, slabs = sums.slabs(_BT, ND, launch.programs(layout.device, _WARPS))
+    slab_tokens, slabs = sums.slabs(_BT, ND, launch.programs(layout.device, _warps(layout)))
     grad_s = layout.fp32(sums.groups, sums.segments, slabs, layout.D)
     launch.start(
         backward_kernel,
@@ -204,13 +226,15 @@ def backward(
             "grad_e_ptr": grad_e,
             "rho_ptr": layout.rho,
             "M": layout.M // max(1, sums.groups),
+            "z_ptr": draw_sequences(layout),
             "N": layout.N,
+            "B": layout.B,
             "segment_tokens": sums.segment_tokens,
             "slab_tokens": slab_tokens,
             "D": layout.D,
             "BT": _BT,
             "BD": BD,
         },
-        num_warps=_WARPS,
+        num_warps=_warps(layout),
     )
     return {"U": grad_s.sum(2)}

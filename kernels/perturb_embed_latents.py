@@ -2,11 +2,14 @@
 
 A block of columns that drew its own would repeat Philox D / BD times a token. The buffer holds
 4 R bytes a sample and token where the output holds 2 D, and `perturb_embed_call.pieces` bounds it.
-Pairs and sequences that share a latent draw it again: one draw a token costs about as much as to
-read it, and no host knows which samples are pairs.
+Pairs and sequences that share a latent draw it again: at one draw a token that costs no more than
+to read it, and no host knows which samples are pairs. With D latents a token, for diagonal, it
+does: see `draw_sequences`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -53,13 +56,26 @@ def draw_kernel(
 
 def draw(layout: Layout) -> Tensor:
     """Return the latents [M, N, R] in fp32, 0 for tokens that keep their embedding."""
-    z = layout.fp32(layout.M, layout.N, layout.R)
+    return _draw(layout, layout.N, layout.noise)
+
+
+def draw_sequences(layout: Layout) -> Tensor | None:
+    """Return the latents [M, B, R] that all tokens of a batch row share, or None if they do not."""
+    if layout.noise["SCOPE"] != "sequence" or layout.noise["row_ids_stride_t"] != 0:
+        return None
+    if layout.T < 16:  # the buffer would be as large as the output
+        return None
+    return _draw(layout, layout.B, {**layout.noise, "T": 1, "mask_ptr": None})
+
+
+def _draw(layout: Layout, N: int, noise: dict[str, Any]) -> Tensor:
+    z = layout.fp32(layout.M, N, layout.R)
     BR = launch.block(layout.R, 32)
     BT = 1024 // BR
     launch.start(
         draw_kernel,
-        (layout.M * triton.cdiv(layout.N, BT), triton.cdiv(layout.R, BR)),
-        {**layout.noise, "z_ptr": z, "N": layout.N, "R": layout.R, "BT": BT, "BR": BR},
+        (layout.M * triton.cdiv(N, BT), triton.cdiv(layout.R, BR)),
+        {**noise, "z_ptr": z, "N": N, "R": layout.R, "BT": BT, "BR": BR},
         num_warps=4,
     )
     return z

@@ -146,10 +146,11 @@ def project_backward(
     sums: Sums,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of A [groups, segments, D, H] and, if grad_sum is set, of e [N, D]."""
-    BT = 32 if layout.H <= 64 else 16
+    BT = 32 if layout.half and layout.H <= 64 else 16
+    num_warps = 4 if layout.half else 8
     BD, BH = launch.block(layout.D, 64), launch.block(layout.H, 64)
     ND = triton.cdiv(layout.D, BD)
-    slab_tokens, slabs = sums.slabs(BT, ND, launch.programs(layout.device, 4) // 2)
+    slab_tokens, slabs = sums.slabs(BT, ND, launch.programs(layout.device, 8))
     grad_A = layout.fp32(*sums[:2], slabs, layout.D, layout.H)
     grad_e = None if grad_sum is None else layout.table.new_empty((layout.N, layout.D))
     launch.start(
@@ -172,6 +173,6 @@ def project_backward(
             "BD": BD,
             "BH": BH,
         },
-        num_warps=4,
+        num_warps=num_warps,
     )
     return grad_A.sum(2), grad_e

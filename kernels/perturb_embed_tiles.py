@@ -143,6 +143,13 @@ def latent_of_pair(
 
 
 @triton.jit
+def latent_of_sequence(tokens, z_ptr, b_d, D: tl.constexpr):
+    """z [BT, BD] from the latents [B, D] of batch rows, 0 for tokens that keep their embedding."""
+    b_mask = tokens.b_perturbed[:, None] & (b_d < D)[None, :]
+    return tl.load(z_ptr + tokens.b_batch[:, None] * D + b_d[None, :], mask=b_mask, other=0.0)
+
+
+@triton.jit
 def matrix_tile(ptr, b_i, b_j, I, J: tl.constexpr):  # noqa: E741
     """The entries (b_i, b_j) of a contiguous [I, J] matrix, 0 outside."""
     b_mask = (b_i < I)[:, None] & (b_j < J)[None, :]
