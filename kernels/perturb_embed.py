@@ -8,11 +8,11 @@ With N = B T tokens, latents z [M, N, R] and v = z U:
 
 Forward. P [N, H] is made first and kept for the backward (`projection`). Then a small kernel writes
 z [M, N, R] (`latents`), for mlp c [M, N, H] (`hidden`), once for each sample and token. The main
-kernel (`forward`) owns a tile of tokens by columns: it reads e once and, for each sample, multiplies
-z or c by the directions of its columns and writes a tile of T(e, z). It also stores the sum of
-(T(e, z) - e)^2 over its columns if wanted, which torch adds up. diagonal has a latent for each
-column and draws it in registers (`diagonal`), once for an antithetic pair, or reads the draw that
-the tokens of a sequence share.
+kernel (`forward`) owns a tile of tokens by columns: it reads e once and, for each sample,
+multiplies z or c by the directions of its columns and writes a tile of T(e, z). If wanted it also
+stores the sum of (T(e, z) - e)^2 over its columns, which torch adds up. diagonal has a latent for
+each column and draws it in registers (`diagonal`), once for an antithetic pair, or reads the draw
+that the tokens of a sequence share.
 
 Backward, with g the upstream gradient, which counts as 0 for U, C, ... where a token keeps its
 embedding:
@@ -59,13 +59,14 @@ def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
     M, B, T, D = whole.M, whole.B, whole.T, whole.D
     out = call.table.new_empty((M, B, T, D))
     projected = projection.project(whole)
-    squared_shifts = []
+    squared_shifts: list[Tensor] = []
     cut = list(pieces(call, forward.token_bytes(whole)))
     for piece in cut:
         layout = whole if len(cut) == 1 else Layout(piece.of(call))
         kept = None if projected is None else piece.rows_of(projected, call)
         squared_shift = forward.forward(layout, piece.tokens(out), kept, want_shift=want_shift)
-        squared_shifts.append(squared_shift)
+        if squared_shift is not None:
+            squared_shifts.append(squared_shift)
     squared_shift = torch.cat(squared_shifts, 1).view(M, B, T) if want_shift else None
     return Embedded(out, squared_shift, projected)
 

@@ -6,6 +6,7 @@ their order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,12 +45,13 @@ def backward(
         return _piece_backward(whole, grad, projected, want_table, per_sample)
     groups, segments, _ = whole.sums(per_sample=per_sample)
     totals = [whole.fp32(groups, segments, *value.shape).zero_() for value in call.parameters]
-    grad_es = []
+    grad_es: list[Tensor] = []
     for piece in cut:
         kept = None if projected is None else piece.rows_of(projected, call)
         inputs = Layout(piece.of(call)), piece.tokens(grad), kept
         grad_e, grads = _piece_backward(*inputs, want_table, per_sample)
-        grad_es.append(grad_e)
+        if grad_e is not None:
+            grad_es.append(grad_e)
         for total, value in zip(totals, grads, strict=True):
             total[:, piece.rows if per_sample else slice(None)] += value
     return torch.cat(grad_es) if want_table else None, totals
@@ -115,7 +117,7 @@ def _mlp(
     return {"U": grad_B, "C": grad_C, "projected": grad_projected}
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "diagonal": diagonal.backward,
     "lowrank": _products,
     "gated": _gated,

@@ -1,7 +1,7 @@
 """The family diagonal, T(e, z) = e + rho s z, and its gradient ds = rho sum g z.
 
-It has a latent for each column, so a program draws those of its tile in registers, unless all tokens
-of a batch row share them: then they are read.
+It has a latent for each column, so a program draws those of its tile in registers, unless all
+tokens of a batch row share them: then they are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _warps(layout: Layout) -> int:
 
 
 @triton.jit(do_not_specialize=launch.VARYING)
-def forward_kernel(
+def diagonal_forward_kernel(
     out_ptr,  # [M, N, D], of samples that are sample_tokens apart
     squared_shift_ptr,  # [ND, M, N] fp32, or None
     table_ptr,  # [vocab, D], or the embeddings [N, D] when there are no ids
@@ -98,7 +98,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=launch.VARYING)
-def backward_kernel(
+def diagonal_backward_kernel(
     grad_ptr,  # [M, N, D]
     grad_s_ptr,  # [G, S, D] fp32
     grad_e_ptr,  # [N, D], sum_m g in the table's dtype, or None
@@ -181,7 +181,7 @@ def forward(layout: Layout, out: Tensor, *, want_shift: bool) -> Tensor | None:
     ND = triton.cdiv(layout.D, BD)
     squared_shift = layout.fp32(ND, layout.M, layout.N) if want_shift else None
     launch.start(
-        forward_kernel,
+        diagonal_forward_kernel,
         (triton.cdiv(layout.N, _BT) * ND,),
         {
             **layout.source,
@@ -217,7 +217,7 @@ def backward(
     slab_tokens, slabs = sums.slabs(_BT, ND, launch.programs(layout.device, _warps(layout)))
     grad_s = layout.fp32(sums.groups, sums.segments, slabs, layout.D)
     launch.start(
-        backward_kernel,
+        diagonal_backward_kernel,
         (sums.segments * slabs * ND, sums.groups),
         {
             **layout.noise,

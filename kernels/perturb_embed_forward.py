@@ -103,7 +103,7 @@ _TILES = {
 def tile_sizes(family: str, half: bool, K: int) -> tuple[int, int, int, int]:
     """Return (BT, BD, BK, warps) that fit the registers, checked up to K = 256."""
     BT, BD, num_warps = _TILES[family][0 if half else 1]
-    BK = launch.block(K, 64 if half and family != "affine" else 32)
+    BK = launch.block(K, 64 if half and family not in ("gated", "affine") else 32)
     return BT, BD, BK, num_warps
 
 
@@ -125,6 +125,7 @@ def forward(
     if layout.family == "diagonal":
         return diagonal.forward(layout, out, want_shift=want_shift)
     if layout.family == "mlp":
+        assert projected is not None
         coordinates, directions = hidden.change(layout, projected), layout.C
     else:
         coordinates, directions = latents.draw(layout), layout.U
