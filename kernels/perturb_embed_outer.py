@@ -152,7 +152,8 @@ def tile_sizes(
     BT, BD, num_warps, stages = _TILES[family, want_e][0 if half else 1]
     BK = launch.block(K, 64 if half else 32)
     if family in ("gated", "affine") and (K > 16 or H > 128):
-        BD, BK = BD // 2, min(BK, 32)
+        BK = min(BK, 32)
+        BD, num_warps = (BD // 2, num_warps) if half or family == "affine" else (64, 8)
     return BT, BD, BK, num_warps, stages
 
 
@@ -212,5 +213,7 @@ def outer(
         },
         num_warps=num_warps,
         num_stages=stages,
+        # In fp32 the assembler would rather spill than use more than 128 or 168 registers.
+        **({} if half else {"maxnreg": 255}),
     )
     return {role: value.sum(2) for role, value in partial.items()}
