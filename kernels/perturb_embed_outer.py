@@ -60,6 +60,7 @@ def outer_kernel(
     BH: tl.constexpr,
 ):
     DTYPE: tl.constexpr = grad_ptr.dtype.element_ty  # not always the table's
+    TABLE: tl.constexpr = table_ptr.dtype.element_ty
     WANT_E: tl.constexpr = grad_e_ptr is not None
     WANT_PRODUCT: tl.constexpr = FAMILY == "gated" or (FAMILY == "affine" and WANT_E)
     ND: tl.constexpr = (D + BD - 1) // BD
@@ -87,8 +88,7 @@ def outer_kernel(
             b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_token < last, vocab)
             b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, 0.0)
         elif FAMILY == "gated":
-            GATE: tl.constexpr = C_ptr.dtype.element_ty  # as in the forward
-            b_gate = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, GATE)
+            b_gate = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, TABLE)
         b_grad_e = tl.zeros([BT, BD], tl.float32)
         b_product = tl.zeros([BT, BD], tl.float32)  # sum_m g (z U)
         tile_ptr, x_ptr = grad_ptr, coordinates_ptr
