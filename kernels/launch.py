@@ -14,6 +14,7 @@ VARYING = [
     *("M", "N", "B", "T", "vocab", "stride_m", "stride_b", "stride_t"),
     *("samples_stride_m", "samples_stride_b", "row_ids_stride_b", "row_ids_stride_t"),
     *("positions_stride_b", "positions_stride_t", "segment_tokens", "slab_tokens"),
+    *("sample_tokens", "coordinate_tokens", "part_samples"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,6 +53,21 @@ def as_bytes(mask: Tensor) -> Tensor:
 def has_fast_maths() -> bool:
     """Return True on a GPU; the interpreter has no special function unit."""
     return not triton.knobs.runtime.interpret
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; elsewhere those of an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device, num_warps: int) -> int:
+    """Return the programs that fill a GPU twice, where each multiprocessor holds 16 warps of them.
+
+    Enough to even out their times, and few enough that partial sums cost little.
+    """
+    return multiprocessors(device) * max(1, 16 // num_warps) * 2
 
 
 def capability(device: torch.device) -> int:

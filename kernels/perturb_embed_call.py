@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # The role of each parameter in the kernels, in the family's order.
 ROLES = {"diagonal": "U", "lowrank": "U", "gated": "UAC", "affine": "UV", "mlp": "AUbC"}
+# What the kernels may keep for all samples between two passes over them.
+BUFFER_BYTES = 32 * 2**20
 
 
 class Sums(NamedTuple):
@@ -49,7 +52,8 @@ class Layout:
     def __init__(self, call: EmbedCall) -> None:
         table, ids = call.table, call.ids
         launch.check_dtype("table", table)
-        self.family, self.half = call.family, table.dtype != torch.float32
+        self.family, self.dtype, self.device = call.family, table.dtype, table.device
+        self.half = table.dtype != torch.float32
         self.M, self.D = call.samples.shape[0], table.shape[-1]
         self.B, self.T = call.positions.shape
         self.N = self.B * self.T
@@ -61,22 +65,19 @@ class Layout:
 
         values = [value.contiguous() for value in call.parameters]
         roles: dict[str, Any] = dict(zip(ROLES[call.family], values, strict=True))
-        self.A, self.b = roles.get("A"), roles.get("b")
-        U, C = roles["U"], roles.get("C")
-        self.R = 1 if call.family == "diagonal" else U.shape[0]
+        self.U, self.V = roles["U"], roles.get("V")
+        self.A, self.b, self.C = roles.get("A"), roles.get("b"), roles.get("C")
+        self.R = self.D if call.family == "diagonal" else self.U.shape[0]
         self.H = 1
-        if C is not None:
-            C, self.H = C.to(table.dtype), C.shape[0]
+        if self.C is not None:
+            self.C, self.H = self.C.to(table.dtype), self.C.shape[0]
 
+        self.rho = call.embed_rms
         self.source = {
             "table_ptr": self.table,
             "ids_ptr": None if ids is None else ids.contiguous(),
-            "rho_ptr": call.embed_rms,
             "table_stride": self.table.stride(0),
-            "N": self.N,
             "vocab": self.table.shape[0],
-            "D": self.D,
-            "H": self.H,
         }
         self.noise = {
             "seed_ptr": call.seed,
@@ -91,14 +92,56 @@ class Layout:
             "row_ids_stride_t": call.rows.stride(1),
             "positions_stride_b": call.positions.stride(0),
             "positions_stride_t": call.positions.stride(1),
-            "R": self.R,
             "SCOPE": call.scope,
             "NOISE": (call.latent, call.antithetic, launch.has_fast_maths()),
         }
-        self.parameters = {"U_ptr": U, "V_ptr": roles.get("V"), "C_ptr": C}
 
     def sums(self, *, per_sample: bool) -> Sums:
         return Sums(self.M, self.B, self.T) if per_sample else Sums(1, 1, self.N)
 
     def fp32(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.table.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+class Piece(NamedTuple):
+    """A part of a call's tokens: some batch rows, or some tokens of one."""
+
+    rows: slice
+    times: slice
+
+    def of(self, call: EmbedCall) -> EmbedCall:
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[self.rows, self.times]
+
+        return call._replace(
+            ids=cut(call.ids),
+            table=call.table[self.rows, self.times] if call.ids is None else call.table,
+            samples=call.samples[:, self.rows],
+            rows=call.rows[self.rows, self.times],
+            positions=call.positions[self.rows, self.times],
+            mask=cut(call.mask),
+        )
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """Return this part of [M, B, T, ...], whose tokens follow each other within a sample."""
+        return value[:, self.rows, self.times]
+
+    def rows_of(self, value: Tensor, call: EmbedCall) -> Tensor:
+        """Return this part of [N, ...]."""
+        return value.unflatten(0, call.positions.shape)[self.rows, self.times].flatten(0, 1)
+
+
+def pieces(call: EmbedCall, token_bytes: int) -> Iterator[Piece]:
+    """Cut a call into pieces of which all samples' buffers keep to BUFFER_BYTES.
+
+    Samples are not cut: a kernel reads an embedding once for all of them.
+    """
+    B, T = call.positions.shape
+    tokens = max(1, BUFFER_BYTES // max(1, call.samples.shape[0] * token_bytes))
+    if tokens >= B * T:
+        yield Piece(slice(0, B), slice(0, T))
+        return
+    rows, times = max(1, tokens // T), min(T, tokens)
+    for row in range(0, B, rows):
+        for time in range(0, T, times):
+            yield Piece(slice(row, min(B, row + rows)), slice(time, min(T, time + times)))

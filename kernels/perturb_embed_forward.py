@@ -1,174 +1,168 @@
-"""The perturbed embeddings: T(e, z) for every sample.
+"""The perturbed embeddings T(e, z) of every family whose shift is a product: all but diagonal.
 
-A program owns BT tokens by BD columns: it reads e once and, for each sample, draws z in registers
-and writes a tile. The maths of the families and the counts are in `perturb_embed`.
+A program owns BT tokens by BD columns: it reads e once and, for each sample, multiplies a row of
+coordinates for each token (the latents; for mlp the inner layer's change) by the directions of its
+columns. The maths of the families and the counts are in `perturb_embed`.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperturb.kernels import launch, maths, perturb_embed_projection
+from fastperturb.kernels import launch
+from fastperturb.kernels import perturb_embed_diagonal as diagonal
 from fastperturb.kernels import perturb_embed_families as families
+from fastperturb.kernels import perturb_embed_hidden as hidden
+from fastperturb.kernels import perturb_embed_latents as latents
 from fastperturb.kernels import perturb_embed_tiles as tiles
 from fastperturb.kernels.perturb_embed_call import Layout
 
 
 @triton.jit(do_not_specialize=launch.VARYING)
 def forward_kernel(
-    out_ptr,  # [M, N, D]
+    out_ptr,  # [M, N, D], of samples that are sample_tokens apart
+    squared_shift_ptr,  # [ND, M, N] fp32, or None
     table_ptr,  # [vocab, D], or the embeddings [N, D] when there are no ids
     ids_ptr,  # [N] or None
-    U_ptr,  # diagonal: s [D]; lowrank, gated: U [R, D]; affine: Ua [R, D]; mlp: B [R, H]
-    V_ptr,  # affine: Ub [R, D]
-    C_ptr,  # gated, mlp: C [H, D]
-    projected_ptr,  # [N, H] fp32; gated: (e / rho) A; mlp: (e / rho) A + b
+    coordinates_ptr,  # [M, N, K]: z in fp32; mlp: gelu(h + z B) - gelu(h) in the table's dtype
+    U_ptr,  # [K, D]; affine: Ua; mlp: C
+    V_ptr,  # affine: Ub [K, D]
+    C_ptr,  # gated: C [H, D]
+    projected_ptr,  # gated: (e / rho) A [N, H] fp32
     rho_ptr,
-    seed_ptr,
-    samples_ptr,
-    row_ids_ptr,
-    positions_ptr,
-    mask_ptr,
     table_stride,
     M,
     N,
-    T,
     vocab,
-    samples_stride_m,
-    samples_stride_b,
-    row_ids_stride_b,
-    row_ids_stride_t,
-    positions_stride_b,
-    positions_stride_t,
+    sample_tokens,
+    part_samples,  # the samples of a program
     D: tl.constexpr,
-    R: tl.constexpr,
+    K: tl.constexpr,
     H: tl.constexpr,
     FAMILY: tl.constexpr,
-    SCOPE: tl.constexpr,
-    NOISE: tl.constexpr,  # (latent, antithetic, fast)
     BT: tl.constexpr,
     BD: tl.constexpr,
-    BR: tl.constexpr,
+    BK: tl.constexpr,
     BH: tl.constexpr,
 ):
     DTYPE: tl.constexpr = table_ptr.dtype.element_ty
     ND: tl.constexpr = (D + BD - 1) // BD
-    pid = tl.program_id(0)
-    first_d = pid % ND * BD
-    b_token = pid // ND * BT + tl.arange(0, BT)
-    b_d = first_d + tl.arange(0, BD)
-    b_r = tl.arange(0, BR)
-    b_h = tl.arange(0, BH)
+    block_d = tl.program_id(0) % ND
+    b_token = tl.program_id(0) // ND * BT + tl.arange(0, BT)
+    b_d = block_d * BD + tl.arange(0, BD)
     b_live = b_token < N
-    seed = tl.load(seed_ptr)
+    first = tl.program_id(1) * part_samples
     rho = tl.load(rho_ptr).to(tl.float32)
-    row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
-    positions = positions_ptr, positions_stride_b, positions_stride_t
     b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
     b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, float("nan"))
-    tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, SCOPE)
-    b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
-
-    # Tiles that all samples share; where R or H is large, their first blocks.
-    if FAMILY == "diagonal":
-        b_s = tl.load(U_ptr + b_d, mask=b_d < D, other=0.0).to(tl.float32)
-    elif FAMILY == "mlp":
-        b_projected = tiles.matrix_tile(projected_ptr, b_token, b_h, N, H)
-        b_gelu = maths.gelu(b_projected)
-        b_C = tiles.matrix_tile(C_ptr, b_h, b_d, H, D)
-        b_U = tiles.matrix_tile(U_ptr, b_r, b_h, R, H)
-    else:
-        b_U = tiles.matrix_tile(U_ptr, b_r, b_d, R, D)
+    b_U = tiles.matrix_tile(U_ptr, tl.arange(0, BK), b_d, K, D)
     if FAMILY == "affine":
-        b_V = tiles.matrix_tile(V_ptr, b_r, b_d, R, D)
+        b_V = tiles.matrix_tile(V_ptr, tl.arange(0, BK), b_d, K, D)
     elif FAMILY == "gated":
-        b_gain = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, DTYPE)
-        b_gain += 1.0
+        b_gain = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, DTYPE) + 1.0
 
     b_offset = b_token.to(tl.int64)[:, None] * D + b_d[None, :]
     b_mask = b_live[:, None] & (b_d < D)[None, :]
-    for _ in range(M):
-        if FAMILY == "diagonal":
-            b_shift = families.diagonal_shift(tokens, b_sample_ptr, rho, b_s, first_d, NOISE)
-        elif FAMILY == "affine":
-            b_shift = families.affine_shift(
-                tokens, b_sample_ptr, rho, b_e, U_ptr, V_ptr, b_U, b_V, b_d, D, R, NOISE, DTYPE
+    out_ptr += tl.cast(first, tl.int64) * sample_tokens * D
+    coordinates_ptr += tl.cast(first, tl.int64) * N * K
+    if squared_shift_ptr is not None:
+        squared_shift_ptr += (tl.cast(block_d, tl.int64) * M + first) * N
+    for _ in range(first, tl.minimum(first + part_samples, M)):
+        if FAMILY == "affine":
+            b_bias, b_slope = families.two_products(
+                coordinates_ptr, U_ptr, V_ptr, b_U, b_V, b_token, N, b_d, D, K, DTYPE
             )
-        elif FAMILY == "mlp":
-            b_shift = families.mlp_shift(
-                tokens,
-                b_sample_ptr,
-                rho,
-                projected_ptr,
-                U_ptr,
-                C_ptr,
-                b_projected,
-                b_gelu,
-                b_C,
-                b_U,
-                b_token,
-                N,
-                b_d,
-                D,
-                R,
-                H,
-                NOISE,
-                DTYPE,
-            )
+            b_shift = b_bias * rho + b_slope * b_e.to(tl.float32)
         else:
-            tl.static_assert(FAMILY == "lowrank" or FAMILY == "gated", "unknown family")
-            b_shift = families.latent_product(
-                tokens, b_sample_ptr, U_ptr, b_U, b_d, D, R, NOISE, DTYPE
-            )
+            b_shift = families.product(coordinates_ptr, U_ptr, b_U, b_token, N, b_d, D, K, DTYPE)
             if FAMILY == "gated":
-                b_shift = b_shift * b_gain
-            b_shift = b_shift * rho
-        b_out = b_e.to(tl.float32) + b_shift
-        tl.store(out_ptr + b_offset, b_out.to(DTYPE), mask=b_mask)
-        out_ptr += tl.cast(N, tl.int64) * D
-        b_sample_ptr += samples_stride_m
+                b_shift *= b_gain
+            b_shift *= rho
+        if squared_shift_ptr is not None:
+            b_squared = tl.where(b_mask, b_shift * b_shift, 0.0)
+            tl.store(squared_shift_ptr + b_token, tl.sum(b_squared, axis=1), mask=b_live)
+            squared_shift_ptr += tl.cast(N, tl.int64)
+        tl.store(out_ptr + b_offset, (b_e.to(tl.float32) + b_shift).to(DTYPE), mask=b_mask)
+        out_ptr += tl.cast(sample_tokens, tl.int64) * D
+        coordinates_ptr += tl.cast(N, tl.int64) * K
 
 
-# (BT, BD, warps) for a 16-bit table and for fp32, where R <= 16 and H <= 64: the fewest
-# instructions an element that the compiler fits into registers.
+# (BT, BD, warps) for a 16-bit table and for fp32: the fewest instructions an element that the
+# compiler fits into registers.
 _TILES = {
-    "diagonal": ((8, 256, 4), (8, 256, 4)),
     "lowrank": ((64, 128, 8), (64, 64, 8)),
-    "gated": ((32, 128, 8), (32, 64, 8)),
-    "affine": ((32, 128, 4), (32, 64, 4)),
-    "mlp": ((16, 256, 4), (32, 64, 4)),
+    "gated": ((64, 64, 4), (32, 64, 8)),
+    "affine": ((64, 64, 4), (32, 64, 4)),
+    "mlp": ((64, 128, 8), (64, 64, 8)),
 }
 
 
-def tile_sizes(family: str, half: bool, R: int, H: int) -> tuple[int, int, int, int, int]:
-    """Return (BT, BD, BR, BH, warps) that fit the registers, checked up to R = 128 and H = 256."""
-    BT, BD, warps = _TILES[family][0 if half else 1]
-    if family == "mlp" and not half and H > 64:
-        BT = BT // 2
-    return BT, BD, launch.block(R, 32), launch.block(H, 64), warps
+def tile_sizes(family: str, half: bool, K: int) -> tuple[int, int, int, int]:
+    """Return (BT, BD, BK, warps) that fit the registers, checked up to K = 256."""
+    BT, BD, num_warps = _TILES[family][0 if half else 1]
+    BK = launch.block(K, 64 if half and family not in ("gated", "affine") else 32)
+    return BT, BD, BK, num_warps
 
 
-def forward(layout: Layout, out: Tensor) -> None:
-    """Write the perturbed embeddings [M, B, T, D] of a call to `out`."""
-    BT, BD, BR, BH, num_warps = tile_sizes(layout.family, layout.half, layout.R, layout.H)
+def token_bytes(layout: Layout) -> int:
+    """Return the bytes of the buffers for a sample and token."""
+    if layout.family == "diagonal":
+        return 0
+    return layout.dtype.itemsize * layout.H if layout.family == "mlp" else 4 * layout.R
+
+
+def forward(
+    layout: Layout,
+    out: Tensor,  # [M, B, T, D], written; samples may be further apart than N D
+    projected: Tensor | None,  # [N, H]
+    *,
+    want_shift: bool,
+) -> Tensor | None:
+    """Write the perturbed embeddings; return the squared shift of each, [M, N], if wanted."""
+    if layout.family == "diagonal":
+        return diagonal.forward(layout, out, want_shift=want_shift)
+    if layout.family == "mlp":
+        assert projected is not None
+        coordinates, directions = hidden.change(layout, projected), layout.C
+    else:
+        coordinates, directions = latents.draw(layout), layout.U
+    M, N, K = coordinates.shape
+    BT, BD, BK, num_warps = tile_sizes(layout.family, layout.half, K)
     BD = launch.block(layout.D, BD)
+    ND = triton.cdiv(layout.D, BD)
+    tiles_of_tokens = triton.cdiv(N, BT) * ND
+    wanted = triton.cdiv(launch.programs(layout.device, num_warps), max(1, tiles_of_tokens))
+    part_samples = max(1, triton.cdiv(M, wanted))
+    squared_shift = layout.fp32(ND, M, N) if want_shift else None
     launch.start(
         forward_kernel,
-        (triton.cdiv(layout.N, BT) * triton.cdiv(layout.D, BD),),
+        (tiles_of_tokens, triton.cdiv(M, part_samples)),
         {
             **layout.source,
-            **layout.noise,
-            **layout.parameters,
             "out_ptr": out,
-            "projected_ptr": perturb_embed_projection.project(layout),
-            "M": layout.M,
+            "squared_shift_ptr": squared_shift,
+            "coordinates_ptr": coordinates,
+            "U_ptr": directions,
+            "V_ptr": layout.V,
+            "C_ptr": layout.C,
+            "projected_ptr": projected,
+            "rho_ptr": layout.rho,
+            "M": M,
+            "N": N,
+            "sample_tokens": out.stride(0) // layout.D,
+            "part_samples": part_samples,
+            "D": layout.D,
+            "K": K,
+            "H": layout.H,
             "FAMILY": layout.family,
             "BT": BT,
             "BD": BD,
-            "BR": BR,
-            "BH": BH,
+            "BK": BK,
+            "BH": launch.block(layout.H, 64),
         },
         num_warps=num_warps,
     )
+    return None if squared_shift is None else torch.sum(squared_shift, 0)

@@ -124,6 +124,10 @@ def project(layout: Layout) -> Tensor | None:
             **layout.source,
             "projected_ptr": projected,
             "A_ptr": layout.A,
+            "rho_ptr": layout.rho,
+            "N": layout.N,
+            "D": layout.D,
+            "H": layout.H,
             "PART": part,
             "BT": BT,
             "BD": BD,
@@ -138,14 +142,15 @@ def project(layout: Layout) -> Tensor | None:
 def project_backward(
     layout: Layout,
     grad_projected: Tensor,  # [groups, N, H]
-    grad_sum: Tensor | None,  # sum_m g [1, N, D]
+    grad_sum: Tensor | None,  # sum_m g [N, D]
     sums: Sums,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of A [groups, segments, D, H] and, if grad_sum is set, of e [N, D]."""
-    BT = 32 if layout.H <= 64 else 16
+    BT = 32 if layout.half and layout.H <= 64 else 16
+    num_warps = 4 if layout.half else 8
     BD, BH = launch.block(layout.D, 64), launch.block(layout.H, 64)
     ND = triton.cdiv(layout.D, BD)
-    slab_tokens, slabs = sums.slabs(BT, ND, 512)
+    slab_tokens, slabs = sums.slabs(BT, ND, launch.programs(layout.device, 8))
     grad_A = layout.fp32(*sums[:2], slabs, layout.D, layout.H)
     grad_e = None if grad_sum is None else layout.table.new_empty((layout.N, layout.D))
     launch.start(
@@ -158,12 +163,16 @@ def project_backward(
             "grad_sum_ptr": grad_sum,
             "grad_projected_ptr": grad_projected,
             "A_ptr": layout.A,
+            "rho_ptr": layout.rho,
+            "N": layout.N,
+            "D": layout.D,
+            "H": layout.H,
             "segment_tokens": sums.segment_tokens,
             "slab_tokens": slab_tokens,
             "BT": BT,
             "BD": BD,
             "BH": BH,
         },
-        num_warps=4,
+        num_warps=num_warps,
     )
     return grad_A.sum(2), grad_e

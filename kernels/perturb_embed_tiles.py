@@ -36,6 +36,14 @@ def slab_of_tokens(segment_tokens, slab_tokens, N, ND: tl.constexpr):
 
 
 @triton.jit
+def sample_and_tokens(N, BT: tl.constexpr):
+    """The sample, int64, and the tokens of a program that owns one tile of one sample."""
+    tiles = tl.cdiv(N, BT)
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    return sample, tl.program_id(0) % tiles * BT + tl.arange(0, BT)
+
+
+@triton.jit
 def source_rows(ids_ptr, b_token, b_live, vocab):
     """The table row of each token, and whether there is one: an id out of range reads NaN."""
     if ids_ptr is None:
@@ -103,6 +111,42 @@ def latent_tile(
     return noise.tile(
         tokens.seed, quad, tokens.b_position, b_pair, tokens.b_row_id, b_factor, LATENT, FAST
     )
+
+
+@triton.jit
+def latent_of_pair(
+    tokens,
+    b_sample_ptr,  # [BT], where each token's sample number is
+    first,
+    b_z,  # [BT, BR], the latents of the sample before, without their signs
+    b_pair,  # [BT], the numbers that key them
+    NOISE: tl.constexpr,
+):
+    """The latents of this sample without their signs, their numbers, and the signs [BT].
+
+    Samples of an antithetic pair that follow each other share a draw.
+    """
+    LATENT: tl.constexpr = NOISE[0]
+    ANTITHETIC: tl.constexpr = NOISE[1]
+    FAST: tl.constexpr = NOISE[2]
+    BR: tl.constexpr = b_z.shape[1]
+    b_sample = tl.load(b_sample_ptr, mask=tokens.b_perturbed, other=0).to(tl.int32)
+    b_next, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
+    b_sign = tl.where(tokens.b_perturbed, b_sign, 0.0)
+    if (not ANTITHETIC) or tl.max((b_next != b_pair).to(tl.int32)) > 0:
+        quad = first // 4 + tl.arange(0, BR // 4)
+        b_one = tl.full(b_sign.shape, 1.0, tl.float32)
+        b_z = noise.tile(
+            tokens.seed, quad, tokens.b_position, b_next, tokens.b_row_id, b_one, LATENT, FAST
+        )
+    return b_z, b_next, b_sign
+
+
+@triton.jit
+def latent_of_sequence(tokens, z_ptr, b_d, D: tl.constexpr):
+    """z [BT, BD] from the latents [B, D] of batch rows, 0 for tokens that keep their embedding."""
+    b_mask = tokens.b_perturbed[:, None] & (b_d < D)[None, :]
+    return tl.load(z_ptr + tokens.b_batch[:, None] * D + b_d[None, :], mask=b_mask, other=0.0)
 
 
 @triton.jit

@@ -23,13 +23,16 @@ from fastperturb.config import TRANSFORMS, PerturbConfig
 from fastperturb.kernels import launch
 from fastperturb.kernels import perturb_embed as kernels
 from fastperturb.kernels import perturb_embed_backward as backward
+from fastperturb.kernels import perturb_embed_call as call_layout
 from fastperturb.kernels import perturb_embed_forward as forward
+from fastperturb.kernels import perturb_embed_outer as outer
 from fastperturb.kernels.perturb_embed_call import Layout
 from fastperturb.ops.calls import EmbedCall
 from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import FAMILIES, make_transform
 
 DTYPES = (torch.float32, HALF)
+OTHER_HALF = () if INTERPRETED else (torch.float16,)  # beside HALF
 pytestmark = MARKS
 
 # Latents may differ by 4e-6; a 16-bit result of one element has no naive error to compare with.
@@ -100,6 +103,30 @@ def output_of(call):
     return kernels.perturb_embed(call, False).out
 
 
+def results_of(call):
+    out, squared_shift, projected = kernels.perturb_embed(call, True)
+    return [out, squared_shift, torch.empty(0) if projected is None else projected]
+
+
+def check_shift_and_projection(squared_shift, projected, exact, dtype):
+    """Compare both with fp64: they are fp32, of operands that a 16-bit table rounds."""
+    _, expected_shift, expected_projected = torch_embed.perturb_embed(exact, True)
+    assert squared_shift.dtype == projected.dtype == torch.float32
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
+    largest = float(expected_shift.max())
+    torch.testing.assert_close(
+        squared_shift.double(), expected_shift, rtol=0, atol=tolerance * largest
+    )
+    if exact.mask is not None:
+        assert (squared_shift[:, ~exact.mask] == 0).all()
+    if expected_projected is None:
+        assert projected.numel() == 0
+    else:
+        assert_as_good(
+            projected, expected_projected, expected_projected, eps=1e-4, name="projection"
+        )
+
+
 def gradients_of(grad, call, want_table, module=kernels):
     """The gradients of [table, *parameters], from the projection of the forward."""
     projected = module.perturb_embed(call, False).projected
@@ -136,9 +163,10 @@ def naive(call, grad):
 
 def check(family, dtype, shape, variant):
     call = make_call(family, dtype, shape, variant)
-    out = run(output_of, None, call)
+    out, squared_shift, projected = run(results_of, None, call)
     grad = torch.randn(out.shape).to(dtype)
     exact = in_fp64(call)
+    check_shift_and_projection(squared_shift, projected, exact, dtype)
     naive_out, naive_grads = naive(call, grad)
     eps = EPS[dtype]
     assert out.dtype == dtype
@@ -166,6 +194,12 @@ def check(family, dtype, shape, variant):
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_output_and_gradients_are_as_good_as_naive_torch(family, shape, variant, dtype):
     check(family, dtype, shape, variant)
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_a_program_may_own_several_tiles_and_samples(family, monkeypatch):
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 1)
+    check(family, DTYPES[1], (5, 1, 70, 24, 5, 7), "plain")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,6 +233,86 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
         torch.testing.assert_close(
             psi.sum((0, 1)), total, rtol=0, atol=2e-5 * float(total.abs().max())
         )
+
+
+@pytest.mark.parametrize("upstream", (torch.float32, *OTHER_HALF), ids=str)
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_an_upstream_gradient_may_have_another_dtype_than_the_table(family, upstream):
+    call = make_call(family, HALF, (3, 2, 9, 24, 5, 7), "explicit")
+    grad = torch.randn(3, 2, 9, 24).to(upstream)
+    parts = run(kernels.perturb_embed_per_sample_grad, grad, call)
+    expected = torch_embed.perturb_embed_per_sample_grad(grad.double(), in_fp64(call))
+    for psi, truth in zip(parts, expected):
+        torch.testing.assert_close(psi.double(), truth, rtol=0, atol=2e-2 * truth.abs().max())
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_wanting_the_shift_changes_the_output_by_rounding_at_most(family):
+    dtype = DTYPES[1]
+    call = make_call(family, dtype, SHAPES["ragged"], "plain")
+    assert kernels.perturb_embed(on_device(call), False).squared_shift is None
+    alone, with_shift = run(output_of, None, call), run(results_of, None, call)[0]
+    torch.testing.assert_close(with_shift, alone, rtol=EPS[dtype], atol=EPS[dtype])
+
+
+@pytest.mark.parametrize("family", ("gated", "mlp"))
+def test_a_projection_made_again_gives_the_same_gradients(family):
+    call = make_call(family, DTYPES[1], SHAPES["ragged"], "plain")
+    grad = torch.randn(3, 2, 5, 24).to(DTYPES[1])
+    kept = run(gradients_of, grad, call, True)
+    again = run(kernels.perturb_embed_backward, grad, call, None, True)
+    assert all(map(torch.equal, kept, again))
+
+
+@pytest.mark.parametrize("tokens", (10, 3), ids=("batch rows", "parts of rows"))
+@pytest.mark.parametrize("family", ("lowrank", "gated", "mlp"))
+def test_a_call_cut_into_pieces_gives_what_a_whole_one_does(family, tokens, monkeypatch):
+    M, B, T, D, R, H = 2, 3, 5, 24, 5, 7
+    call = make_call(family, torch.float32, (M, B, T, D, R, H), "explicit")
+    grad = torch.randn(M, B, T, D)
+
+    def results():
+        return [
+            run(results_of, None, call),
+            run(gradients_of, grad, call, True),
+            run(kernels.perturb_embed_per_sample_grad, grad, call),
+        ]
+
+    whole = results()
+    token_bytes = 4 * (H if family == "mlp" else R)
+    monkeypatch.setattr(call_layout, "BUFFER_BYTES", tokens * M * token_bytes)
+    assert len(list(call_layout.pieces(call, token_bytes))) > 1
+    for values, cut in zip(whole, results(), strict=True):
+        for value, other in zip(values, cut, strict=True):
+            largest = float(value.abs().max()) if value.numel() else 0.0
+            torch.testing.assert_close(other, value, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("per_token", (False, True), ids=("one row id", "a row id a token"))
+def test_the_tokens_of_a_sequence_share_their_latents_where_they_share_a_row_id(per_token):
+    _, B, T, _ = shape = (4, 2, 19, 24)
+    call = make_call("diagonal", torch.float32, (*shape, 5, 7), "sequence")
+    if per_token:
+        call = call._replace(rows=torch.arange(B * T).view(B, T) // 3)
+    exact, grad = in_fp64(call), torch.randn(shape)
+    expected = torch_embed.perturb_embed(exact, False).out
+    torch.testing.assert_close(run(output_of, None, call).double(), expected, rtol=1e-5, atol=1e-5)
+    expected = torch_embed.perturb_embed_per_sample_grad(grad.double(), exact)[0]
+    ours = run(kernels.perturb_embed_per_sample_grad, grad, call)[0]
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_antithetic_samples_need_not_follow_each_other():
+    call = make_call("diagonal", torch.float32, (6, 2, 5, 24, 5, 7), "plain")
+    samples = torch.tensor([[4, 4], [5, 5], [0, 2], [1, 1], [3, 0], [2, 3]])
+    call = call._replace(samples=samples, antithetic=True)
+    grad = torch.randn(6, 2, 5, 24)
+    exact = in_fp64(call)
+    expected = torch_embed.perturb_embed(exact, False).out
+    torch.testing.assert_close(run(output_of, None, call).double(), expected, rtol=1e-5, atol=1e-5)
+    expected = gradients_of(grad.double(), exact, False, torch_embed)[1]
+    ours = run(gradients_of, grad, call, False)[1]
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)
@@ -287,20 +401,21 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     small = small._replace(ids=ids, mask=None)
     call = small._replace(table=table, parameters=[U])
 
-    for module, BT in ((forward, 512), (backward, 32)):
-        sizes = BT, columns, 16, 16, 4
-        monkeypatch.setattr(module, "tile_sizes", lambda *_, sizes=sizes: sizes)
-    start = launch.start
-    monkeypatch.setattr(launch, "start", lambda k, grid, *a, **o: start(k, (1,), *a, **o))
+    monkeypatch.setattr(forward, "tile_sizes", lambda *_: (512, columns, 16, 4))
+    monkeypatch.setattr(outer, "tile_sizes", lambda *_: (32, columns, 16, 4, 1))
+    start, wide = launch.start, (forward.forward_kernel, outer.outer_kernel)
+    monkeypatch.setattr(
+        launch, "start", lambda k, grid, *a, **o: start(k, (1,) if k in wide else grid, *a, **o)
+    )
     layout = Layout(call)
     out, grad = lazy(M, 1, N, D), lazy(M, 1, N, D)
-    forward.forward(layout, out)
+    forward.forward(layout, out, None, want_shift=False)
     exact = in_fp64(small)
     expected = torch_embed.perturb_embed(exact, False).out
     torch.testing.assert_close(out[..., :columns].double(), expected, rtol=2e-3, atol=2e-3)
 
     grad[..., :columns] = torch.randn(M, 1, N, columns)
-    grad_e, grads = backward.backward(layout, grad, want_table=True, per_sample=False)
+    grad_e, grads = backward.backward(call, grad, None, want_table=True, per_sample=False)
     part = grad[..., :columns].double()
     expected = gradients_of(part, exact, False, torch_embed)[1]
     ours = grads[0][0, 0, :, :columns].double()

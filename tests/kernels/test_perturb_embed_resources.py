@@ -22,9 +22,10 @@ def compiled(*options):
 def check(rows, families=TRANSFORMS):
     assert {row["family"] for row in rows} == set(families)
     for row in rows:
-        assert row["wide_loads"] > 0, row
-        if row["kernel"] != "backward_kernel" or row["family"] != "diagonal":
-            assert row["wide_stores"] > 0, row  # diagonal's stores a row of s a program
+        if row["kernel"] != "draw_kernel":  # it only writes
+            assert row["wide_loads"] > 0, row
+        if row["kernel"] != "diagonal_backward_kernel":  # it stores a row of s a program
+            assert row["wide_stores"] > 0, row
         # Past H = 64 mlp's forward holds two blocks of C, too much memory for two of it on Ampere.
         ahead_of_time.assert_fits([row], warps_per_sm=8 if row["size"] == "16x64" else 4)
 
@@ -32,15 +33,23 @@ def check(rows, families=TRANSFORMS):
 def test_no_kernel_spills_and_every_kernel_moves_16_bytes_at_once():
     rows = compiled("--dtype", "bfloat16", "--cc", "80", "90", "100")
     check(rows)
-    lowrank = [row for row in rows if row["family"] == "lowrank"]
-    assert all("wgmma.mma_async" in row["mma"] for row in lowrank if row["cc"] == 90)
-    assert all("tcgen05.mma" in row["mma"] for row in lowrank if row["cc"] == 100)
+    products = {"forward_kernel", "outer_kernel", "through_C_kernel", "project_kernel"}
+    rows = [row for row in rows if row["kernel"] in products]
+    assert all("wgmma.mma_async" in row["mma"] for row in rows if row["cc"] == 90)
+    assert all("tcgen05.mma" in row["mma"] for row in rows if row["cc"] == 100)
 
 
 def test_the_widest_backwards_do_not_spill_for_few_or_many_latents_and_hidden_units():
     families = ("gated", "affine", "mlp")
     options = ["--families", *families, "--directions", "backward", "--sizes", "4x32", "64x128"]
     check(compiled(*options, "--dtype", "bfloat16", "--cc", "90"), families)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("upstream", ["float32", "float16"])
+def test_per_sample_gradients_compile_for_an_upstream_gradient_of_another_dtype(upstream):
+    rows = compiled("--dtype", "bfloat16", "--upstream", upstream, "--directions", "per sample")
+    check(rows)
 
 
 @pytest.mark.slow
@@ -89,14 +98,17 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
     )
 
 
-def launches(call, want_table, cc):
-    """(direction, launch) of every kernel, forward then backward."""
+def launches(call, want_table, cc, upstream=None, want_shift=True):
+    """(direction, launch) of every kernel: forward, backward and, from `upstream`, per sample."""
     with ahead_of_time.recorded(cc) as forward:
-        out, _, projected = perturb_embed.perturb_embed(call, False)
+        out, _, projected = perturb_embed.perturb_embed(call, want_shift)
     with ahead_of_time.recorded(cc) as backward:
         grad = torch.empty_like(out)
         perturb_embed.perturb_embed_backward(grad, call, projected, want_table)
-    passes = {"forward": forward, "backward": backward}
+    with ahead_of_time.recorded(cc) as per_sample:
+        if upstream is not None:
+            perturb_embed.perturb_embed_per_sample_grad(out.to(upstream), call)
+    passes = {"forward": forward, "backward": backward, "per sample": per_sample}
     return [(direction, launched) for direction in passes for launched in passes[direction]]
 
 
@@ -105,6 +117,7 @@ def main():
     parser.add_argument("--families", nargs="+", default=TRANSFORMS)
     parser.add_argument("--cc", nargs="+", type=int, default=[90])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--upstream", help="dtype of a per-sample gradient's upstream one")
     parser.add_argument("--want-table", action="store_true")
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--sizes", nargs="+", default=["16x64"], help="R x H")
@@ -114,10 +127,11 @@ def main():
     for family, cc, size in itertools.product(options.families, options.cc, options.sizes):
         R, H = map(int, size.split("x"))
         call = call_of(family, dtype, M=8, B=8, T=1024, D=4096, R=R, H=H)
-        for direction, launched in launches(call, options.want_table, cc):
+        upstream = getattr(torch, options.upstream) if options.upstream else None
+        for direction, launched in launches(call, options.want_table, cc, upstream):
             if direction not in options.directions:
                 continue
-            tile = [launched.arguments["BT"], launched.arguments["BD"]]
+            tile = [launched.arguments.get(size) for size in ("BT", "BD", "BK", "BH")]
             about = {"family": family, "direction": direction, "size": size, "tile": tile}
             kernel = ahead_of_time.print_resources(launched, cc, **about)
             if options.dump:
