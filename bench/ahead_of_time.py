@@ -43,10 +43,10 @@ class Launch(NamedTuple):
 def compiled(script: str, *options: str) -> list[dict[str, Any]]:
     """The JSON objects that a script prints, one a line."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    tests = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
         [sys.executable, script, *options],
-        env={**environment, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])},
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
         capture_output=True,
         text=True,
     )
@@ -79,6 +79,30 @@ def recorded(cc: int) -> Iterator[list[Launch]]:
         yield launches
     finally:
         launch.start, launch.capability = start, capability
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[Launch]]:
+    """Collect launches while they are made."""
+    launches: list[Launch] = []
+    start = launch.start
+
+    def observe(kernel: Any, grid: Any, arguments: dict[str, Any], **options: int) -> None:
+        launches.append(Launch(kernel, grid, arguments, options))
+        start(kernel, grid, arguments, **options)
+
+    launch.start = observe
+    try:
+        yield launches
+    finally:
+        launch.start = start
+
+
+def by_kernel(launches: list[Launch]) -> dict[str, list[Launch]]:
+    groups: dict[str, list[Launch]] = {}
+    for launched in launches:
+        groups.setdefault(launched.kernel.fn.__name__, []).append(launched)
+    return groups
 
 
 class _Device:

@@ -4,6 +4,7 @@
     checks         the tests marked `gpu`, and compute-sanitizer over every kernel, side by side
     step           a training step of a 1B-class Llama, by plan and by naive code
     memory         that step's memory beside the model, at few samples and at many
+    kernels        each kernel by itself, beside its prediction in docs/predictions.md
     heads, perturb_embed   the ops against naive code and the device's limits
 
 A stage that fails is recorded, the others still run, and the exit status is 1. Measurements are
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from bench import harness, heads, memory, perturb_embed, wrapper
+from bench.kernels import measured as kernels
 from fastperturb import runs
 from fastperturb.cli import doctor
 
@@ -37,7 +39,17 @@ Stage = Callable[[Path, Keep], Result]
 
 # The files with tests marked `gpu`: the others import packages that a GPU machine need not have.
 # Its torch and transformers may give warnings of their own, which fail nothing here.
-TESTS = ["tests/test_gpu.py", "tests/kernels", "-m", "gpu", "-q", "-ra", "-W", "default"]
+TESTS = [
+    "tests/test_gpu.py",
+    "tests/test_gpu_capture.py",
+    "tests/kernels",
+    "-m",
+    "gpu",
+    "-q",
+    "-ra",
+    "-W",
+    "default",
+]
 SHARDS = 8  # processes that share the tests; a GPU machine need not have pytest-xdist
 SANITIZERS = ("memcheck", "racecheck")
 SANITIZED = """
@@ -218,6 +230,7 @@ STAGES: dict[str, Stage] = {
     "checks": check,
     "step": benchmark(wrapper.rows, repeats=5),
     "memory": grow,
+    "kernels": benchmark(kernels.rows, repeats=20),
     "heads": benchmark(heads.rows, repeats=10),
     "perturb_embed": benchmark(perturb_embed.rows, repeats=50),
 }

@@ -4,6 +4,7 @@
     compiled     the same under torch.compile
     torch_lce    torch's own chunked F.linear_cross_entropy; its sum only, all rows alike
     liger, cce   liger-kernel's and cut-cross-entropy's heads, on GPUs, where installed
+    fused        on GPUs, where it can run: ours by the GEMM with a fused epilogue
     logprob      beside the quadratic op: linear_logprob on the same rows
     floor        the bare GEMMs of all rows at once, as torch.mm does them: one forward, two for a
                  frozen head's full pass, three for one that trains
@@ -105,12 +106,18 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         if candidate.usable:
             check(candidate.name, case, hidden, weight, target)
             forwards[candidate.name] = ours
+    if case.M == 1 and device.type == "cuda":
+        with dispatch.fuse_heads(True):
+            check("triton", case, hidden, weight, target)
+        forwards["fused"] = ours
     forwards["naive"] = naive
     forwards["compiled"] = torch.compile(naive)
     timed = []
     for name, forward in forwards.items():
         for mode, run in {"forward": torch.no_grad()(forward), "full": full(forward)}.items():
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
+            if name == "fused":
+                chosen = _fused(by("triton")(run))
             replay = name == "triton" and mode == "forward"
             timed.append(Variant(name, mode, chosen, opaque=True, replay=replay))
     others = {}
@@ -123,6 +130,14 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
         )
     timed += [Variant(name, "full", run, opaque=True) for name, run in others.items()]
     return timed + _floors(hidden.detach(), weight.detach(), case.frozen)
+
+
+def _fused(run: Callable[[], Any]) -> Callable[[], Any]:
+    def fused() -> Any:
+        with dispatch.fuse_heads(True):
+            return run()
+
+    return fused
 
 
 def _naive(hidden: Tensor, weight: Tensor, target: Tensor, M: int) -> Tensor:

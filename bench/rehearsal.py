@@ -171,6 +171,8 @@ def _hide_missing() -> None:
 def stages(folder: Path, *, short: bool) -> int:
     """Run every stage of `make gpu`; return its exit status."""
     from bench import gpu, heads, memory, perturb_embed, wrapper
+    from bench.kernels import measured
+    from bench.kernels.calls import Sizes
 
     def start(arguments: list[str], log: Path) -> Any:
         if arguments[0] == "compute-sanitizer":
@@ -192,6 +194,9 @@ def stages(folder: Path, *, short: bool) -> int:
     perturb_embed.GPU_CASES = _small(perturb_embed.GPU_CASES, **sizes)
     wrapper.GPU_CASES = _small(wrapper.GPU_CASES, layers=1, D=512, V=300, M=4, B=1, T=8)
     memory.SAMPLES["cuda"] = (2, 4)
+    measured.SIZES = Sizes(M=2, B=2, T=20, D=64, V=300, R=4, H=16, dtype=torch.float16)
+    if short:  # there is no interpreter to launch kernels
+        del gpu.STAGES["kernels"]
     gpu.STAGES["step"] = gpu.benchmark(wrapper.rows, repeats=2)
     for name, module in {"heads": heads, "perturb_embed": perturb_embed}.items():
         stage = gpu.benchmark(module.rows, repeats=2)

@@ -1,1 +1,1 @@
-"""Each Triton kernel by itself: its predicted time, from its compiled code, and its measured one."""
+"""Each Triton kernel by itself: its predicted time, from its compiled code, and the measured."""

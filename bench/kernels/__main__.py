@@ -1,8 +1,8 @@
 """`python -m bench.kernels`: predict the time of every kernel on a Hopper GPU, without a GPU.
 
 Every launch of the calls in `bench.kernels.calls` is compiled for sm_90, as it would be launched.
-The result is what docs/predictions.md shows; the assembler, and so the registers, are those of the
-Triton that is installed.
+docs/predictions.md shows the result. The assembler, and so the registers, are those of the Triton
+that is installed.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,17 @@ from bench.kernels.costs import BANDWIDTHS, Cost
 from fastperturb import runs
 
 CAPABILITY = 90
+RESOURCES = ("registers", "stack", "shared", "warps", "blocks_per_sm")
 
 
 def predictions() -> dict[str, Any]:
     kernels, totals = [], []
-    for case in calls.cases(torch.device("meta")):
+    for case in calls.Calls(torch.device("meta"), calls.Sizes()).cases():
         with ahead_of_time.recorded(CAPABILITY) as launches, costs.TorchCosts() as torchs:
             case.run()
-        rows = [row(case, group) for group in by_kernel(launches)]
+        rows = [row(case, group) for group in ahead_of_time.by_kernel(launches).values()]
         kernels += rows
-        totals.append(total(case, rows, torchs))
+        totals.append(total(case, launches, rows, torchs))
         print(f"{case.op}: {case.name}", file=sys.stderr)
     return {
         **runs.provenance(),
@@ -42,13 +42,6 @@ def predictions() -> dict[str, Any]:
         "kernels": kernels,
         "calls": totals,
     }
-
-
-def by_kernel(launches: list[ahead_of_time.Launch]) -> list[list[ahead_of_time.Launch]]:
-    groups = defaultdict(list)
-    for launched in launches:
-        groups[launched.kernel.fn.__name__].append(launched)
-    return list(groups.values())
 
 
 def row(case: calls.Case, launches: list[ahead_of_time.Launch]) -> dict[str, Any]:
@@ -69,12 +62,18 @@ def row(case: calls.Case, launches: list[ahead_of_time.Launch]) -> dict[str, Any
         "milliseconds": [cost.milliseconds(bandwidth) for bandwidth in BANDWIDTHS],
         "limit": cost.limit,
         "compile_seconds": seconds,
-        **{key: resources[key] for key in ("registers", "stack", "shared", "warps", "blocks_per_sm")},
+        **{
+            key: resources[key]
+            for key in ("registers", "stack", "shared", "warps", "blocks_per_sm")
+        },
     }
 
 
 def total(
-    case: calls.Case, rows: list[dict[str, Any]], torchs: costs.TorchCosts
+    case: calls.Case,
+    launches: list[ahead_of_time.Launch],
+    rows: list[dict[str, Any]],
+    torchs: costs.TorchCosts,
 ) -> dict[str, Any]:
     """Return the launches and the time of a whole call, torch's own kernels included."""
 
@@ -89,7 +88,8 @@ def total(
         "launches": sum(row["launches"] for row in rows),
         "products": len(torchs.products),
         "other_launches": len(torchs.others),
-        "product_flops": sum(cost.flops for cost in torchs.products),
+        # All products at torch's speed, also those inside our kernels: the least that can be.
+        "floor": products[0] + 1e3 * sum(map(costs.head_gemm_flops, launches)) / costs.FLOPS,
         "milliseconds": {"kernels": ours, "products": products, "others": others},
     }
 

@@ -1,29 +1,49 @@
-"""The calls whose kernels are predicted and measured, at the size of an 8B-class model's step.
+"""The calls whose kernels are predicted and measured: those of a step of an 8B-class model.
 
-8 samples of 1024 tokens of width 4096, a vocabulary of 128,256, R = 16, H = 64, in bf16. They call
-the Triton implementations themselves, so that on the device "meta" their launches can be recorded.
+They call the Triton implementations themselves, so that on the device "meta" their launches can be
+recorded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastperturb import noise
-from fastperturb.config import TRANSFORMS, PerturbConfig
-from fastperturb.kernels import combine, head_rows, perturb_embed
-from fastperturb.ops import head_blocks
+from fastperturb.config import MARGINALS, TRANSFORMS, PerturbConfig
+from fastperturb.kernels import combine, head_gemm, head_rows, perturb_embed
+from fastperturb.ops import head_blocks, head_gradients
 from fastperturb.ops.calls import EmbedCall
 from fastperturb.ops.combine import COMBINABLE
-from fastperturb.ops.head_blocks import Head, Wanted
+from fastperturb.ops.head_blocks import Head
+from fastperturb.ops.head_geometry import Geometry
+from fastperturb.ops.head_gradients import Wanted
+from fastperturb.ops.head_labels import Labels
 from fastperturb.transforms import make_transform
 
-M, B, T, D, V = 8, 8, 1024, 4096, 128256
-R, H = 16, 64
-DTYPE = torch.bfloat16
+PROCESSORS, MEMORY = 132, 80 * 2**30  # of an H100, where there is no device to ask
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """M samples of B rows of T tokens; the heads take B T hidden states in all."""
+
+    M: int = 8
+    B: int = 8
+    T: int = 1024
+    D: int = 4096
+    V: int = 128256
+    R: int = 16
+    H: int = 64
+    dtype: torch.dtype = torch.bfloat16
 
 
 class Case(NamedTuple):
@@ -32,87 +52,102 @@ class Case(NamedTuple):
     run: Callable[[], Any]
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """Yield every call; its inputs are allocated when it is reached."""
-    yield from _embed_cases(device)
-    yield from _head_cases(device)
-    yield from _combine_cases(device)
+class Calls:
+    """Every call on one device."""
 
+    def __init__(self, device: torch.device, sizes: Sizes) -> None:
+        self.device, self.sizes = device, sizes
 
-def _embed_cases(device: torch.device) -> Iterator[Case]:
-    for family in TRANSFORMS:
-        call = embed_call(family, device)
-        grad = _normal(device, M, B, T, D)
-        yield Case("perturb_embed", f"{family} forward", lambda: perturb_embed.perturb_embed(call))
-        yield Case(
-            "perturb_embed",
-            f"{family} backward",
-            lambda: perturb_embed.perturb_embed_backward(grad, call, False),
+    def cases(self) -> Iterator[Case]:
+        """Yield the calls; the inputs of each are allocated when it is reached."""
+        yield from self._embed_cases()
+        yield from self._head_cases()
+        yield from self._combine_cases()
+
+    def _embed_cases(self) -> Iterator[Case]:
+        size, device = self.sizes, self.device
+        grad = self._normal(size.M, size.B, size.T, size.D)
+        for family in TRANSFORMS:
+            call, projected = self._embed_call(family), None
+            if call.projection_width is not None:
+                projected = torch.zeros(size.B * size.T, size.H, device=device)
+
+            def forward(call: EmbedCall = call) -> Any:
+                return perturb_embed.perturb_embed(call, True)
+
+            def backward(call: EmbedCall = call, projected: Tensor | None = projected) -> Any:
+                return perturb_embed.perturb_embed_backward(grad, call, projected, False)
+
+            yield Case("perturb_embed", f"{family} forward", forward)
+            yield Case("perturb_embed", f"{family} backward", backward)
+
+    def _embed_call(self, family: str) -> EmbedCall:
+        size, device, vocab = self.sizes, self.device, 32000
+        config = PerturbConfig(transform=family, latent_dim=size.R, hidden_dim=size.H)
+        parameters = make_transform(config, size.D).to(device).effective_parameters()
+        shape = size.B, size.T
+        numbers = noise.counters(size.M, None, None, shape, antithetic=False, device=device)
+        return EmbedCall(
+            ids=torch.zeros(shape, dtype=torch.int64, device=device).random_(vocab),
+            table=self._normal(vocab, size.D),
+            parameters=[value.detach() for value in parameters],
+            embed_rms=torch.ones((), device=device),
+            seed=torch.zeros((), dtype=torch.int64, device=device),
+            samples=numbers[0],
+            rows=numbers[1],
+            positions=numbers[2],
+            mask=None,
+            family=family,
+            latent="gaussian",
+            scope="token",
+            antithetic=False,
         )
 
+    def _head_cases(self) -> Iterator[Case]:
+        size, device = self.sizes, self.device
+        rows = size.B * size.T
+        weight, hidden = self._normal(size.V, size.D), self._normal(rows, size.D)
+        target = torch.zeros(rows, dtype=torch.int64, device=device).random_(size.V)
+        labels = Labels.of(target, -100, None)
+        lse, upstream = torch.full((2, rows), 12.0, device=device), torch.ones(rows, device=device)
 
-def embed_call(family: str, device: torch.device) -> EmbedCall:
-    config = PerturbConfig(transform=family, latent_dim=R, hidden_dim=H)
-    with device:
-        parameters = make_transform(config, D).effective_parameters()
-    numbers = noise.counters(M, None, None, (B, T), antithetic=False, device=device)
-    return EmbedCall(
-        ids=torch.zeros(B, T, dtype=torch.int64, device=device).random_(32000),
-        table=_normal(device, 32000, D),
-        parameters=[value.detach() for value in parameters],
-        embed_rms=torch.ones((), device=device),
-        seed=torch.zeros((), dtype=torch.int64, device=device),
-        samples=numbers[0],
-        rows=numbers[1],
-        positions=numbers[2],
-        mask=None,
-        family=family,
-        latent="gaussian",
-        scope="token",
-        antithetic=False,
-    )
+        def head(fused: ModuleType | None) -> Head:
+            geometry = Geometry.of_gpu(PROCESSORS, MEMORY, size.D)
+            if device.type == "cuda":
+                geometry = Geometry.of(device, size.D)
+            return Head(head_rows, weight, None, 1.0, None, size.V, size.dtype, geometry, fused)
 
+        def logprob(fused: ModuleType | None, want_grad_hidden: bool) -> Any:
+            # Without a device the fused head cannot read its flag, which it does at its end.
+            unread = contextlib.suppress(NotImplementedError, RuntimeError)
+            with unread if device.type == "meta" else contextlib.nullcontext():
+                want = {"want_grad_hidden": want_grad_hidden, "want_entropy": False}
+                return head_blocks.linear_logprob(head(fused), hidden, labels, **want)
 
-def _head_cases(device: torch.device) -> Iterator[Case]:
-    head = Head(head_rows, _normal(device, V, D), None, 1.0, None, V, -100)
-    hidden = _normal(device, B * T, D)
-    target = torch.zeros(B * T, dtype=torch.int64, device=device).random_(V)
-    samples, tokens = hidden.view(M, -1, D), target[: B * T // M]
+        def backward(fused: ModuleType | None) -> Any:
+            inputs = head(fused), upstream, hidden, labels, lse
+            return head_gradients.linear_logprob_backward(*inputs, Wanted(True, True, False))
 
-    def logprob(want_grad_hidden: bool) -> Any:
-        return head_blocks.linear_logprob(
-            head, hidden, target, want_grad_hidden=want_grad_hidden, want_entropy=False
-        )
-
-    def logprob_backward() -> Any:
-        lse = torch.full((2, B * T), 12.0, device=device)
-        upstream = torch.ones(B * T, device=device)
-        return head_blocks.linear_logprob_backward(
-            head, upstream, hidden, target, lse, Wanted(True, True, False)
-        )
-
-    def quadratic() -> Any:
-        return head_blocks.linear_quadratic(head, samples, tokens, None, want_grad_hidden=True)
-
-    yield Case("linear_logprob", "frozen head", lambda: logprob(True))
-    yield Case("linear_logprob", "scoring", lambda: logprob(False))
-    yield Case("linear_logprob", "trained head, backward", logprob_backward)
-    yield Case("linear_quadratic", "frozen head", quadratic)
-
-
-def _combine_cases(device: torch.device) -> Iterator[Case]:
-    log_probs = -torch.ones(M, B, T, device=device).exponential_()
-    mask = torch.ones(B, T, dtype=torch.bool, device=device)
-    for marginal in ("token", "sequence"):
-        for estimator in COMBINABLE:
-            yield Case(
-                "combine",
-                f"{estimator}, {marginal}",
-                lambda estimator=estimator, marginal=marginal: combine.combine(
-                    log_probs, mask, estimator, marginal
-                ),
+        def quadratic() -> Any:
+            samples = hidden.view(size.M, -1, size.D)
+            tokens = Labels.of(target[: samples.shape[1]], -100, None)
+            return head_blocks.linear_quadratic(
+                head(None), samples, tokens, None, want_grad_hidden=True
             )
 
+        for suffix, fused in (("", None), (", fused", head_gemm)):
+            yield Case("linear_logprob", f"frozen head{suffix}", partial(logprob, fused, True))
+            yield Case("linear_logprob", f"scoring{suffix}", partial(logprob, fused, False))
+            yield Case("linear_logprob", f"trained, backward{suffix}", partial(backward, fused))
+        yield Case("linear_quadratic", "frozen head", quadratic)
 
-def _normal(device: torch.device, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=DTYPE, device=device).normal_()
+    def _combine_cases(self) -> Iterator[Case]:
+        size, device = self.sizes, self.device
+        log_probs = -torch.ones(size.M, size.B, size.T, device=device).exponential_()
+        mask = torch.ones(size.B, size.T, dtype=torch.bool, device=device)
+        for marginal, estimator in itertools.product(MARGINALS, COMBINABLE):
+            run = partial(combine.combine, log_probs, mask, estimator, marginal)
+            yield Case("combine", f"{estimator}, {marginal}", run)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.sizes.dtype, device=self.device).normal_()

@@ -59,13 +59,22 @@ class Cost(NamedTuple):
 def of_launch(launched: Launch, compiled_kernel: Any) -> Cost:
     """Return the cost of a launch of one of our kernels."""
     name, arguments = launched.kernel.fn.__name__, launched.arguments
+    moved, flops = _bytes(name, arguments), 0.0
+    if name == "head_gemm_kernel":
+        # The epilogue of a tile of 128 x 256, about 2300 cycles, comes after its 16 D of products.
+        return Cost(moved, head_gemm_flops(launched) * (1 + 2300 / (16 * arguments["D"])))
+    if name in _FLOPS:
+        flops = _FLOPS[name](arguments)
     trips = _TRIPS[name](arguments) if name in _TRIPS else ()
     warps = math.prod(launched.grid) * compiled_kernel.metadata.num_warps
-    return Cost(
-        bytes=_bytes(name, arguments),
-        flops=_FLOPS[name](arguments) if name in _FLOPS else 0,
-        instructions=warps * sass.issued(compiled_kernel, trips),
-    )
+    return Cost(moved, flops, warps * sass.issued(compiled_kernel, trips))
+
+
+def head_gemm_flops(launched: Launch) -> float:
+    """Return the flops of the products in a launch of the fused head, 0 for other kernels."""
+    if launched.kernel.fn.__name__ != "head_gemm_kernel":
+        return 0.0
+    return _tiled_flops(launched.arguments["hidden"].base, launched.arguments["weight"].base.T)
 
 
 class TorchCosts(TorchDispatchMode):
@@ -78,14 +87,16 @@ class TorchCosts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        is_product = func in _PRODUCTS
+        # Torch's stand-in for a product that adds to a 16-bit one in fp32 fails without a device.
+        result = kwargs["out"] if is_product and "out" in kwargs else func(*args, **kwargs)
         if func.is_view or "empty" in func.__name__:
             return result
         inputs = () if func in _GATHERS else (args, kwargs)  # those read as much as they write
         leaves = (leaf for leaf in tree_leaves((inputs, result)) if isinstance(leaf, Tensor))
         tensors = {id(leaf): leaf for leaf in leaves}.values()
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if func in _PRODUCTS:
+        if is_product:
             *_, left, right = (arg for arg in args if isinstance(arg, Tensor))
             self.products.append(Cost(moved, _tiled_flops(left, right)))
         else:
@@ -122,28 +133,76 @@ def _tiled_flops(left: Tensor, right: Tensor) -> float:
 
 
 def _bytes(name: str, arguments: Arguments) -> int:
-    tensors = {id(value): (key, value) for key, value in arguments.items() if _is_tensor(value)}
+    values = [
+        (key, getattr(value, "base", value))  # a descriptor's tensor
+        for key, value in arguments.items()
+        if isinstance(value, Tensor) or hasattr(value, "base")
+    ]
     moved = 0
-    for key, tensor in tensors.values():
+    for key, tensor in values:  # one that is named twice is read and written
         if key in _IN_CACHE.get(name, ()):
             continue
         count = tensor.numel() if 0 not in tensor.stride() else 0  # an expanded view is small
-        if key == "table_ptr" and arguments.get("ids_ptr") is not None:
+        if key == "table_ptr":  # a row for each token
             count = arguments["N"] * arguments["D"]
-        passes = sum(value is tensor for value in arguments.values())  # read and written in place
-        moved += passes * count * tensor.element_size()
+        if name in _WITHOUT_TABLE.get(arguments.get("FAMILY"), ()) and key == "table_ptr":
+            count = 0
+        if key == "weight_ptr":  # the targets' rows
+            count = arguments["total_ptr"].numel() if arguments["total_ptr"] is not None else 0
+        moved += count * tensor.element_size()
     return moved
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 # Tensors of a launch that need not go through DRAM: they are in L2, or touched in a few rows.
 _IN_CACHE: dict[str, set[str]] = {
+    "draw_kernel": {"z_ptr"},
+    "change_kernel": {"change_ptr"},
+    "forward_kernel": {"coordinates_ptr"},
+    "outer_kernel": {"coordinates_ptr"},
+    "through_C_kernel": {"result_ptr"},
+    "hidden_backward_kernel": {"change_ptr", "grad_gelu_ptr"},
     "online_softmax_kernel": {"total_ptr"},
+    "merge_kernel": {"total_ptr"},
 }
+# Families whose sums need no embeddings.
+_WITHOUT_TABLE: dict[str | None, set[str]] = {
+    family: {"outer_kernel"} for family in ("lowrank", "gated", "mlp")
+}
+
+
+def _slab_trips(arguments: Arguments) -> tuple[float, ...]:
+    return arguments["slab_tokens"] / arguments["BT"], arguments["M"]
+
+
+def _part_trips(arguments: Arguments) -> tuple[float, ...]:
+    return (arguments["PART"] / arguments["BD"],)
+
+
 # The trips of a kernel's loops, from the outermost to the innermost.
-_TRIPS: dict[str, Callable[[Arguments], tuple[float, ...]]] = {}
-# The flops of a kernel's matrix products, those in tf32 counted twice.
-_FLOPS: dict[str, Callable[[Arguments], float]] = {}
+_TRIPS: dict[str, Callable[[Arguments], tuple[float, ...]]] = {
+    "forward_kernel": lambda arguments: (arguments["part_samples"],),
+    "diagonal_forward_kernel": lambda arguments: (arguments["M"],),
+    "diagonal_backward_kernel": _slab_trips,
+    "outer_kernel": _slab_trips,
+    "hidden_backward_kernel": _slab_trips,
+    "through_C_kernel": _part_trips,
+    "project_kernel": _part_trips,
+    "project_backward_kernel": lambda arguments: (arguments["slab_tokens"] / arguments["BT"], 1),
+    # One tile a row; the loop that is left rescales the few rows whose peak rose.
+    "online_softmax_kernel": lambda arguments: (arguments["num_tiles"] - 1,),
+    "merge_kernel": lambda arguments: (0,),
+    "finish_logprob_kernel": lambda arguments: (arguments["D"] / arguments["BD"],),
+}
+# The flops of a kernel's products: in tf32, of half the rate, they count twice.
+_FLOPS: dict[str, Callable[[Arguments], float]] = {
+    "forward_kernel": lambda a: (
+        (2 if a["FAMILY"] == "mlp" else 8 if a["FAMILY"] == "affine" else 4)
+        * (a["M"] * a["N"] * a["D"] * a["K"])
+    ),
+    "outer_kernel": lambda a: (
+        4 * a["M"] * a["N"] * a["D"] * a["K"] * (1 + (a["FAMILY"] == "affine"))
+    ),
+    "through_C_kernel": lambda a: 2 * a["M"] * a["N"] * a["D"] * a["H"],
+    "project_kernel": lambda a: 4 * a["N"] * a["D"] * a["H"],
+    "project_backward_kernel": lambda a: 4 * a["N"] * a["D"] * a["H"],
+}

@@ -31,7 +31,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     if left.device.type == "cpu":
         result = _cpu_product(left, right)
         return result if out is None else out.copy_(result)
-    with _full_precision(left.dtype):
+    with _full_precision(left):
         if left.dtype in (torch.float32, torch.float64):
             return torch.mm(left, right, out=out)
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
@@ -45,7 +45,7 @@ def add_product(
         return product(left, right, out)
     if left.device.type == "cpu":
         return total.add_(_cpu_product(left, right))
-    with _full_precision(left.dtype):
+    with _full_precision(left):
         if total.dtype == left.dtype:
             return total.addmm_(left, right)
         return torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
@@ -95,16 +95,16 @@ def _has_onednn() -> bool:
 
 
 @contextlib.contextmanager
-def _full_precision(dtype: torch.dtype) -> Iterator[None]:
+def _full_precision(matrix: Tensor) -> Iterator[None]:
     """Override settings of torch, all process-wide, while a product is handed to cuBLAS.
 
     tf32 would leave 10 bits of an fp32 matrix, and TunableOp rejects 16-bit inputs with fp32
     results.
     """
-    if dtype == torch.float64:
+    if matrix.device.type != "cuda" or matrix.dtype == torch.float64:
         yield
         return
-    override = _without_tf32 if dtype == torch.float32 else _without_tunable
+    override = _without_tf32 if matrix.dtype == torch.float32 else _without_tunable
     # The lock: one thread could restore what another has overridden.
     with _cublas_settings, override():
         yield

@@ -3,10 +3,10 @@
 import argparse
 import itertools
 
-import ahead_of_time
 import pytest
 import torch
 
+from bench import ahead_of_time
 from fastperturb.config import AT_LEAST_TWO_SAMPLES, MARGINALS
 from fastperturb.kernels import combine
 from fastperturb.ops.combine import COMBINABLE

@@ -4,9 +4,9 @@ import argparse
 import itertools
 import json
 
-import ahead_of_time
 import torch
 
+from bench import ahead_of_time
 from fastperturb.kernels import head_gemm
 from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 

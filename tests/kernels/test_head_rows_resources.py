@@ -3,11 +3,11 @@
 import argparse
 import itertools
 
-import ahead_of_time
 import pytest
 import torch
 import triton
 
+from bench import ahead_of_time
 from fastperturb.kernels import head_rows
 from fastperturb.ops import gemm
 from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax

@@ -4,10 +4,10 @@ import argparse
 import itertools
 from pathlib import Path
 
-import ahead_of_time
 import pytest
 import torch
 
+from bench import ahead_of_time
 from fastperturb import noise
 from fastperturb.config import TRANSFORMS, PerturbConfig
 from fastperturb.kernels import perturb_embed
