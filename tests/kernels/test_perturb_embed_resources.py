@@ -9,7 +9,7 @@ import torch
 
 from bench import ahead_of_time
 from fastperturb import noise
-from fastperturb.config import TRANSFORMS, PerturbConfig
+from fastperturb.config import SCOPES, TRANSFORMS, PerturbConfig
 from fastperturb.kernels import perturb_embed
 from fastperturb.ops.calls import EmbedCall
 from fastperturb.transforms import make_transform
@@ -43,6 +43,12 @@ def test_the_widest_backwards_do_not_spill_for_few_or_many_latents_and_hidden_un
     families = ("gated", "affine", "mlp")
     options = ["--families", *families, "--directions", "backward", "--sizes", "4x32", "64x128"]
     check(compiled(*options, "--dtype", "bfloat16", "--cc", "90"), families)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--antithetic"], ["--scope", "sequence"]], ids=str)
+def test_diagonal_does_not_spill_where_samples_or_tokens_share_their_latents(options):
+    check(compiled("--families", "diagonal", "--cc", "80", "90", "100", *options), ["diagonal"])
 
 
 @pytest.mark.slow
@@ -119,6 +125,8 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--upstream", help="dtype of a per-sample gradient's upstream one")
     parser.add_argument("--want-table", action="store_true")
+    parser.add_argument("--antithetic", action="store_true")
+    parser.add_argument("--scope", default="token", choices=SCOPES)
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--sizes", nargs="+", default=["16x64"], help="R x H")
     parser.add_argument("--dump", type=Path, help="folder for ttgir, ptx and cubin")
@@ -127,6 +135,7 @@ def main():
     for family, cc, size in itertools.product(options.families, options.cc, options.sizes):
         R, H = map(int, size.split("x"))
         call = call_of(family, dtype, M=8, B=8, T=1024, D=4096, R=R, H=H)
+        call = call._replace(scope=options.scope, antithetic=options.antithetic)
         upstream = getattr(torch, options.upstream) if options.upstream else None
         for direction, launched in launches(call, options.want_table, cc, upstream):
             if direction not in options.directions:
