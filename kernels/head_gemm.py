@@ -30,7 +30,6 @@ machine code. Only the loads for the next tile are under way meanwhile.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -319,7 +318,7 @@ def _start(
     out_block = [tile.rows, tile.entries // 4]
     launch.start(
         head_gemm_kernel,
-        (min(_multiprocessors(hidden.device), tiles_of_block),),
+        (min(launch.multiprocessors(hidden.device), tiles_of_block),),
         {
             "hidden": TensorDescriptor.from_tensor(hidden, [tile.rows, tile.inner]),
             "weight": TensorDescriptor.from_tensor(weight, [tile.entries, tile.inner]),
@@ -347,14 +346,6 @@ def _start(
 
 def _tile(hidden: Tensor) -> Tile:
     return TILES[min(launch.capability(hidden.device), max(TILES))]
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Return the number of programs at a time; the interpreter runs a few, of several tiles."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _is_aligned(matrix: Tensor) -> bool:
