@@ -137,7 +137,9 @@ def run_online_softmax(row_passes, inputs, out_dtype):
         weights = buffer_for(block.products, out_dtype)
         row_passes.online_softmax(block.products, block.options, target, running, weights, total)
         weight = F.pad(block.weight, (0, 0, 0, block.options.padding))
-        total += weights.to(total.dtype) @ weight / gemm.lift(weights.dtype)
+        # In fp64: a GPU may add up 16,384 products one by one, with ten times a CPU's error.
+        product = weights.double() @ weight.double() / gemm.lift(weights.dtype)
+        total += product.to(total.dtype)
         all_weights.append(weights / gemm.lift(weights.dtype))
     return [value for value in running if value is not None] + [total] + all_weights
 
