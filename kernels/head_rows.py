@@ -159,7 +159,8 @@ def finish_logprob_kernel(
         first = row.to(tl.int64) * D
         for column in range(0, D, BD):
             b_d = column + tl.arange(0, BD)
-            b_weight_ptr = weight_ptr + target * weight_stride_v + b_d * weight_stride_d
+            b_column = b_d.to(tl.int64) * weight_stride_d
+            b_weight_ptr = weight_ptr + target * weight_stride_v + b_column
             b_weight = tl.load(b_weight_ptr, mask=b_d < D, other=0.0).to(tl.float32)
             b_total = tl.load(total_ptr + first + b_d, mask=b_d < D, other=0.0)
             b_grad = (b_weight * share - b_total / (lift * sums)) * scale

@@ -98,13 +98,13 @@ def _has_onednn() -> bool:
 def _full_precision(matrix: Tensor) -> Iterator[None]:
     """Override settings of torch, all process-wide, while a product is handed to cuBLAS.
 
-    tf32 would leave 10 bits of an fp32 matrix, and TunableOp rejects 16-bit inputs with fp32
-    results.
+    tf32 would leave 10 bits of an fp32 matrix. TunableOp rejects 16-bit inputs with fp32 results,
+    and so does torch where `allow_fp16_accumulation` is set.
     """
     if matrix.device.type != "cuda" or matrix.dtype == torch.float64:
         yield
         return
-    override = _without_tf32 if matrix.dtype == torch.float32 else _without_tunable
+    override = _without_tf32 if matrix.dtype == torch.float32 else _with_fp32_results
     # The lock: one thread could restore what another has overridden.
     with _cublas_settings, override():
         yield
@@ -125,6 +125,20 @@ def _without_tf32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = "none" if inherited else before
+
+
+@contextlib.contextmanager
+def _with_fp32_results() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    if before:
+        matmul.allow_fp16_accumulation = False
+    try:
+        with _without_tunable():
+            yield
+    finally:
+        if before:
+            matmul.allow_fp16_accumulation = True
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fastperturb.kernels import head_rows, launch
 from fastperturb.ops import gemm, head_blocks, head_geometry, head_gradients, reference
-from fastperturb.ops.calls import LogitOptions, RunningSoftmax
+from fastperturb.ops.calls import LogitOptions, LogProbs, RunningSoftmax
 from fastperturb.ops.head_blocks import Head
 from fastperturb.ops.head_gradients import Wanted
 from fastperturb.ops.head_labels import Labels
@@ -137,7 +137,9 @@ def run_online_softmax(row_passes, inputs, out_dtype):
         weights = buffer_for(block.products, out_dtype)
         row_passes.online_softmax(block.products, block.options, target, running, weights, total)
         weight = F.pad(block.weight, (0, 0, 0, block.options.padding))
-        total += weights.to(total.dtype) @ weight / gemm.lift(weights.dtype)
+        # In fp64: a GPU may add up 16,384 products one by one, with ten times a CPU's error.
+        product = weights.double() @ weight.double() / gemm.lift(weights.dtype)
+        total += product.to(total.dtype)
         all_weights.append(weights / gemm.lift(weights.dtype))
     return [value for value in running if value is not None] + [total] + all_weights
 
@@ -551,6 +553,22 @@ def test_rows_beyond_2_to_the_31_elements_are_reached(tmp_path, monkeypatch):
     )
     torch.testing.assert_close(products[:, -1], (-p[0] * p[1]).expand(2, v))
     torch.testing.assert_close(dot[:, -1], (p[0] * p[1]).sum().expand(2))
+
+
+@interpreted_only
+def test_a_weight_stored_by_columns_may_have_more_than_2_to_the_31_elements(tmp_path):
+    """A lazily mapped weight, of which only the target's row is read."""
+    V, D = 2**28, 12
+    memory = torch.from_file(str(tmp_path / "weight"), shared=True, size=V * D, dtype=torch.float16)
+    weight = memory.view(D, V).T
+    weight[7] = torch.arange(D)
+    running = RunningSoftmax.start(1, torch.empty(0))
+    for value, start in zip(running, (0.0, 1.0, 0.0)):
+        value.fill_(start)
+    results = LogProbs.empty(memory.new_empty(1, D), torch.float32, entropy=False, grad_hidden=True)
+    target, options = torch.tensor([7]), LogitOptions(0, None, 1.0, None)
+    head_rows.finish_logprob(options, target, running, weight, torch.zeros(1, D), 1.0, results)
+    torch.testing.assert_close(results.grad_hidden[0], torch.arange(D) / 2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="too big to interpret")

@@ -1,17 +1,24 @@
 """The heads' products: their precision whatever torch's settings, and the lift of fp16 operands.
 
-Tensors without memory stand in for a GPU's.
+Fake tensors, which have no memory, stand in for a GPU's.
 """
 
+import contextlib
 import sys
 import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastperturb.ops import gemm
 
 matmul = torch.backends.cuda.matmul
+
+
+def matrix_on_a_gpu(dtype=torch.float32):
+    with FakeTensorMode():
+        return torch.empty(3, 3, dtype=dtype, device="cuda")
 
 
 def settings():
@@ -40,6 +47,7 @@ def restored():
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = "none"
     matmul.fp32_precision = "none"
+    matmul.allow_fp16_accumulation = False
 
 
 @pytest.fixture
@@ -49,7 +57,6 @@ def seen(monkeypatch):
 
     def mm(left, right, **options):
         met.append(matmul.fp32_precision)
-        return left.new_empty(len(left), right.shape[1])
 
     monkeypatch.setattr(torch, "mm", mm)
     return met
@@ -63,7 +70,7 @@ def test_fp32_products_are_in_full_precision_and_the_setting_is_as_before(set_tf
     set_tf32()
     before = settings()
     assert before[0] == "tf32"
-    matrix = torch.empty(3, 3, device="meta")
+    matrix = matrix_on_a_gpu()
     gemm.product(matrix, matrix)
     assert seen == ["ieee"] and settings() == before
     if set_tf32 is set_legacy:  # torch raises where it finds the two ways of setting at odds
@@ -76,7 +83,7 @@ def test_fp32_products_are_in_full_precision_and_the_setting_is_as_before(set_tf
 @pytest.mark.usefixtures("restored")
 def test_products_of_many_threads_are_in_full_precision_and_leave_the_setting(seen):
     set_legacy()
-    matrix = torch.empty(3, 3, device="meta")
+    matrix = matrix_on_a_gpu()
 
     def multiply():
         for _ in range(200):
@@ -112,7 +119,7 @@ def test_tunable_ops_pause_for_16_bit_products(monkeypatch):
     tunable, met = Tunable(by_environment=False), []
     monkeypatch.setattr(torch.cuda, "tunable", tunable)
     monkeypatch.setattr(torch, "mm", lambda *matrices, **options: met.append(tunable.is_enabled()))
-    matrix = torch.empty(3, 3, dtype=torch.bfloat16, device="meta")
+    matrix = matrix_on_a_gpu(torch.bfloat16)
     gemm.product(matrix, matrix)
     assert met == [False] and tunable.enabled
 
@@ -120,10 +127,28 @@ def test_tunable_ops_pause_for_16_bit_products(monkeypatch):
 def test_tunable_ops_that_cannot_pause_raise_with_the_remedy(monkeypatch):
     tunable = Tunable(by_environment=True)
     monkeypatch.setattr(torch.cuda, "tunable", tunable)
-    matrix = torch.empty(3, 3, dtype=torch.bfloat16, device="meta")
+    matrix = matrix_on_a_gpu(torch.bfloat16)
     with pytest.raises(RuntimeError, match="unset it and call torch.cuda.tunable.enable"):
         gemm.product(matrix, matrix)
     assert tunable.enabled
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_sums_in_fp16_which_torch_rejects_for_fp32_results_pause(error, monkeypatch):
+    met, matrix = [], matrix_on_a_gpu(torch.float16)
+
+    def mm(left, right, **options):
+        met.append(matmul.allow_fp16_accumulation)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: False)
+    matmul.allow_fp16_accumulation = True
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        gemm.product(matrix, matrix)
+    assert met == [False] and matmul.allow_fp16_accumulation
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
