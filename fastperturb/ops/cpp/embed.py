@@ -120,7 +120,7 @@ class _Inputs:
         if self.family == "gated":
             return e @ (self.parameters[1] / self.embed_rms)
         A, _, b, _ = self.parameters
-        return torch.addmm(b, e, A / self.embed_rms)
+        return (e @ (A / self.embed_rms)).add_(b)
 
     def per_token(self, projected: Tensor | None) -> Tensor | None:
         """Return gated's gain rho (1 + tanh(P C)) [N, D], or mlp's hidden layer P at z = 0."""
