@@ -310,6 +310,20 @@ def test_the_table_gets_the_gradients_of_the_ids_in_range_in_a_fixed_order(token
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_an_id_out_of_range_gives_nan_and_its_gradient_to_no_row(family):
+    call = make_call(family, torch.float32, SHAPES["ragged"])
+    bad = torch.zeros_like(call.ids, dtype=torch.bool)
+    bad[0, 1], bad[1, 2], bad[1, 4] = True, True, True
+    ids = call.ids.masked_scatter(bad, torch.tensor([-1, len(call.table), 2**40]))
+    out, right = run(output_of, None, call._replace(ids=ids)), run(output_of, None, call)
+    assert out[:, bad].isnan().all() and torch.equal(out[:, ~bad], right[:, ~bad])
+    grad = torch.randn(out.shape)
+    ours = run(gradients_of, grad, call._replace(ids=ids), True)[0]
+    expected = run(gradients_of, grad * ~bad[..., None], call, True)[0]
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_parameters_that_are_nan_make_the_output_nan(family, dtype):
