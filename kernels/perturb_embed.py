@@ -96,7 +96,7 @@ def perturb_embed_backward(
 
 def _table_gradient(grad_e: Tensor, ids: Tensor, vocab: int) -> Tensor:
     """Return the sum of each id's gradients [vocab, D], in a fixed order."""
-    # An id out of range has no row, and -1 is left out: it names the row after the last, or padding.
+    # An id out of range has no row. As -1 it is left out: it names an extra last row, or padding.
     ids = ids.where((ids >= 0) & (ids < vocab), -1)
     if ids.numel() > _RACING_TOKENS:
         return torch.ops.aten.embedding_dense_backward(grad_e, ids, vocab, -1, False)
