@@ -25,7 +25,7 @@ from fastperturb.ops.calls import EmbedCall, Embedded
 def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
     shape = (call.samples.shape[0], *call.positions.shape)
     out = call.table.new_empty((*shape, call.table.shape[-1]))
-    squared_shift = torch.empty(shape) if want_shift else None
+    squared_shift = out.new_empty(shape, dtype=torch.float32) if want_shift else None
     inputs = _Inputs.of(call)
     projected = inputs.project()
     if out.numel():
