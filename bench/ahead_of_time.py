@@ -28,8 +28,8 @@ from fastperturb.kernels import launch
 CAPABILITIES = (80, 90, 100)
 # Registers, threads and shared memory of one multiprocessor, and what a block reserves.
 _REGISTERS, _WARPS, _RESERVED = 65536, 64, 1024
-# Triton 3.6 carries an assembler that spills up to this many bytes where that of 3.7 spills none.
-_ASSEMBLER_SPILLS = 56 if triton.__version__ < "3.7" else 0
+# The assembler of Triton 3.6 spills up to this many bytes where that of 3.7 spills none.
+_ASSEMBLER_SPILLS = {80: 24, 90: 0, 100: 24} if triton.__version__ < "3.7" else {}
 _SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 
@@ -60,7 +60,8 @@ def compiled(script: str, *options: str) -> list[dict[str, Any]]:
 def assert_fits(rows: list[dict[str, Any]], *, warps_per_sm: int, stack: int = 0) -> None:
     """Each kernel keeps to its registers, and so many warps share a multiprocessor."""
     for row in rows:
-        assert row["stack"] <= stack + _ASSEMBLER_SPILLS and row["local"] == 0, row
+        allowed = stack + _ASSEMBLER_SPILLS.get(row["cc"], 0)
+        assert row["stack"] <= allowed and row["local"] == 0, row
         assert row["blocks_per_sm"] * row["warps"] >= warps_per_sm, row
 
 

@@ -263,23 +263,28 @@ def show(
         keys = [(provider, mode, "milliseconds") for provider in providers]
         return min((medians[key] for key in keys if key in medians), default=math.nan)
 
+    def times(ratio: float, unit: str = "") -> str:
+        return "" if math.isnan(ratio) else f"{ratio:.2f}{unit}"
+
+    width = max(14, *(len(row.provider) + 1 for row in rows))
     print(f"\n{first.op}  " + "  ".join(f"{name}={value}" for name, value in first.x.items()))
-    print(
-        f"{'mode':10}{'provider':14}{'ms [p20, p80]':28}{'speed-up':>10}{'/ floor':>10}{'MiB':>10}"
-    )
+    header = f"{'ms [p20, p80]':28}{'speed-up':>10}{'/ floor':>10}{'MiB':>10}"
+    print(f"{'mode':10}{'provider':{width}}{header}")
     for row in rows:
         if row.metric == "fits":
-            print(f"{row.mode:10}{row.provider:14}does not fit")
+            print(f"{row.mode:10}{row.provider:{width}}does not fit")
         if row.metric == "milliseconds":
             extra = medians[row.provider, row.mode, "extra_mib"]
             spread = f"{row.p50:.3f} [{row.p20:.3f}, {row.p80:.3f}]"
-            speed_up = fastest(naive, row.mode) / row.p50
-            ratios = f"{speed_up:>9.2f}x{row.p50 / fastest(floor, row.mode):>10.2f}"
+            speed_up = times(fastest(naive, row.mode) / row.p50, "x")
+            over_floor = times(row.p50 / fastest(floor, row.mode))
             traffic = medians.get((row.provider, row.mode, "bytes_ratio"))
             bytes_ratio = "" if traffic is None else f"{traffic:>8.1f}"
-            print(f"{row.mode:10}{row.provider:14}{spread:28}{ratios}{extra:>10.1f}{bytes_ratio}")
+            ratios = f"{speed_up:>10}{over_floor:>10}{extra:>10.1f}{bytes_ratio}"
+            print(f"{row.mode:10}{row.provider:{width}}{spread:28}{ratios}")
         if row.metric in ("milliseconds_idle", "milliseconds_replayed"):
-            print(f"{'':24}{row.metric.removeprefix('milliseconds_')}: {row.p50:.3f} ms")
+            other_way = row.metric.removeprefix("milliseconds_")
+            print(f"{'':{10 + width}}{other_way}: {row.p50:.3f} ms")
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

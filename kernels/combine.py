@@ -22,8 +22,8 @@ from fastperturb.kernels import launch
 
 # The log-prob of an impossible label, so that weights stay finite.
 _LOWEST = tl.constexpr(-1e30)
-# A thread holds up to 16 log-probs, which leaves room for the jackknife's other tiles.
-_WARPS, _TILE = 8, 4096
+# A thread holds up to 16 log-probs, or 8 where the jackknife holds many more tiles of that size.
+_WARPS, _TILE, _JACKKNIFE_TILE = 8, 4096, 2048
 
 
 @triton.jit
@@ -207,6 +207,7 @@ def combine(
     value, log_marginal, effective = (log_probs.new_empty(shape[1:]) for _ in range(3))
     weights = log_probs.new_empty(shape)
     BM = triton.next_power_of_2(M)
+    tile = _JACKKNIFE_TILE if estimator in ("jvi", "jvi_clip") else _TILE
     arguments: dict[str, Any] = {
         "value_ptr": value,
         "log_marginal_ptr": log_marginal,
@@ -223,7 +224,7 @@ def combine(
         "BM": BM,
     }
     if marginal == "token":
-        BN = max(1, min(128, _TILE // BM))
+        BN = max(1, min(128, tile // BM))
         programs = triton.cdiv(B * T, BN)
         arguments |= {"N": B * T, "BN": BN}
         launch.start(token_kernel, (programs,), arguments, num_warps=_WARPS)

@@ -14,26 +14,6 @@ All are bound by memory. Those of a block read fp32 products, [n, v] or [M, n, v
 
 No sum has an order that could vary: the same inputs give the same bits. Where the result goes over
 the products themselves, no element is read after it has been overwritten.
-
-The expected speed of an H100 at 3.0 TB/s, with blocks of 8192 x 16384, for N = 8192 rows
-(quadratic: 8 samples of 1024 tokens), D = 4096, V = 128,256, bf16. PREDICTED: this code has been
-compiled for sm_80, sm_90 and sm_100 and run in the interpreter, never yet on a GPU. Instructions
-are SASS per element and thread, plain / with bias and soft cap; one costs 4.4 us a block at the
-issue limit.
-
-                            bytes an element    block            call    instr.     regs   warps/SM
-                            read    written     GB     ms      GB   ms
-    online_softmax             4       2      0.81  0.27      6.8  2.3  33 / 66  32 /  59   64 / 32
-    online_softmax, unweighted 4       0      0.54  0.18      4.2  1.4  22 / 52  41 /  50   32 / 32
-    finish_logprob             6       2                     0.27  0.1           31 /  32   64 / 64
-    grad_logits                4       2      0.81  0.27      6.3  2.1  20 / 52  32 /  40   64 / 48
-    quadratic_dot              4       0      0.54  0.18      4.2  1.4  21 / 48  56 /  56   36 / 36
-    quadratic_grad_logits      4       2      0.81  0.27      6.3  2.1  25 / 55  80 / 138   24 / 12
-
-Weights are wanted where the head is frozen and hidden trains. finish_logprob's elements are those
-of hidden. The two GEMMs of a block are 3.1 ms at 700 TFLOP/s, those of a call 24.6 ms: the passes
-of a frozen head should add 10% to them in `linear_logprob` and 20% in `linear_quadratic`.
-online_softmax's 6.8 GB count 0.5 for `total`. With a soft cap issue takes as long as memory.
 """
 
 from __future__ import annotations

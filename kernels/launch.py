@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def has_fast_maths() -> bool:
     return not triton.knobs.runtime.interpret
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU; elsewhere those of an H100."""
     if device.type != "cuda":

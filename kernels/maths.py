@@ -106,3 +106,11 @@ def gelu_and_slope(x):
 def gelu(x):
     b_value, _ = gelu_and_slope(x)
     return b_value
+
+
+@triton.jit
+def approx(NAME: tl.constexpr, x):
+    """An approximation by the special function unit: lg2, ex2, sqrt, sin or cos."""
+    return tl.inline_asm_elementwise(
+        NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )

@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastperturb.kernels import maths
+
 _UNIT = tl.constexpr(2.0**-32)
 _TWO_PI = tl.constexpr(6.283185307179586)
 _MINUS_TWO_LN2 = tl.constexpr(-1.3862943611198906)
@@ -127,9 +129,9 @@ def _box_muller(radius_word, angle_word, FAST: tl.constexpr):
         u = tl.where(upper, 1.0 - distance, distance)
         series = distance * (2.0 + distance * (1.0 + distance * (2.0 / 3.0 + distance * 0.5)))
         near_one = upper & (distance < _NEAR_ONE)
-        squared = tl.where(near_one, series, _approx("lg2", u) * _MINUS_TWO_LN2)
-        radius = _approx("sqrt", squared)
-        return radius * _approx("cos", angle), radius * _approx("sin", angle)
+        squared = tl.where(near_one, series, maths.approx("lg2", u) * _MINUS_TWO_LN2)
+        radius = maths.approx("sqrt", squared)
+        return radius * maths.approx("cos", angle), radius * maths.approx("sin", angle)
     else:
         angle = (turn + 0.5) * (_TWO_PI * _UNIT)
         log_u = tl.where(upper, _log1m(distance), tl.log(distance))
@@ -142,10 +144,3 @@ def _log1m(x):
     """ln(1 - x) for x in [0, 1/2]; where 1 - x rounds, log(y) x / (1 - y) undoes the rounding."""
     y = 1.0 - x
     return tl.where(y == 1.0, -x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, 1.0 - y)))
-
-
-@triton.jit
-def _approx(NAME: tl.constexpr, x):
-    return tl.inline_asm_elementwise(
-        NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )

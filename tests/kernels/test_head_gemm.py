@@ -14,7 +14,7 @@ from kernel_oracle import (
 )
 from torch import Tensor
 
-from fastperturb.kernels import head_gemm
+from fastperturb.kernels import head_gemm, launch
 from fastperturb.ops.calls import LogitOptions, RunningSoftmax
 from fastperturb.ops.torch import rows as torch_rows
 
@@ -219,6 +219,13 @@ def assert_all_as_good(ours, exact, naive):
 def limit_of(weights_dtype):
     """The largest l - peak that the fused kernels take."""
     return 11 if weights_dtype == torch.float16 else 60
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Let each program make several tiles, as on a GPU with more tiles than multiprocessors."""
+    if INTERPRETED:
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
 
 
 @pytest.fixture(autouse=True)
