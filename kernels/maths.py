@@ -51,7 +51,8 @@ def dot_narrow(b_a, b_b, b_sum, DTYPE: tl.constexpr):
 def _tf32(x):
     """x rounded to tf32, which the tensor cores would otherwise truncate to."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    b_rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, b_rounded, x)  # a GPU's own NaN, 0x7fffffff, would round to -0
 
 
 @triton.jit

@@ -33,8 +33,7 @@ tokens at once would have no registers left for enough warps.
 The buffers hold 4 R bytes a sample and token (mlp: 2 H forward, 6 H backward) where the output
 holds 2 D. A call whose buffers would exceed 32 MiB runs in pieces of its tokens, so that they stay
 in the L2 cache and memory does not grow with M. All partial sums are added up in a fixed order: the
-same seed gives the same bits. The table's gradient is torch's own of an embedding, in fp32, rounded
-once.
+same seed gives the same bits. torch adds up the table's gradient, in fp32, which is rounded once.
 """
 
 from __future__ import annotations
@@ -52,6 +51,11 @@ from fastperturb.ops.calls import Embedded
 
 if TYPE_CHECKING:
     from fastperturb.ops.calls import EmbedCall
+
+
+# Up to so many tokens embedding_dense_backward runs a kernel whose warps, from 1025 tokens on,
+# overwrite ids in shared memory that others still read (torch 2.11; pytorch PR #187687).
+_RACING_TOKENS = 3072
 
 
 def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
@@ -86,11 +90,18 @@ def perturb_embed_backward(
         return [call.table.new_empty(0), *grads]
     if call.ids is None:
         return [grad_e.reshape(call.table.shape), *grads]
-    vocab, D = call.table.shape
-    grad_table = torch.ops.aten.embedding_dense_backward(
-        grad_e.float().reshape(*call.ids.shape, D), call.ids, vocab, -1, False
-    )
+    grad_table = _table_gradient(grad_e.float(), call.ids.flatten(), call.table.shape[0])
     return [grad_table.to(call.table.dtype), *grads]
+
+
+def _table_gradient(grad_e: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    """Return the sum of each id's gradients [vocab, D], in a fixed order."""
+    # An id out of range has no row. As -1 it is left out: it names an extra last row, or padding.
+    ids = ids.where((ids >= 0) & (ids < vocab), -1)
+    if ids.numel() > _RACING_TOKENS:
+        return torch.ops.aten.embedding_dense_backward(grad_e, ids, vocab, -1, False)
+    grad_table = grad_e.new_zeros((vocab + 1, grad_e.shape[1]))
+    return grad_table.index_put_((ids,), grad_e, accumulate=True)[:vocab]
 
 
 def perturb_embed_per_sample_grad(

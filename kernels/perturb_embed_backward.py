@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastperturb.kernels import launch
 from fastperturb.kernels import perturb_embed_diagonal as diagonal
 from fastperturb.kernels import perturb_embed_hidden as hidden
 from fastperturb.kernels import perturb_embed_latents as latents
@@ -37,7 +38,8 @@ def backward(
     The parameters' are [groups, segments, ...]; `per_sample` makes a group of each sample and a
     segment of each batch row.
     """
-    whole, grad = Layout(call), grad.contiguous()
+    whole = Layout(call)
+    grad = (grad if grad.dtype in launch.DTYPES else grad.float()).contiguous()
     if projected is None:
         projected = projection.project(whole)
     cut = list(pieces(call, _token_bytes(whole, grad, per_sample)))

@@ -137,10 +137,11 @@ def pieces(call: EmbedCall, token_bytes: int) -> Iterator[Piece]:
     Samples are not cut: a kernel reads an embedding once for all of them.
     """
     B, T = call.positions.shape
-    tokens = max(1, BUFFER_BYTES // max(1, call.samples.shape[0] * token_bytes))
-    if tokens >= B * T:
+    bytes_of_all = call.samples.shape[0] * token_bytes
+    if B * T * bytes_of_all <= BUFFER_BYTES:
         yield Piece(slice(0, B), slice(0, T))
         return
+    tokens = max(1, BUFFER_BYTES // bytes_of_all)
     rows, times = max(1, tokens // T), min(T, tokens)
     for row in range(0, B, rows):
         for time in range(0, T, times):

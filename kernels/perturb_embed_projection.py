@@ -136,7 +136,7 @@ def project(layout: Layout) -> Tensor | None:
         num_warps=4,
     )
     projected = projected.sum(0)
-    return projected if layout.b is None else projected + layout.b
+    return projected if layout.b is None else projected.add_(layout.b)
 
 
 def project_backward(

@@ -12,6 +12,7 @@ from bench.memory import PLANS
 from fastperturb import EditConfig, PerturbConfig, edit, noise, ops, wrap
 from fastperturb.cli import doctor
 from fastperturb.config import LATENTS, TRANSFORMS
+from fastperturb.engine.trunk import TrunkInputs
 from fastperturb.ops import reference
 from fastperturb.transforms import make_transform
 
@@ -63,12 +64,27 @@ def test_perturb_embed_matches_the_oracle(family, dtype):
 def test_the_gradient_of_a_frequent_token_is_summed_in_fp32(length):
     transform = make_transform(PerturbConfig(latent_dim=6), 136).cuda()
     table = torch.randn(3, 136, device="cuda").bfloat16().requires_grad_()
-    ids = torch.ones(2, length, dtype=torch.int64, device="cuda")
+    ids = torch.randint(3, (2, length), device="cuda")
     grad = torch.rand(2, 2, length, 136, device="cuda").bfloat16()
     out = ops.perturb_embed(ids, table, transform, 5, 2)
     first, again = (torch.autograd.grad(out, table, grad, retain_graph=True)[0] for _ in range(2))
-    expected = grad.double().sum((0, 1, 2))
-    torch.testing.assert_close(first[1].double(), expected, rtol=8e-3, atol=0)
+    expected = torch.zeros(3, 136, dtype=torch.float64, device="cuda")
+    expected.index_add_(0, ids.flatten(), grad.double().sum(0).flatten(0, 1))
+    torch.testing.assert_close(first.double(), expected, rtol=8e-3, atol=0)
+    assert torch.equal(first, again)
+
+
+def test_positions_that_share_a_source_add_up_their_gradients_in_a_fixed_order():
+    values = torch.randn(4, 2, 256, 48, device="cuda", requires_grad=True)
+    source = torch.randint(256, (4, 2, 256), device="cuda")
+    inputs = TrunkInputs(values, None, None, source)
+    upstream = torch.randn_like(values)
+    first, again = (
+        torch.autograd.grad(inputs.at_source(values), values, upstream)[0] for _ in range(2)
+    )
+    expected = torch.zeros_like(values, dtype=torch.float64)
+    expected.scatter_add_(2, source[..., None].expand_as(values), upstream.double())
+    torch.testing.assert_close(first.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(first, again)
 
 

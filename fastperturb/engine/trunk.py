@@ -52,9 +52,13 @@ class TrunkInputs:
             return values
         count, size, length = values.shape[:3]
         rows = torch.arange(count * size, device=values.device).view(count, size, 1)
-        # Positions may share a source. An embedding's gradient is summed in the same order in every
-        # run on a GPU too; that of `gather` is not.
-        return torch.nn.functional.embedding(rows * length + self.source, values.flatten(0, 2))
+        index, values = rows * length + self.source, values.flatten(0, 2)
+        # Positions may share a source. On a GPU the gradient of `gather` is summed in any order,
+        # and up to torch 2.11 that of an embedding of 1025 to 3072 positions may be wrong (pytorch
+        # PR #187687). On a CPU indexing is slower.
+        if values.is_cuda:
+            return values[index]
+        return torch.nn.functional.embedding(index, values)
 
     def _packed_lengths(self, trunk: Any, documents: PackedDocuments | None) -> dict[str, Any]:
         """Return where packed documents begin, for kernels that need it."""

@@ -235,7 +235,7 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
         )
 
 
-@pytest.mark.parametrize("upstream", (torch.float32, *OTHER_HALF), ids=str)
+@pytest.mark.parametrize("upstream", (torch.float32, torch.float64, *OTHER_HALF), ids=str)
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_an_upstream_gradient_may_have_another_dtype_than_the_table(family, upstream):
     call = make_call(family, HALF, (3, 2, 9, 24, 5, 7), "explicit")
@@ -286,6 +286,53 @@ def test_a_call_cut_into_pieces_gives_what_a_whole_one_does(family, tokens, monk
         for value, other in zip(values, cut, strict=True):
             largest = float(value.abs().max()) if value.numel() else 0.0
             torch.testing.assert_close(other, value, rtol=0, atol=1e-5 * largest)
+
+
+def test_a_call_without_buffers_is_never_cut(monkeypatch):
+    call = make_call("diagonal", torch.float32, SHAPES["ragged"])
+    monkeypatch.setattr(call_layout, "BUFFER_BYTES", 1)
+    assert len(list(call_layout.pieces(call, forward.token_bytes(Layout(call))))) == 1
+
+
+@pytest.mark.parametrize("tokens", (40, 1025, 3072, 3073))  # another kernel sums few tokens
+def test_the_table_gets_the_gradients_of_the_ids_in_range_in_a_fixed_order(tokens):
+    vocab = 13
+    ids = torch.randint(vocab, (tokens,))
+    ids[::7] = torch.tensor([-1, -100, vocab, 2**40]).repeat(tokens)[: len(ids[::7])]
+    grad = torch.randn(tokens, 20)
+    known = (ids >= 0) & (ids < vocab)
+    expected = torch.zeros(vocab, 20, dtype=torch.float64)
+    expected.index_add_(0, ids[known], grad[known].double())
+    ours, again = (
+        run(lambda g, i: kernels._table_gradient(g, i, vocab), grad, ids) for _ in range(2)
+    )
+    assert torch.equal(ours, again)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_an_id_out_of_range_gives_nan_and_its_gradient_to_no_row(family):
+    call = make_call(family, torch.float32, SHAPES["ragged"])
+    bad = torch.zeros_like(call.ids, dtype=torch.bool)
+    bad[0, 1], bad[1, 2], bad[1, 4] = True, True, True
+    ids = call.ids.masked_scatter(bad, torch.tensor([-1, len(call.table), 2**40]))
+    out, right = run(output_of, None, call._replace(ids=ids)), run(output_of, None, call)
+    assert out[:, bad].isnan().all() and torch.equal(out[:, ~bad], right[:, ~bad])
+    grad = torch.randn(out.shape)
+    ours = run(gradients_of, grad, call._replace(ids=ids), True)[0]
+    expected = run(gradients_of, grad * ~bad[..., None], call, True)[0]
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_parameters_that_are_nan_make_the_output_nan(family, dtype):
+    call = make_call(family, dtype, SHAPES["ragged"])
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a GPU's own
+    index = FAMILIES[family].latent_parameter
+    call.parameters[index] = nan.expand_as(call.parameters[index])
+    out, squared_shift, _ = run(results_of, None, call)
+    assert out.isnan().all() and squared_shift.isnan().all()
 
 
 @pytest.mark.parametrize("per_token", (False, True), ids=("one row id", "a row id a token"))
@@ -366,6 +413,23 @@ def test_parameters_in_the_tables_dtype_get_gradients_in_it():
     _, *narrow = run(gradients_of, grad, rounded, False)
     _, *wide = run(gradients_of, grad, widened, False)
     assert all(torch.equal(ours, fp32.to(DTYPES[1])) for ours, fp32 in zip(narrow, wide))
+
+
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_parameters_in_fp64_give_what_they_give_in_fp32_and_get_gradients_in_fp64(family):
+    call = make_call(family, DTYPES[1], SHAPES["ragged"], "plain")
+    wide = call._replace(parameters=[value.double() for value in call.parameters])
+    grad = torch.randn(3, 2, 5, 24).to(DTYPES[1])
+    narrow, results = (
+        [*run(results_of, None, case), *run(gradients_of, grad, case, False)[1:]]
+        for case in (call, wide)
+    )
+    dtypes = [DTYPES[1], torch.float32, torch.float32, *([torch.float64] * len(call.parameters))]
+    assert [value.dtype for value in results] == dtypes
+    for ours, expected in zip(results, narrow):
+        if expected.numel():
+            margin = EPS[DTYPES[1]] * float(expected.abs().max())
+            torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0, atol=margin)
 
 
 def test_an_fp64_table_is_rejected_by_name():

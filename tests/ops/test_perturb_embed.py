@@ -151,6 +151,28 @@ def test_a_shift_too_small_for_the_outputs_dtype_is_measured_all_the_same(family
     torch.testing.assert_close(shift.double(), expected.detach(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_the_results_do_not_depend_on_torchs_default_dtype(family, default):
+    transform = transform_of(family, dtype=torch.float32)
+    arguments, leaf = inputs("ids", dtype=torch.float32)
+    upstream = torch.randn(4, 2, 7, 12)
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            out, shift = ops.perturb_embed(*arguments, transform, 5, 4, return_shift=True)
+            leaves = [leaf, *transform.parameters()]
+            psi = ops.perturb_embed_per_sample_grad(upstream, *arguments, transform, 5, 4)
+            gradients = torch.autograd.grad(out, leaves, upstream)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([out, shift, *gradients, *psi.values()])
+    for expected, ours in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
 def test_the_shift_has_no_gradient_and_changes_none():
     transform = transform_of("mlp")
     arguments, leaf = inputs("embeddings")

@@ -25,7 +25,7 @@ from fastperturb.ops.calls import EmbedCall, Embedded
 def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
     shape = (call.samples.shape[0], *call.positions.shape)
     out = call.table.new_empty((*shape, call.table.shape[-1]))
-    squared_shift = torch.empty(shape) if want_shift else None
+    squared_shift = out.new_empty(shape, dtype=torch.float32) if want_shift else None
     inputs = _Inputs.of(call)
     projected = inputs.project()
     if out.numel():
@@ -120,7 +120,7 @@ class _Inputs:
         if self.family == "gated":
             return e @ (self.parameters[1] / self.embed_rms)
         A, _, b, _ = self.parameters
-        return torch.addmm(b, e, A / self.embed_rms)
+        return (e @ (A / self.embed_rms)).add_(b)
 
     def per_token(self, projected: Tensor | None) -> Tensor | None:
         """Return gated's gain rho (1 + tanh(P C)) [N, D], or mlp's hidden layer P at z = 0."""
