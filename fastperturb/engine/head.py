@@ -28,7 +28,7 @@ class LabelHead:
         # states, saves a copy.
         self._target = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # [B T]
         self._labelled: LabelledTokens | None = None
-        if not _is_capturing(labels.device):
+        if _is_worth_a_wait(labels.device):
             self._labelled = LabelledTokens(self._target != IGNORED)
         self._cast: Tensor | None = None
 
@@ -75,6 +75,12 @@ def _before_last(log_probs: Tensor, hidden: Tensor) -> Tensor:
     return log_probs.view(hidden.shape[:-1])[:, :, :-1].contiguous()
 
 
-def _is_capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph records this stream, which nothing may then wait for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _is_worth_a_wait(device: torch.device) -> bool:
+    """Return whether to tell the head which tokens have labels.
+
+    On a CPU it finds them by itself, at less cost than it takes to check what it is told. Nothing
+    may wait for a stream that a CUDA graph records.
+    """
+    if device.type == "cpu":
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())

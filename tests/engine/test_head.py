@@ -63,7 +63,8 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Order tokens by the code that a GPU runs."""
+    """Find the tokens with labels, and order tokens, by the code that a GPU runs."""
+    monkeypatch.setattr(head, "_is_worth_a_wait", lambda device: True)
     for module in (labelled, packed):
         monkeypatch.setattr(module, "true_first", host_copy.sorted_by_truth)
 
@@ -121,9 +122,17 @@ def test_unlabelled_tokens_cost_the_head_no_flops():
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 @pytest.mark.parametrize("plan", ["chunked", "resample"])
-def test_a_batch_waits_once_for_its_labelled_tokens(plan, chunk_size, reads, head_calls):
+def test_a_batch_waits_once_for_its_labelled_tokens(
+    plan, chunk_size, reads, head_calls, as_on_a_gpu
+):
     loss_and_gradients(wrapped(plan, chunk_size=chunk_size), masked(0.6))
     assert len(reads) == 1 and len(head_calls) > 1
+
+
+def test_a_head_on_a_cpu_finds_the_labelled_tokens_by_itself(reads, head_calls):
+    loss_and_gradients(wrapped("chunked", chunk_size=2), masked(0.6))
+    assert head_calls and not reads
+    assert all(call.labelled is None for call in head_calls)
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "quadratic"])
@@ -134,7 +143,7 @@ def test_a_batch_without_labels_has_no_loss_and_no_gradient(estimator, as_on_a_g
     assert all((gradient == 0).all() for gradient in gradients.values())
 
 
-def test_tokens_are_not_gathered_where_nearly_all_have_labels(head_calls):
+def test_tokens_are_not_gathered_where_nearly_all_have_labels(head_calls, as_on_a_gpu):
     loss_and_gradients(wrapped("batched"), masked(0.0, size=2, length=64))
     assert all(call.labelled is None for call in head_calls)
 
