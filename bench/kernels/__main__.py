@@ -6,6 +6,7 @@ that is installed.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -23,18 +24,20 @@ from bench.kernels.costs import BANDWIDTHS, Cost
 from fastperturb import runs
 
 CAPABILITY = 90
+NARROWER = 2048
 RESOURCES = ("registers", "stack", "shared", "warps", "blocks_per_sm")
 
 
 def predictions() -> dict[str, Any]:
+    device, sizes = torch.device("meta"), calls.Sizes()
+    narrower = dataclasses.replace(sizes, D=NARROWER)  # fewer flops, as many logits
     kernels, totals = [], []
-    for case in calls.Calls(torch.device("meta"), calls.Sizes()).cases():
-        with ahead_of_time.recorded(CAPABILITY) as launches, costs.TorchCosts() as torchs:
-            case.run()
-        rows = [row(case, group) for group in ahead_of_time.by_kernel(launches).values()]
+    for case in calls.Calls(device, sizes).cases():
+        rows, call = predicted(case)
         kernels += rows
-        totals.append(total(case, launches, rows, torchs))
-        print(f"{case.op}: {case.name}", file=sys.stderr)
+        totals.append(call)
+    for case in calls.Calls(device, narrower).head_cases():
+        totals.append(predicted(case)[1] | {"call": f"{case.name}, D = {NARROWER}"})
     return {
         **runs.provenance(),
         "device": f"predicted for sm_{CAPABILITY}, {costs.MULTIPROCESSORS} multiprocessors",
@@ -42,6 +45,15 @@ def predictions() -> dict[str, Any]:
         "kernels": kernels,
         "calls": totals,
     }
+
+
+def predicted(case: calls.Case) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the rows of a call's kernels, and that of the call."""
+    with ahead_of_time.recorded(CAPABILITY) as launches, costs.TorchCosts() as torchs:
+        case.run()
+    rows = [row(case, group) for group in ahead_of_time.by_kernel(launches).values()]
+    print(f"{case.op}: {case.name}", file=sys.stderr)
+    return rows, total(case, launches, rows, torchs)
 
 
 def row(case: calls.Case, launches: list[ahead_of_time.Launch]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Calls:
     def cases(self) -> Iterator[Case]:
         """Yield the calls; the inputs of each are allocated when it is reached."""
         yield from self._embed_cases()
-        yield from self._head_cases()
+        yield from self.head_cases()
         yield from self._combine_cases()
 
     def _embed_cases(self) -> Iterator[Case]:
@@ -103,7 +103,7 @@ class Calls:
             antithetic=False,
         )
 
-    def _head_cases(self) -> Iterator[Case]:
+    def head_cases(self) -> Iterator[Case]:
         size, device = self.sizes, self.device
         rows = size.B * size.T
         weight, hidden = self._normal(size.V, size.D), self._normal(rows, size.D)
