@@ -185,7 +185,7 @@ def change(layout: Layout, rest: Tensor) -> Tensor:
             "H": H,
             "BT": BT,
         },
-        num_warps=4,
+        num_warps=8,
     )
     return result
 
