@@ -3,7 +3,8 @@
     naive        F.linear and cross-entropy (quadratic: softmaxes and their sums), autograd
     compiled     the same under torch.compile
     torch_lce    torch's own chunked F.linear_cross_entropy; its sum only, all rows alike
-    liger, cce   liger-kernel's and cut-cross-entropy's heads, on GPUs, where installed
+    liger, liger_scaled, cce   liger-kernel's heads (the sum only; per-token losses) and
+                 cut-cross-entropy's, on GPUs, where installed
     fused        on GPUs, where it can run: ours by the GEMM with a fused epilogue
     logprob      beside the quadratic op: linear_logprob on the same rows
     floor        the bare GEMMs of all rows at once, as torch.mm does them: one forward, two for a
@@ -172,6 +173,14 @@ def _peers(
             return torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, leaves)
 
         peers["liger"] = liger
+        if importlib.util.find_spec("liger_kernel.ops.fused_linear_scaled_cross_entropy"):
+            from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+                LigerFusedLinearScaledCrossEntropyFunction as LigerScaled,
+            )
+
+            peers["liger_scaled"] = lambda: torch.autograd.grad(
+                LigerScaled.apply(hidden, weight, target), leaves, upstream
+            )
     if hidden.device.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
 
