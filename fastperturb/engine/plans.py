@@ -78,9 +78,33 @@ def _chunked(run: Run, samples: Tensor, passes: int) -> Pass:
 
 @untraced  # the compiler takes no checkpoint with contexts like ours
 def _recomputed(run: Run, parts: tuple[Tensor, ...]) -> Pass:
-    return joined(
-        [checkpoint(run, part, use_reentrant=False, context_fn=_contexts) for part in parts]
-    )
+    return joined([_checkpointed(run, part) for part in parts])
+
+
+def _checkpointed(run: Run, part: Tensor) -> Pass:
+    """Run a part as a checkpointed region, which an error of the first pass leaves as a result.
+
+    Torch below 2.13 would keep the region's hooks and contexts open for as long as the error's
+    traceback lives, and an `except` that tries again would run inside them.
+    """
+    errors: list[Exception] = []
+    is_first = True
+
+    def region(part: Tensor) -> Pass | None:
+        nonlocal is_first
+        if not is_first:
+            return run(part)
+        is_first = False
+        try:
+            return run(part)
+        except Exception as error:
+            errors.append(error)
+            return None
+
+    result = checkpoint(region, part, use_reentrant=False, context_fn=_contexts)
+    if errors:
+        raise errors.pop()
+    return result
 
 
 def _contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

@@ -10,8 +10,9 @@ from batches import batch, labelled, row_of
 from tiny import llama, perturbed, with_lora
 
 import fastperturb
-from fastperturb import EditConfig, estimators
+from fastperturb import EditConfig, PerturbConfig, estimators, wrap
 from fastperturb.engine import memory, plans
+from fastperturb.engine.head import LabelHead
 from fastperturb.ops import head_blocks
 
 M, B, T = 6, 3, 9
@@ -329,3 +330,19 @@ def test_importing_the_planner_does_not_import_the_compiler():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
+
+
+def test_a_chunk_that_raised_leaves_the_gradients_of_the_next_call_alone(monkeypatch):
+    """Its traceback is alive, as in an `except` that tries again."""
+    base = llama().train().requires_grad_(False)  # the head keeps a gradient for the backward
+    lm = wrap(base, PerturbConfig(plan="chunked", chunk_size=1))
+    ids = torch.randint(97, (2, 8))
+    with pytest.raises(torch.OutOfMemoryError) as alive, monkeypatch.context() as patched:
+        patched.setattr(LabelHead, "log_probs", _out_of_memory)
+        lm(input_ids=ids, labels=ids, seed=1)
+    loss = lm(input_ids=ids, labels=ids, seed=1).loss
+    assert torch.autograd.grad(loss, lm.transform.U)[0].isfinite().all(), alive
+
+
+def _out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("none left")
