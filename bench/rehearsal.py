@@ -281,7 +281,10 @@ def part_in_a_process(part: str, folder: Path) -> int:
     if part == "stages":
         module, options = "bench.rehearsal", ["--part", part, "--output-dir", str(folder)]
     elif part == "tests":
-        options += [*gpu.TESTS, *(f"--ignore={file}" for file in INTERPRETER_ONLY + CARD_ONLY)]
+        options += [
+            *(test for test in gpu.TESTS if test not in CARD_ONLY),
+            *(f"--ignore={file}" for file in INTERPRETER_ONLY),
+        ]
     else:
         options += ["tests/kernels", "-q", "-m", "not gpu and not slow", "-W", "default"]
         options += ["--ignore=tests/kernels/test_interpreter.py"]
