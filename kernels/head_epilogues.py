@@ -33,13 +33,6 @@ def _halves(b_tile):
 
 
 @triton.jit
-def target_columns(target_ptr, b_row, b_mask, first, width):
-    """Each row's target as a column of the `width` entries from `first` on, -1 if elsewhere."""
-    b_column = tl.load(target_ptr + b_row, mask=b_mask, other=-1) - first
-    return tl.where((b_column >= 0) & (b_column < width), b_column, -1).to(tl.int32)
-
-
-@triton.jit
 def uneven_quarters(b_target, width, W: tl.constexpr):
     """A bit for each quarter of W columns that holds a target, or columns from `width` on."""
     b_bit = tl.where(b_target >= 0, 1 << (tl.maximum(b_target, 0) // W), 0)
@@ -70,16 +63,17 @@ def softmax_quarter(
     """
     W: tl.constexpr = b_products.shape[1]
     b_column = tl.arange(0, W)[None, :]
-    b_l = _logits(b_products, column + b_column, logit_options)
+    bias_ptr, v, scale, softcap = logit_options
+    b_l = tiles.logits_of(b_products, bias_ptr, column + b_column, v, scale, softcap)
     if uneven:
         b_at_target = b_column == b_target[:, None]
         b_target_logit = tl.sum(tl.where(b_at_target, b_l, 0.0), 1)
         tl.store(b_target_logit_ptr, b_target_logit, mask=(b_target >= 0) & (b_target < W))
-        b_is_other = (column + b_column < logit_options[1]) & (b_at_target == 0)
+        b_is_other = (column + b_column < v) & (b_at_target == 0)
         b_l = tl.where(b_is_other, b_l, -float("inf"))
     b_q = _exp(b_l - b_ref[:, None], FAST)
     if weights is not None:
-        b_weights = tiles.through_softcap(b_q, b_l, logit_options[3])
+        b_weights = tiles.through_softcap(b_q, b_l, softcap)
         weights.store([row, column], b_weights.to(weights.dtype))
     return tl.sum(b_q, 1), tl.max(b_l, 1)
 
@@ -100,27 +94,15 @@ def grad_quarter(
 ):
     """Store out = factor * slope * (e_y - p); 0 beyond the entries, and in rows of factor 0."""
     b_column = tl.arange(0, b_products.shape[1])[None, :]
-    b_l = _logits(b_products, column + b_column, logit_options)
+    bias_ptr, v, scale, softcap = logit_options
+    b_l = tiles.logits_of(b_products, bias_ptr, column + b_column, v, scale, softcap)
     b_grad = -_exp(b_l - b_lse[:, None] - b_rounding[:, None], FAST)
     if uneven:
         b_grad = tl.where(b_column == b_target[:, None], b_grad + 1.0, b_grad)
-        b_grad = tl.where(column + b_column < logit_options[1], b_grad, 0.0)
-    b_grad = tiles.through_softcap(b_grad * b_factor[:, None], b_l, logit_options[3])
+        b_grad = tl.where(column + b_column < v, b_grad, 0.0)
+    b_grad = tiles.through_softcap(b_grad * b_factor[:, None], b_l, softcap)
     b_grad = tl.where(b_factor[:, None] != 0, b_grad, 0.0)
     out.store([row, column], b_grad.to(out.dtype))
-
-
-@triton.jit
-def _logits(b_products, b_v, logit_options):
-    bias_ptr, v, scale, softcap = logit_options
-    b_l = b_products
-    if bias_ptr is not None:
-        b_l += tl.load(bias_ptr + b_v, mask=b_v < v, other=0.0).to(tl.float32)
-    if scale is not None:
-        b_l *= scale
-    if softcap is not None:
-        b_l = softcap * maths.tanh(b_l * (1.0 / softcap))
-    return b_l
 
 
 @triton.jit

@@ -117,7 +117,8 @@ def head_gemm_kernel(
         b_row = row + tl.arange(0, BM)
         b_mask = b_row < n
         width = tl.minimum(v - column, BN)
-        b_target = epilogues.target_columns(target_ptr, b_row, b_mask, start + column, width)
+        b_target = tl.load(target_ptr + b_row, mask=b_mask, other=-1)
+        b_target = tiles.column_from(b_target, start + column, width)
         uneven = epilogues.uneven_quarters(b_target, width, BN // 4)
         logit_options = bias_ptr, v, scale, softcap
         b_quarters = epilogues.quarters(b_products)

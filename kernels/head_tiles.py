@@ -24,16 +24,25 @@ def logits(b_products_ptr, bias_ptr, b_v, b_mask, v, scale, softcap, PADDING: tl
     -inf outside the mask and in padding. The mask of the load ignores padding, so that it falls on
     multiples of 64 columns and the load stays wide.
     """
-    b_l = tl.load(b_products_ptr, mask=b_mask, other=0.0)
-    if bias_ptr is not None:
-        b_l += tl.load(bias_ptr + b_v, mask=b_v < v - PADDING, other=0.0).to(tl.float32)
-    b_l *= scale
-    if softcap is not None:
-        b_l = softcap * maths.tanh(b_l * (1.0 / softcap))
+    b_products = tl.load(b_products_ptr, mask=b_mask, other=0.0)
+    b_l = logits_of(b_products, bias_ptr, b_v, v - PADDING, scale, softcap)
     if PADDING == 0:
         return tl.where(b_mask, b_l, -float("inf"))
     else:
         return tl.where(b_mask & (b_v < v - PADDING), b_l, -float("inf"))
+
+
+@triton.jit
+def logits_of(b_products, bias_ptr, b_v, entries, scale, softcap):
+    """The logits of products; scale None is 1."""
+    b_l = b_products
+    if bias_ptr is not None:
+        b_l += tl.load(bias_ptr + b_v, mask=b_v < entries, other=0.0).to(tl.float32)
+    if scale is not None:
+        b_l *= scale
+    if softcap is not None:
+        b_l = softcap * maths.tanh(b_l * (1.0 / softcap))
+    return b_l
 
 
 @triton.jit
@@ -56,7 +65,13 @@ def through_softcap(b_grad, b_l, softcap):
 @triton.jit
 def target_column(target_ptr, token, start, v):
     """The target's column in the block that starts at entry `start`, -1 if it lies elsewhere."""
-    column = tl.load(target_ptr + token) - start
+    return column_from(tl.load(target_ptr + token), start, v)
+
+
+@triton.jit
+def column_from(target, start, v):
+    """The number of a target among the v entries from `start` on, -1 if it is none of them."""
+    column = target - start
     return tl.where((column >= 0) & (column < v), column, -1).to(tl.int32)
 
 
