@@ -68,29 +68,26 @@ def assert_fits(rows: list[dict[str, Any]], *, warps_per_sm: int, stack: int = 0
 @contextlib.contextmanager
 def recorded(cc: int) -> Iterator[list[Launch]]:
     """Collect launches instead of making them, as for a device of compute capability cc."""
-    launches: list[Launch] = []
-
-    def record(kernel: Any, grid: Any, arguments: dict[str, Any], **options: int) -> None:
-        if all(grid):
-            launches.append(Launch(kernel, grid, arguments, options))
-
-    start, capability = launch.start, launch.capability
-    launch.start, launch.capability = record, lambda device: cc // 10
+    capability = launch.capability
+    launch.capability = lambda device: cc // 10
     try:
-        yield launches
+        with observed(make=False) as launches:
+            yield launches
     finally:
-        launch.start, launch.capability = start, capability
+        launch.capability = capability
 
 
 @contextlib.contextmanager
-def observed() -> Iterator[list[Launch]]:
-    """Collect launches while they are made."""
+def observed(*, make: bool = True) -> Iterator[list[Launch]]:
+    """Collect the launches of a call; make them too, unless told not to."""
     launches: list[Launch] = []
     start = launch.start
 
     def observe(kernel: Any, grid: Any, arguments: dict[str, Any], **options: int) -> None:
-        launches.append(Launch(kernel, grid, arguments, options))
-        start(kernel, grid, arguments, **options)
+        if all(grid):
+            launches.append(Launch(kernel, grid, arguments, options))
+        if make:
+            start(kernel, grid, arguments, **options)
 
     launch.start = observe
     try:
@@ -128,12 +125,18 @@ def compile_launch(launched: Launch, cc: int) -> Any:
     return launched.kernel.run(grid=(1,), warmup=True, **launched.arguments, **launched.options)
 
 
-def resources(compiled_kernel: Any, cc: int) -> dict[str, Any]:
+def dumped(cubin: bytes, option: str) -> str:
+    """Return what Triton's cuobjdump prints of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled_kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        command = [tool, option, file.name]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+
+
+def resources(compiled_kernel: Any, cc: int) -> dict[str, Any]:
+    text = dumped(compiled_kernel.asm["cubin"], "-res-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     ptx, metadata = compiled_kernel.asm["ptx"], compiled_kernel.metadata
     warps, shared = metadata.num_warps, metadata.shared

@@ -74,10 +74,7 @@ def row(case: calls.Case, launches: list[ahead_of_time.Launch]) -> dict[str, Any
         "milliseconds": [cost.milliseconds(bandwidth) for bandwidth in BANDWIDTHS],
         "limit": cost.limit,
         "compile_seconds": seconds,
-        **{
-            key: resources[key]
-            for key in ("registers", "stack", "shared", "warps", "blocks_per_sm")
-        },
+        **{name: resources[name] for name in RESOURCES},
     }
 
 

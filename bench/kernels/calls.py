@@ -119,7 +119,7 @@ class Calls:
 
         def logprob(fused: ModuleType | None, want_grad_hidden: bool) -> Any:
             # Without a device the fused head cannot read its flag, which it does at its end.
-            unread = contextlib.suppress(NotImplementedError, RuntimeError)
+            unread = contextlib.suppress(NotImplementedError)
             with unread if device.type == "meta" else contextlib.nullcontext():
                 want = {"want_grad_hidden": want_grad_hidden, "want_entropy": False}
                 return head_blocks.linear_logprob(head(fused), hidden, labels, **want)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +30,20 @@ ISSUE = MULTIPROCESSORS * 4 * 1.75e9  # instructions a second that warps issue: 
 Arguments = dict[str, Any]
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """The work of one launch, or of many."""
 
     bytes: float = 0
     flops: float = 0
     instructions: float = 0  # of warps
 
-    def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
-        return Cost(*(mine + more for mine, more in zip(self, other, strict=True)))
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.bytes + other.bytes,
+            self.flops + other.flops,
+            self.instructions + other.instructions,
+        )
 
     def milliseconds(self, bandwidth: float) -> float:
         return 1e3 * max(self.seconds(bandwidth).values())
@@ -59,15 +65,14 @@ class Cost(NamedTuple):
 def of_launch(launched: Launch, compiled_kernel: Any) -> Cost:
     """Return the cost of a launch of one of our kernels."""
     name, arguments = launched.kernel.fn.__name__, launched.arguments
-    moved, flops = _bytes(name, arguments), 0.0
+    transferred = _bytes(name, arguments)
     if name == "head_gemm_kernel":
         # The epilogue of a tile of 128 x 256, about 2300 cycles, comes after its 16 D of products.
-        return Cost(moved, head_gemm_flops(launched) * (1 + 2300 / (16 * arguments["D"])))
-    if name in _FLOPS:
-        flops = _FLOPS[name](arguments)
+        return Cost(transferred, head_gemm_flops(launched) * (1 + 2300 / (16 * arguments["D"])))
+    flops = _FLOPS[name](arguments) if name in _FLOPS else 0
     trips = _TRIPS[name](arguments) if name in _TRIPS else ()
     warps = math.prod(launched.grid) * compiled_kernel.metadata.num_warps
-    return Cost(moved, flops, warps * sass.issued(compiled_kernel, trips))
+    return Cost(transferred, flops, warps * sass.issued(compiled_kernel, trips))
 
 
 def head_gemm_flops(launched: Launch) -> float:
@@ -95,12 +100,12 @@ class TorchCosts(TorchDispatchMode):
         inputs = () if func in _GATHERS else (args, kwargs)  # those read as much as they write
         leaves = (leaf for leaf in tree_leaves((inputs, result)) if isinstance(leaf, Tensor))
         tensors = {id(leaf): leaf for leaf in leaves}.values()
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        transferred = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if is_product:
             *_, left, right = (arg for arg in args if isinstance(arg, Tensor))
-            self.products.append(Cost(moved, _tiled_flops(left, right)))
+            self.products.append(Cost(transferred, _tiled_flops(left, right)))
         else:
-            self.others.append(Cost(moved))
+            self.others.append(Cost(transferred))
         return result
 
 
@@ -133,24 +138,23 @@ def _tiled_flops(left: Tensor, right: Tensor) -> float:
 
 
 def _bytes(name: str, arguments: Arguments) -> int:
-    values = [
-        (key, getattr(value, "base", value))  # a descriptor's tensor
-        for key, value in arguments.items()
-        if isinstance(value, Tensor) or hasattr(value, "base")
-    ]
-    moved = 0
-    for key, tensor in values:  # one that is named twice is read and written
-        if key in _IN_CACHE.get(name, ()):
-            continue
-        count = tensor.numel() if 0 not in tensor.stride() else 0  # an expanded view is small
-        if key == "table_ptr":  # a row for each token
-            count = arguments["N"] * arguments["D"]
-        if name in _WITHOUT_TABLE.get(arguments.get("FAMILY"), ()) and key == "table_ptr":
-            count = 0
-        if key == "weight_ptr":  # the targets' rows
-            count = arguments["total_ptr"].numel() if arguments["total_ptr"] is not None else 0
-        moved += count * tensor.element_size()
-    return moved
+    """Add up the tensors of a launch. One that is named twice is read and written."""
+    total = 0
+    for key, value in arguments.items():
+        tensor = getattr(value, "base", value)  # a descriptor's tensor
+        if isinstance(tensor, Tensor) and key not in _IN_CACHE.get(name, ()):
+            total += _count(key, tensor, arguments) * tensor.element_size()
+    return total
+
+
+def _count(key: str, tensor: Tensor, arguments: Arguments) -> int:
+    """Return the entries of a tensor that a launch reads or writes."""
+    if key == "table_ptr":  # a row for each token; lowrank, gated and mlp sum without it
+        needless = "grad_U_ptr" in arguments and arguments["FAMILY"] != "affine"
+        return 0 if needless else arguments["N"] * arguments["D"]
+    if key == "weight_ptr":  # the targets' rows
+        return 0 if arguments["total_ptr"] is None else arguments["total_ptr"].numel()
+    return 0 if 0 in tensor.stride() else tensor.numel()  # an expanded view is small
 
 
 # Tensors of a launch that need not go through DRAM: they are in L2, or touched in a few rows.
@@ -163,10 +167,6 @@ _IN_CACHE: dict[str, set[str]] = {
     "hidden_backward_kernel": {"change_ptr", "grad_gelu_ptr"},
     "online_softmax_kernel": {"total_ptr"},
     "merge_kernel": {"total_ptr"},
-}
-# Families whose sums need no embeddings.
-_WITHOUT_TABLE: dict[str | None, set[str]] = {
-    family: {"outer_kernel"} for family in ("lowrank", "gated", "mlp")
 }
 
 

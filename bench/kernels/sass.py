@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import triton
+from bench import ahead_of_time
 
-_DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+\s+)?([A-Z][^;]*);")
 _BRANCH = re.compile(r"BRA.*0x([0-9a-f]+)")
 
@@ -38,11 +34,7 @@ def issued(compiled_kernel: Any, trips: Sequence[float]) -> float:
 @functools.cache
 def disassembled(cubin: bytes) -> list[tuple[int, str]]:
     """Return the address and the text of each instruction."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_DISASSEMBLER, "-sass", file.name]
-        text = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+    text = ahead_of_time.dumped(cubin, "-sass")
     return [(int(address, 16), code) for address, _, code in _INSTRUCTION.findall(text)]
 
 
