@@ -81,9 +81,9 @@ def resample(
     drawn = resampled.drawn
     index = drawn.view(*drawn.shape, *[1] * (log_probs.ndim - 2)).expand_as(resampled.weights)
     weights = resampled.weights.new_zeros(log_probs.shape)
-    for once in range(len(index)):  # one by one: a GPU adds to a sample drawn twice in any order
-        here = slice(once, once + 1)
-        weights.scatter_add_(0, index[here], resampled.weights[here])
+    # One by one: a GPU adds to a sample drawn twice in any order.
+    for one_index, one_weight in zip(index.split(1), resampled.weights.split(1), strict=True):
+        weights.scatter_add_(0, one_index, one_weight)
     return _WithGradient.apply(log_probs, resampled.value, weights), weights
 
 

@@ -154,7 +154,8 @@ def warm_up(compute):
     torch.cuda.current_stream().wait_stream(side)
 
 
-def test_an_op_in_a_cuda_graph_gives_on_new_inputs_what_it_gives_without(case):
+def assert_replays(case):
+    """A CUDA graph of the case gives on new inputs what it gives without."""
     case.refill(0)
     warm_up(case)
     graph = torch.cuda.CUDAGraph()
@@ -164,6 +165,10 @@ def test_an_op_in_a_cuda_graph_gives_on_new_inputs_what_it_gives_without(case):
         case.refill(seed)
         graph.replay()
         assert_same(captured, case())
+
+
+def test_an_op_in_a_cuda_graph_gives_on_new_inputs_what_it_gives_without(case):
+    assert_replays(case)
 
 
 def test_an_op_on_a_side_stream_waits_for_that_stream_only(case):
@@ -215,15 +220,7 @@ def step_case(plan, estimator, *, share_ignored=0.0):
 @pytest.mark.parametrize("estimator", ["iwae", "quadratic"])
 def test_a_step_in_a_cuda_graph_gives_on_new_inputs_what_it_gives_without(estimator, quiet_masks):
     case = step_case("batched", estimator)
-    case.refill(0)
-    warm_up(case)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = case()
-    for seed in (1, 2):
-        case.refill(seed)
-        graph.replay()
-        assert_same(captured, case())
+    assert_replays(case)
 
 
 @pytest.mark.parametrize("share_ignored", [0.0, 0.6])

@@ -151,7 +151,9 @@ class RunningSoftmax(NamedTuple):
         """Return views of some rows."""
         if part == slice(0, self.peak.shape[0]):
             return self
-        return RunningSoftmax(*(None if value is None else value[part] for value in self))  # type: ignore[arg-type]
+        entropy_sum = None if self.entropy_sum is None else self.entropy_sum[part]
+        peak, other_sum, target_logit = (value[part] for value in self[:3])
+        return RunningSoftmax(peak, other_sum, target_logit, entropy_sum)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the log-probs, the log of sum q, and sum q."""

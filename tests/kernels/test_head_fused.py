@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_oracle import DEVICE, HALF, MARKS, assert_as_good
+from kernel_oracle import DEVICE, HALF, INTERPRETED, MARKS, assert_as_good
 
 from fastperturb.kernels import head_gemm, head_rows, launch
 from fastperturb.ops import head_blocks, head_gradients, reference
@@ -28,7 +28,7 @@ OPTIONS = {
     "everything": {"softcap": 20.0, "logit_scale": 1.3, "valid_vocab": 353, "ignore_index": -1},
 }
 # Weights of a softmax in fp16, the interpreter's dtype, are never fused.
-FUSES_WEIGHTS = HALF == torch.bfloat16  # noqa: SIM300
+FUSES_WEIGHTS = not INTERPRETED
 
 
 @pytest.fixture(autouse=True)

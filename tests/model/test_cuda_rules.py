@@ -1,4 +1,4 @@
-"""The same seed gives the same bits on CUDA, and nothing raises for want of a fixed order there."""
+"""The same seed gives the same bits on CUDA, and deterministic algorithms raise nothing."""
 
 import batches
 import cuda_rules
