@@ -15,9 +15,15 @@ SCOPES = ("token", "sequence")
 MARGINALS = ("token", "sequence")
 ESTIMATORS = ("jensen", "iwae", "jvi", "jvi_clip", "resample", "sumo", "mlmc", "quadratic")
 PLANS = ("auto", "batched", "chunked", "resample")
+SAMPLINGS = ("independent", "antithetic", "stratified")
+# The numbers of samples that a stratified group can have.
+GROUP_SIZES = tuple(2**k for k in range(1, 9))
 
-# These combine samples as if they were independent; an antithetic pair is not.
+# These combine samples as if they were independent. An antithetic pair is not; stratified groups
+# are, and these take them as their units.
 INDEPENDENT_SAMPLES = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
+# Under these, samples are stratified unless the config says otherwise.
+STRATIFIED_BY_DEFAULT: tuple[str, ...] = ()
 # These can be mixed in one loss: their values come from all samples of one pass.
 MIXABLE = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
 # These compare samples with each other: one sample leaves nothing to compare.
@@ -61,8 +67,14 @@ class PerturbConfig:
     min_scale: float = 0.0
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
-    antithetic: bool = False
-    """Draw the samples in pairs z, -z."""
+    sampling: str | None = None
+    """Joint law of the samples: independent, antithetic (pairs z, -z) or stratified (in groups)."""
+
+    group_size: int | None = None
+    """Number of samples in a stratified group; None means the largest that num_samples allows."""
+
+    antithetic: bool | None = None
+    """Old spelling of sampling: True is antithetic, False is independent."""
 
     deterministic: bool = False
     """Hold z at one value for all tokens: a control with the same parameters and no randomness."""
@@ -86,14 +98,9 @@ class PerturbConfig:
         if self.chunk_size is not None:
             _require_count("chunk_size", self.chunk_size, or_none=True)
         check_backward_samples(self.backward_samples, self.num_samples)
-        for name in ("antithetic", "deterministic"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.antithetic and self.deterministic:
-            raise ValueError(
-                "antithetic=True draws samples in pairs, and deterministic=True has only one: "
-                "use one of the two"
-            )
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
+        self._check_sampling()
         _require_scale("init_scale", self.init_scale, positive=True)
         _require_scale("min_scale", self.min_scale, positive=False)
         if "quadratic" in self.equations and self.marginal == "sequence":
@@ -108,8 +115,74 @@ class PerturbConfig:
                 "use estimator='iwae' or 'resample', or another plan of "
                 f"{tuple(plan for plan in PLANS if plan != 'resample')}"
             )
-        for name in self.equations:
-            check_num_samples(name, self.num_samples, antithetic=self.antithetic)
+        self.strata()
+
+    def _check_sampling(self) -> None:
+        if self.antithetic is not None:
+            if not isinstance(self.antithetic, bool):
+                raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
+            spelled = "antithetic" if self.antithetic else "independent"
+            if self.sampling is None:
+                object.__setattr__(self, "sampling", spelled)
+            elif self.antithetic != (self.sampling == "antithetic"):
+                raise ValueError(
+                    f"antithetic={self.antithetic} is the old spelling of sampling={spelled!r}, "
+                    f"got sampling={self.sampling!r} as well: leave antithetic unset"
+                )
+            object.__setattr__(self, "antithetic", None)
+        if self.sampling is not None:
+            _require_choice("sampling", self.sampling, SAMPLINGS)
+        if self.sampling in ("antithetic", "stratified") and self.deterministic:
+            raise ValueError(
+                f"sampling={self.sampling!r} draws samples that differ, and deterministic=True has "
+                "only one: use one of the two"
+            )
+        if self.group_size is None:
+            return
+        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
+            raise ValueError(
+                f"group_size must be one of {GROUP_SIZES} or None, got {self.group_size!r}"
+            )
+        if self.sampling != "stratified":
+            raise ValueError(
+                f"group_size={self.group_size} is of sampling='stratified', got "
+                f"sampling={self.sampling!r}"
+            )
+
+    @property
+    def draws_pairs(self) -> bool:
+        """True if samples come in antithetic pairs."""
+        return self.sampling == "antithetic"
+
+    def strata(self, num_samples: int | None = None) -> int:
+        """Return the number of samples in a stratified group, 1 if samples are independent.
+
+        num_samples: of the call, default the config's. Raises where the estimators cannot use it.
+        """
+        count = self.num_samples if num_samples is None else num_samples
+        names = tuple(self.equations)
+        min_groups = 2 if any(name in INDEPENDENT_SAMPLES for name in names) else 1
+        size = 1
+        if self.sampling is not None or all(name in STRATIFIED_BY_DEFAULT for name in names):
+            size = self.strata_of_mean(count, min_groups)
+        for name in names:
+            check_num_samples(name, count, antithetic=self.draws_pairs)
+        return size
+
+    def strata_of_mean(self, num_samples: int, min_groups: int = 1) -> int:
+        """Return `strata` for samples that are averaged, whatever the estimators are.
+
+        min_groups: how many groups there must be; what compares independent units needs two.
+        """
+        check_num_samples("iwae", num_samples, antithetic=self.draws_pairs)
+        if self.sampling == "stratified":
+            size = self.group_size or largest_group(num_samples, min_groups)
+            if size == 1 or num_samples % size or num_samples // size < min_groups:
+                raise ValueError(_no_group(num_samples, min_groups, self.group_size))
+            return size
+        if self.sampling is None and STRATIFIED_BY_DEFAULT and not self.deterministic:
+            return largest_group(num_samples, min_groups)
+        return 1
 
     @property
     def equations(self) -> dict[str, float]:
@@ -138,6 +211,24 @@ _CHOICES = {
 }
 
 
+def largest_group(num_samples: int, min_groups: int = 1) -> int:
+    """Return the size of the largest groups that samples split into, 1 if there is none."""
+    sizes = (size for size in GROUP_SIZES if num_samples % size == 0)
+    return max((size for size in sizes if num_samples // size >= min_groups), default=1)
+
+
+def _no_group(num_samples: int, min_groups: int, group_size: int | None) -> str:
+    """Return the error of a number of samples that does not split into the groups needed."""
+    size = "even" if group_size is None else f"a multiple of group_size={group_size}"
+    needed = f"num_samples must be {size} with sampling='stratified'"
+    if min_groups > 1:
+        needed += (
+            f", and at least {(group_size or 2) * min_groups} for {min_groups} groups, which "
+            f"{INDEPENDENT_SAMPLES}, jackknifes and Monte-Carlo errors compare"
+        )
+    return f"{needed}; got {num_samples}: change it, group_size or sampling"
+
+
 def _check_mixture(estimator: Mapping[Any, Any]) -> None:
     if not estimator:
         raise ValueError(f"estimator must name at least one of {MIXABLE}, got {estimator!r}")
@@ -158,14 +249,15 @@ def check_num_samples(estimator: str, num_samples: int, *, antithetic: bool = Fa
         )
     if antithetic and num_samples % 2:
         raise ValueError(
-            f"num_samples must be even with antithetic=True (samples come in pairs z, -z), "
+            "num_samples must be even with sampling='antithetic' (samples come in pairs z, -z), "
             f"got {num_samples}"
         )
     if antithetic and estimator in INDEPENDENT_SAMPLES:
         allowed = tuple(name for name in ESTIMATORS if name not in INDEPENDENT_SAMPLES)
         raise ValueError(
-            f"antithetic=True pairs the samples, but estimator={estimator!r} needs independent "
-            f"ones; use antithetic=False or an estimator of {allowed}"
+            f"sampling='antithetic' pairs the samples, but estimator={estimator!r} needs "
+            "independent ones; use sampling='independent' or 'stratified', or an estimator of "
+            f"{allowed}"
         )
 
 

@@ -7,6 +7,22 @@ and the counter (r // 4, t, m, b); latent r takes lane r % 4 of the four output 
     rademacher  +1 if the top bit of w is 0, else -1
     gaussian    Box-Muller on lanes (0, 1) and (2, 3), cosine first
 
+Stratified samples come in groups of G = 2^k, k = 1..8: sample m is number j = m mod G of group
+m // G. Within a group the G strata of (0, 1) are dealt out by a permutation of its own for every
+(b, t, r), pairwise independent: s = a j xor c over GF(2^k), modulo `FIELDS[k]`. With v the lane
+r % 4 of the block with the counter (r // 4 + 2^31, t, m // G, b),
+
+    c = v mod G,  a = 1 + floor(floor(v / 2^8) (G - 1) / 2^24)
+
+and the sample's own w places it inside its stratum:
+
+    u           (s + (w + 1/2) 2^-32) / G
+    uniform     sqrt(3) (2u - 1)
+    rademacher  +1 if u < 1/2, else -1
+    gaussian    the inverse of the normal distribution function at u
+
+A single sample has the same law either way. A group has one sample in each stratum.
+
 m, b and t are numbers given by the caller, never loop indices, so the noise does not depend
 on tiling, micro-batches, ranks or on which pass draws it. The words are the same bits on
 every backend; this file is the definition that the C++ and Triton versions are tested against.
@@ -20,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastperturb.config import LATENTS, SCOPES
+from fastperturb.config import GROUP_SIZES, LATENTS, SCOPES
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -29,6 +45,23 @@ _ROUNDS = 10
 # Sample numbers never reach this one, so random numbers that are not latents (which samples to run
 # backward, which level to telescope to) take it as their m and share no counter with a latent.
 _AUXILIARY_SAMPLE = _WORD
+# The block numbers r // 4 of latents stay below this bit, which marks a group's own block.
+_GROUP_BLOCK = 1 << 31
+# The irreducible polynomials of the fields GF(2^k), k = 0..8, a bit a coefficient.
+FIELDS = (0b1, 0b11, 0b111, 0b1011, 0b10011, 0b100101, 0b1000011, 0b10000011, 0b100011011)
+# The inverse normal distribution function at u = v or 1 - v, v <= 1/2: -+q P(q^2 / (q^2 + 8)) with
+# q^2 = -2 ln(4 v (1 - v)). The coefficients of P, lowest first, are a minimax fit for
+# v >= 2^-41 that is good to 1.5e-6.
+QUANTILE = (
+    0.8862251270853458,
+    0.04212094886404203,
+    0.030528105440190374,
+    0.08575752667691486,
+    -0.2316465484484066,
+    0.5729471920348647,
+    -0.6643732588295643,
+    0.2759865173191161,
+)
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
@@ -65,6 +98,7 @@ def latent(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
 ) -> Tensor:
     """Draw the latents z [M, B, T, R] in fp32, on the device of the numbers (else the seed's).
 
@@ -72,6 +106,7 @@ def latent(
     rows: the numbers b, [B] or [B, T]; default 0..B-1.
     positions: the numbers t, [B, T]; default 0..T-1. `scope="sequence"` uses t = 0.
     antithetic: sample number 2j + 1 is the negative of sample number 2j.
+    strata: the number G of samples in a stratified group; 1 draws them independently.
     """
     if latent not in LATENTS:
         raise ValueError(f"latent must be one of {LATENTS}, got {latent!r}")
@@ -88,6 +123,7 @@ def latent(
         positions,
         (batch, length),
         antithetic=antithetic,
+        strata=strata,
         device=device,
     )
     if m.shape[0] != num_samples:
@@ -101,6 +137,7 @@ def latent(
         latent=latent,
         scope=scope,
         antithetic=antithetic,
+        strata=strata,
     )
 
 
@@ -142,10 +179,14 @@ def counters(
     positions: Tensor | None,
     shape: tuple[int, int],
     *,
-    antithetic: bool,
+    antithetic: bool = False,
+    strata: int = 1,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The numbers m [M, B], b [B, T] and t [B, T] of a call, validated and broadcast (views)."""
+    check_strata(strata)
+    if antithetic and strata > 1:
+        raise ValueError(f"use either antithetic=True or strata={strata}, not both")
     batch, length = shape
     if isinstance(samples, Tensor):
         M = samples.shape[0] if samples.ndim else "M"
@@ -155,6 +196,8 @@ def counters(
         raise ValueError(f"samples must be a number M or an int64 tensor, got {samples!r}")
     elif antithetic and samples % 2:
         raise ValueError(f"samples must be even with antithetic=True, got {samples}")
+    elif samples % strata:
+        raise ValueError(f"samples must be a multiple of strata={strata}, got {samples}")
     else:
         samples = torch.arange(samples, device=device)
     if samples.ndim == 1:
@@ -193,6 +236,7 @@ def draw_latent(
     latent: str,
     scope: str,
     antithetic: bool,
+    strata: int,
 ) -> Tensor:
     """Do the work of `latent` after validation: z [M, B, T, R] in fp32 for counters laid out."""
     num_samples, (batch, length) = samples.shape[0], positions.shape
@@ -206,8 +250,19 @@ def draw_latent(
         pair[:, :, None, None],
         rows[None, :, :, None],
     ]
-    words = _philox_words([word & _WORD for word in counter], (seed, seed >> 32))
-    z = torch.stack(_DISTRIBUTIONS[latent](words), dim=-1)  # (M, B, T, ceil(R / 4), 4)
+    key = seed, seed >> 32
+    words = _philox_words([word & _WORD for word in counter], key)
+    if strata == 1:
+        lanes = _DISTRIBUTIONS[latent](words)
+    else:
+        number = samples[:, :, None, None]
+        counter[0], counter[2] = blocks | _GROUP_BLOCK, number // strata
+        group_words = _philox_words([word & _WORD for word in counter], key)
+        lanes = [
+            _STRATIFIED[latent](_stratum(group_word, number % strata, strata), word, strata)
+            for group_word, word in zip(group_words, words, strict=True)
+        ]
+    z = torch.stack(lanes, dim=-1)  # (M, B, T, ceil(R / 4), 4)
     z = z.reshape(num_samples, batch, length, 4 * len(blocks))[..., :latent_dim]
     if antithetic:
         z = z * (1 - 2 * (samples % 2))[:, :, None, None]
@@ -253,3 +308,57 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
 
 
 _DISTRIBUTIONS = {"gaussian": _gaussian, "uniform": _uniform, "rademacher": _rademacher}
+
+
+def check_strata(strata: int) -> None:
+    """Raise unless a group can have this many samples: 1 for independent ones, or 2^k, k = 1..8."""
+    if strata not in GROUP_SIZES and strata != 1:
+        raise ValueError(
+            f"strata must be 1 (independent samples) or one of {GROUP_SIZES}, got {strata!r}"
+        )
+
+
+def _stratum(group_word: Tensor, member: Tensor, strata: int) -> Tensor:
+    """The stratum s = a j xor c of member j of a group, by the group's own word."""
+    shifted = group_word & (strata - 1)
+    factor = 1 + ((group_word >> 8) * (strata - 1) >> 24)
+    degree = strata.bit_length() - 1
+    for bit in range(degree):
+        shifted = shifted ^ factor * (member >> bit & 1)
+        factor = factor << 1
+        factor = factor ^ FIELDS[degree] * (factor >> degree)
+    return shifted
+
+
+def _stratified_uniform(stratum: Tensor, word: Tensor, strata: int) -> Tensor:
+    u = (stratum.to(torch.float32) + _unit(word)) / strata
+    return math.sqrt(3.0) * (2.0 * u - 1.0)
+
+
+def _stratified_rademacher(stratum: Tensor, word: Tensor, strata: int) -> Tensor:
+    return 1.0 - 2.0 * (stratum >= strata // 2).to(torch.float32)
+
+
+def _stratified_gaussian(stratum: Tensor, word: Tensor, strata: int) -> Tensor:
+    # Measure v from the nearer end of (0, 1), where fp32 is finest.
+    upper = stratum >= strata // 2
+    stratum = torch.where(upper, strata - 1 - stratum, stratum)
+    word = torch.where(upper, _WORD - word, word)
+    v = (stratum.to(torch.float32) + _unit(word)) / strata
+    # Near 1/2 the rounding of 4 v (1 - v) would eat its logarithm: measure from 1 there.
+    from_one = (1.0 - 2.0 * v).square()
+    log = torch.where(v > 0.25, torch.log1p(-from_one), (4.0 * v * (1.0 - v)).log())
+    square = (-2.0 * log).clamp_min(0.0)
+    share = square / (square + 8.0)
+    polynomial = torch.full_like(share, QUANTILE[-1])
+    for coefficient in QUANTILE[-2::-1]:
+        polynomial = polynomial * share + coefficient
+    z = square.sqrt() * polynomial
+    return torch.where(upper, z, -z)
+
+
+_STRATIFIED = {
+    "gaussian": _stratified_gaussian,
+    "uniform": _stratified_uniform,
+    "rademacher": _stratified_rademacher,
+}

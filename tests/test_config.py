@@ -62,7 +62,8 @@ def test_an_invalid_init_scale_raises(value):
 
 
 def test_an_odd_number_of_antithetic_samples_raises():
-    with pytest.raises(ValueError, match="num_samples must be even with antithetic=True.*got 5"):
+    message = "num_samples must be even with sampling='antithetic'.*got 5"
+    with pytest.raises(ValueError, match=message):
         PerturbConfig(antithetic=True, num_samples=5)
 
 
@@ -107,5 +108,5 @@ def test_a_mixture_of_estimators_is_checked_and_survives_the_round_trip():
             PerturbConfig(estimator=estimator)
     with pytest.raises(ValueError, match="quadratic estimator sums over every possible label"):
         PerturbConfig(estimator={"iwae": 1.0, "quadratic": 0.1}, marginal="sequence")
-    with pytest.raises(ValueError, match="antithetic=True pairs the samples"):
+    with pytest.raises(ValueError, match="sampling='antithetic' pairs the samples"):
         PerturbConfig(estimator={"iwae": 1.0, "quadratic": 0.1}, antithetic=True)

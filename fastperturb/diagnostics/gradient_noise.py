@@ -296,7 +296,7 @@ def _compared(
     if wanted is not None:
         return wanted
     own = lm.config.estimator
-    paired = lm.config.antithetic or num_samples == 1
+    paired = lm.config.draws_pairs or num_samples == 1
     return [own] if paired or own == "jvi_clip" else [own, "jvi_clip"]
 
 

@@ -98,7 +98,7 @@ def score(
     rows = sampling["rows"]
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    paired = lm.config.antithetic and not lm.has_one_draw
+    paired = lm.config.draws_pairs and not lm.has_one_draw
     return summarise(log_probs, labels, rows, marginal=lm.config.marginal, paired=paired)
 
 

@@ -190,7 +190,8 @@ class _Equation:
             len(upstream),
             rows=batch["rows"],
             positions=positions,
-            antithetic=lm.config.antithetic,
+            antithetic=lm.config.draws_pairs,
+            strata=lm.config.strata(len(upstream)),
             perturb_mask=perturbed,
         )
         return torch.cat([grads[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)

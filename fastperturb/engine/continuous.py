@@ -61,7 +61,8 @@ class Continuous(Perturbation):
             "samples": samples,
             "rows": batch.sampling.rows,
             "positions": batch.positions,
-            "antithetic": lm.config.antithetic,
+            "antithetic": lm.config.draws_pairs,
+            "strata": batch.sampling.strata,
             "perturb_mask": batch.perturb_mask,
         }
         noise = _held(lm, batch.embeddings, noise)
@@ -91,8 +92,9 @@ class Continuous(Perturbation):
             sequences.samples.T,
             rows=sequences.rows,
             positions=positions,
-            # Only samples that are averaged come in pairs: steps and sequences are independent.
-            antithetic=lm.config.antithetic and count > 1,
+            # Only samples that are averaged depend on each other, not steps and sequences.
+            antithetic=lm.config.draws_pairs and count > 1,
+            strata=lm.config.strata_of_mean(count) if count > 1 else 1,
             perturb_mask=sequences.perturb_mask[:, start:],
         )  # (M, N, L, D)
         output = model(

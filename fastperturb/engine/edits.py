@@ -62,7 +62,7 @@ class EditConfig:
     chunk_size: int | None = None
     """Number of samples at a time under plan chunked."""
 
-    antithetic: ClassVar[bool] = False  # an edit has no mirror image
+    draws_pairs: ClassVar[bool] = False  # an edit has no mirror image
     deterministic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -86,12 +86,21 @@ class EditConfig:
         """Return the keys that PerturbConfig has too, as it validates them."""
         own = {field.name for field in dataclasses.fields(self)}
         shared = [field.name for field in dataclasses.fields(PerturbConfig) if field.name in own]
-        return PerturbConfig(**{name: getattr(self, name) for name in shared})
+        values = {name: getattr(self, name) for name in shared}
+        return PerturbConfig(**values, sampling="independent")
 
     @property
     def equations(self) -> dict[str, float]:
         """The estimators and their weights in the loss."""
         return self._estimation().equations
+
+    def strata(self, num_samples: int | None = None) -> int:
+        """Return 1, since edits are independent; raise where the estimators cannot use so many."""
+        return self._estimation().strata(num_samples)
+
+    def strata_of_mean(self, num_samples: int, min_groups: int = 1) -> int:
+        """Return 1, since edits are independent."""
+        return self._estimation().strata_of_mean(num_samples, min_groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` turns back into an equal config."""

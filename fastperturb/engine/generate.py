@@ -24,7 +24,7 @@ from transformers import StaticCache, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from fastperturb import noise
-from fastperturb.config import check_num_samples, suggestion
+from fastperturb.config import suggestion
 from fastperturb.engine import validate
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sequences import Sequences
@@ -196,7 +196,7 @@ def _sample_count(lm: WrappedModel, mode: str, num_samples: int | None) -> int:
             )
         return 1
     count = lm.config.num_samples if num_samples is None else num_samples
-    check_num_samples("iwae", count, antithetic=lm.config.antithetic)
+    lm.config.strata_of_mean(count)  # raises for a number that does not split into groups
     return count
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastperturb import estimators, noise
-from fastperturb.config import check_num_samples
 from fastperturb.engine import architectures, sharding, validate
 from fastperturb.engine.architectures import CausalLM, understand
 from fastperturb.engine.batch import Batch
@@ -133,10 +132,9 @@ def _sampling(
     if rows is None:
         rows = torch.arange(len(embeddings), device=device)
     if lm.has_one_draw:
-        return Sampling(seed=seed, rows=rows, count=1, equations=equations)
+        return Sampling(seed=seed, rows=rows, count=1, strata=1, equations=equations)
     count = config.num_samples if num_samples is None else num_samples
-    for name in equations:
-        check_num_samples(name, count, antithetic=config.antithetic)
+    strata = config.strata(count)
     telescope = level = None
     first = next(iter(equations))
     if first in ("sumo", "mlmc"):
@@ -151,6 +149,7 @@ def _sampling(
         seed=seed,
         rows=rows,
         count=count,
+        strata=strata,
         equations=equations,
         telescope=telescope,
         level=level,

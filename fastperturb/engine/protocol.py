@@ -133,11 +133,14 @@ class WrappedModel(nn.Module):
         rows: Tensor,
         positions: Tensor | None = None,
         antithetic: bool | None = None,
+        strata: int | None = None,
         perturb_mask: Tensor | None = None,
     ) -> Tensor:
         """Perturb embeddings [B, T, D], once for each of these sample numbers: [M, B, T, D].
 
         antithetic: whether samples come in pairs; default as the config says.
+        strata: number of samples in a stratified group; default as the config says of its own
+            num_samples.
         The other arguments are those of `ops.perturb_embed`.
         """
         return self.perturbation.perturb(
@@ -147,7 +150,8 @@ class WrappedModel(nn.Module):
             samples=samples,
             rows=rows,
             positions=positions,
-            antithetic=self.config.antithetic if antithetic is None else antithetic,
+            antithetic=self.config.draws_pairs if antithetic is None else antithetic,
+            strata=self.config.strata() if strata is None else strata,
             perturb_mask=perturb_mask,
         )
 

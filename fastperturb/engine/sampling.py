@@ -17,6 +17,7 @@ class Sampling:
     seed: Tensor
     rows: Tensor  # [B] or [B, T], the row ids that key the noise
     count: int  # M
+    strata: int  # samples in a stratified group; 1: independent samples
     equations: dict[str, float]  # the estimators and their weights in the loss
     telescope: estimators.Telescope | None = None
     level: Tensor | None = None  # of the telescope

@@ -39,10 +39,13 @@ class EmbedCall(NamedTuple):
     rows: Tensor  # [B, T]
     positions: Tensor  # [B, T]
     mask: Tensor | None  # [B, T] bool
+    latent_mean: Tensor | None  # [B, T, R] fp32, maybe an expanded view; None: 0
     family: str
     latent: str
     scope: str
     antithetic: bool
+    strata: int  # samples in a stratified group; 1: independent samples
+    latent_std: float  # z is latent_mean + latent_std times the noise
 
     @property
     def projection_width(self) -> int | None:

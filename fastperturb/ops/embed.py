@@ -8,6 +8,7 @@ output.
 from __future__ import annotations
 
 import copy
+import math
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from fastperturb import noise
 from fastperturb.ops import dispatch, reference
 from fastperturb.ops.calls import EmbedCall, schema
+from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import Transform
 
 
@@ -31,6 +33,9 @@ def perturb_embed(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
+    latent_mean: Tensor | None = None,
+    latent_std: float = 1.0,
     perturb_mask: Tensor | None = None,
     return_shift: Literal[False] = False,
 ) -> Tensor: ...
@@ -47,6 +52,9 @@ def perturb_embed(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
+    latent_mean: Tensor | None = None,
+    latent_std: float = 1.0,
     perturb_mask: Tensor | None = None,
     return_shift: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -62,6 +70,9 @@ def perturb_embed(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
+    latent_mean: Tensor | None = None,
+    latent_std: float = 1.0,
     perturb_mask: Tensor | None = None,
     return_shift: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,6 +82,8 @@ def perturb_embed(
     seed: an int or an int64 tensor; samples, rows, positions: the numbers that key the noise
         (see `fastperturb.noise`), M or [M] or [M, B]; [B] or [B, T]; [B, T].
     antithetic: the latent of sample 2j + 1 is the negative of sample 2j's.
+    strata: the number G of samples in a stratified group; 1 draws them independently.
+    latent_mean, latent_std: take z = latent_mean [B, T, R] + latent_std times the noise; fp32.
     perturb_mask: bool [B, T], the embeddings to perturb; default all.
     return_shift: return also each embedding's shift |T(e, z) - e| [M, B, T], before the output is
         rounded and without a gradient.
@@ -78,7 +91,20 @@ def perturb_embed(
     Computed in fp32 (fp64 for an fp64 table), returned in the table's dtype. Gradients flow to
     the transform's parameters and to the table or embeddings where they require it.
     """
-    call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
+    call = _call(
+        ids,
+        table,
+        transform,
+        seed,
+        samples,
+        rows=rows,
+        positions=positions,
+        antithetic=antithetic,
+        strata=strata,
+        latent_mean=latent_mean,
+        latent_std=latent_std,
+        perturb_mask=perturb_mask,
+    )
     dispatch.reject_forward_mode("perturb_embed", call.table, *call.parameters)
     out, squared_shift, _ = torch.ops.fastperturb.perturb_embed(*call, return_shift)
     return (out, squared_shift.sqrt()) if return_shift else out
@@ -95,6 +121,9 @@ def perturb_embed_per_sample_grad(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
+    latent_mean: Tensor | None = None,
+    latent_std: float = 1.0,
     perturb_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return every parameter's gradient from each sample and batch row alone, {name: [M, B, ...]}.
@@ -102,14 +131,27 @@ def perturb_embed_per_sample_grad(
     grad: the upstream gradient [M, B, T, D] of `perturb_embed` with the same arguments. The sums
     over M and B are its parameter gradients; the parts are the estimating equation's psi.
     """
-    call = _call(ids, table, transform, seed, samples, rows, positions, antithetic, perturb_mask)
+    call = _call(
+        ids,
+        table,
+        transform,
+        seed,
+        samples,
+        rows=rows,
+        positions=positions,
+        antithetic=antithetic,
+        strata=strata,
+        latent_mean=latent_mean,
+        latent_std=latent_std,
+        perturb_mask=perturb_mask,
+    )
     shape = (*call.samples.shape, call.positions.shape[1], call.table.shape[-1])
     if grad.shape != shape or not grad.is_floating_point() or grad.device != call.table.device:
         raise ValueError(
             f"grad must be floating point [M, B, T, D] = {list(shape)} on {call.table.device}, "
             f"got {grad.dtype} {list(grad.shape)} on {grad.device}"
         )
-    run = _implementation(call.table).perturb_embed_per_sample_grad
+    run = _implementation(call).perturb_embed_per_sample_grad
     with torch.no_grad(), dispatch.full_precision(grad.device):
         psi = run(grad, call)
     if transform.min_scale > 0:
@@ -136,9 +178,13 @@ def _call(
     transform: Transform,
     seed: int | Tensor,
     samples: int | Tensor,
+    *,
     rows: Tensor | None,
     positions: Tensor | None,
     antithetic: bool,
+    strata: int,
+    latent_mean: Tensor | None,
+    latent_std: float,
     perturb_mask: Tensor | None,
 ) -> EmbedCall:
     """Validate the arguments and lay them out for the op."""
@@ -158,7 +204,21 @@ def _call(
             f"perturb_mask must be bool [B, T] = {list(shape)} on {device}, got "
             f"{perturb_mask.dtype} {list(perturb_mask.shape)} on {perturb_mask.device}"
         )
-    numbers = noise.counters(samples, rows, positions, shape, antithetic=antithetic, device=device)
+    wanted = (*shape, transform.latent_dim)
+    if latent_mean is not None and (
+        latent_mean.dtype != torch.float32
+        or latent_mean.shape != wanted
+        or latent_mean.device != device
+    ):
+        raise ValueError(
+            f"latent_mean must be float32 [B, T, R] = {list(wanted)} on {device}, got "
+            f"{latent_mean.dtype} {list(latent_mean.shape)} on {latent_mean.device}"
+        )
+    if not math.isfinite(latent_std) or latent_std <= 0:
+        raise ValueError(f"latent_std must be a finite number above 0, got {latent_std!r}")
+    numbers = noise.counters(
+        samples, rows, positions, shape, antithetic=antithetic, strata=strata, device=device
+    )
     if numbers[0].shape[0] == 0:
         raise ValueError(f"samples must number at least 1, got {samples!r}")
     return EmbedCall(
@@ -169,10 +229,13 @@ def _call(
         noise.seed_tensor(seed, device),
         *numbers,
         perturb_mask,
+        None if latent_mean is None else latent_mean.detach(),
         transform.family,
         transform.latent,
         transform.scope,
         antithetic,
+        strata,
+        latent_std,
     )
 
 
@@ -200,7 +263,10 @@ def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -
     return source
 
 
-def _implementation(table: Tensor) -> ModuleType:
+def _implementation(call: EmbedCall) -> ModuleType:
+    table = call.table
+    if call.strata > 1 or call.latent_mean is not None or call.latent_std != 1.0:
+        return torch_embed
     return dispatch.implementation("perturb_embed", table.device, table.dtype)
 
 
@@ -215,7 +281,7 @@ def _op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = EmbedCall(*fields)
     _check_ids(call.ids, call.table)
     with dispatch.full_precision(call.table.device):
-        out, *others = _implementation(call.table).perturb_embed(call, want_shift)
+        out, *others = _implementation(call).perturb_embed(call, want_shift)
     squared_shift, projected = (out.new_empty(0) if value is None else value for value in others)
     return out, squared_shift, projected
 
@@ -230,7 +296,7 @@ def _op_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     call = EmbedCall(*fields)
     kept = None if call.projection_width is None else projected
     with dispatch.full_precision(call.table.device):
-        return _implementation(call.table).perturb_embed_backward(grad, call, kept, want_table)
+        return _implementation(call).perturb_embed_backward(grad, call, kept, want_table)
 
 
 def _check_ids(ids: Tensor | None, table: Tensor) -> None:
@@ -266,9 +332,12 @@ def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ids, table, parameters, *tensors, family, latent, scope, antithetic, _ = inputs
+    *fields, _ = inputs
+    ids, table, parameters, *rest = EmbedCall(*fields)
+    count = EmbedCall._fields.index("family") - 3
+    tensors, options = rest[:count], rest[count:]
     _, squared_shift, projected = output
-    ctx.options, ctx.count = (family, latent, scope, antithetic), len(parameters)
+    ctx.options, ctx.count = options, len(parameters)
     ctx.save_for_backward(ids, table, *parameters, *tensors, projected)
     ctx.mark_non_differentiable(squared_shift, projected)
     ctx.set_materialize_grads(False)

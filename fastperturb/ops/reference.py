@@ -33,6 +33,9 @@ def perturb_embed(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
+    latent_mean: Tensor | None = None,  # [B, T, R]
+    latent_std: float = 1.0,
     perturb_mask: Tensor | None = None,
 ) -> Tensor:  # [M, B, T, D]
     embeddings = ids if table is None else F.embedding(ids, table)
@@ -47,10 +50,14 @@ def perturb_embed(
         rows=rows,
         positions=positions,
         antithetic=antithetic,
+        strata=strata,
     )
+    z = z.to(dtype) * latent_std
+    if latent_mean is not None:
+        z = z + latent_mean.to(dtype)
     parameters = [value.to(dtype) for value in transform.effective_parameters()]
     rho = transform.embed_rms.to(dtype)
-    perturbed = type(transform).formula(embeddings.to(dtype), z.to(dtype), rho, *parameters)
+    perturbed = type(transform).formula(embeddings.to(dtype), z, rho, *parameters)
     perturbed = perturbed.to(embeddings.dtype)
     if perturb_mask is None:
         return perturbed

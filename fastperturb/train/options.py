@@ -230,10 +230,10 @@ class TrainOptions(DataOptions):
             return
         if self.edit_rate > 1:
             raise ValueError(f"edit_rate must be a probability, at most 1, got {self.edit_rate}")
-        if self.method == "discrete" and perturb.antithetic:
+        if self.method == "discrete" and perturb.sampling not in (None, "independent"):
             raise ValueError(
-                "perturb.antithetic=True pairs z with -z, and an edit has no mirror image: leave "
-                "it unset"
+                f"perturb.sampling={perturb.sampling!r} is of a latent z, and an edit has none: "
+                "leave it unset"
             )
         if "jvi" in perturb.equations:
             raise ValueError("perturb.estimator='jvi' is for evaluation: train with 'jvi_clip'")

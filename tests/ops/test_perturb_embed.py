@@ -262,10 +262,13 @@ def test_the_registration_passes_opcheck(family, source):
         torch.tensor(5),
         *(number.contiguous() for number in numbers),
         torch.rand(2, 7) > 0.3,
+        torch.randn(2, 7, transform.latent_dim),
         family,
         "gaussian",
         "token",
         False,
+        4,
+        0.9,
     )
     for want_shift in (False, True):
         arguments = (*call, want_shift)

@@ -29,7 +29,7 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
         ({"perturb": SEQUENCE}, "packing='stream'"),
         ({"perturb": JVI}, "jvi_clip"),
         ({"perturb": RESAMPLE, "lora": LoraOptions(dropout=0.1)}, "lora.dropout"),
-        ({"perturb": PAIRS, "method": "discrete"}, "no mirror image"),
+        ({"perturb": PAIRS, "method": "discrete"}, "an edit has none"),
         ({"edit_rate": 2.0}, "edit_rate"),
         ({"mc": 2, "method": "exact"}, "has one"),
         ({"eval_data": ("a", "b"), "data": ("b",)}, "'b' is trained on"),

@@ -94,7 +94,7 @@ def _embeddings(call: EmbedCall) -> Tensor:
 
 
 def _latent(call: EmbedCall) -> Tensor:
-    return noise.draw_latent(
+    z = noise.draw_latent(
         call.seed,
         call.samples,
         call.rows,
@@ -103,7 +103,11 @@ def _latent(call: EmbedCall) -> Tensor:
         latent=call.latent,
         scope=call.scope,
         antithetic=call.antithetic,
+        strata=call.strata,
     )
+    if call.latent_std != 1.0:
+        z *= call.latent_std
+    return z if call.latent_mean is None else z.add_(call.latent_mean)
 
 
 def _project(call: EmbedCall, e: Tensor) -> Tensor | None:

@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from fastperturb import noise
-from fastperturb.config import check_num_samples
 from fastperturb.engine import architectures
 from fastperturb.engine.architectures import CausalLM
 from fastperturb.engine.positions import real_positions
@@ -33,7 +32,7 @@ class Passes:
         self._lm = model if isinstance(model, PerturbedLM) else None
         self._model = _causal_lm(model)
         if self._lm is not None:
-            check_num_samples("iwae", num_samples, antithetic=self._lm.config.antithetic)
+            self._strata = self._lm.config.strata_of_mean(num_samples)
         self._num_samples = num_samples
         self._seed = noise.seed_tensor(seed, torch.device("cpu"))
         self._arguments = _arguments(self._model)
@@ -119,6 +118,7 @@ class Passes:
                 samples,
                 rows=torch.zeros_like(ids[:, 0]),
                 positions=positions,
+                strata=self._strata,
                 perturb_mask=None if mask is None else mask[:, -ids.shape[1] :].bool(),
             )
             inputs = {"inputs_embeds": perturbed.flatten(0, 1)}
