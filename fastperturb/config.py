@@ -19,6 +19,8 @@ SAMPLINGS = ("independent", "antithetic", "stratified")
 # The numbers of samples that a stratified group can have.
 GROUP_SIZES = tuple(2**k for k in range(1, 9))
 
+# These run a random number of samples, few on average.
+TELESCOPES = ("sumo", "mlmc")
 # These combine samples as if they were independent. An antithetic pair is not; stratified groups
 # are, and these take them as their units.
 INDEPENDENT_SAMPLES = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
