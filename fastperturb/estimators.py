@@ -288,6 +288,21 @@ class Telescope:
         return value, (weights.unsqueeze(1) * groups.softmax(1)).flatten(0, 1)
 
 
+def telescope_of(config: Any, num_samples: int | None = None) -> Telescope | None:
+    """Return the telescope of a PerturbConfig whose estimator is one, for `num_samples` at most."""
+    count = config.num_samples if num_samples is None else num_samples
+    name = next(iter(config.equations))
+    return Telescope(name, count, config.strata(count)) if name in TELESCOPES else None
+
+
+def expected_samples(config: Any, num_samples: int | None = None) -> float:
+    """Return the mean number of samples of a batch row, to which the cost of training is due."""
+    telescope = telescope_of(config, num_samples)
+    if telescope is not None:
+        return telescope.expected_draws
+    return config.num_samples if num_samples is None else num_samples
+
+
 def effective_samples(log_probs: Tensor) -> Tensor:
     """Return 1 / sum_m w[m]^2 of the iwae weights w: from 1 (one sample has it all) to M."""
     return 1 / torch.softmax(_lowered(log_probs), dim=0).square().sum(0)

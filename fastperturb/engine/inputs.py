@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastperturb import estimators, noise
-from fastperturb.config import TELESCOPES
 from fastperturb.engine import architectures, levels, sharding, validate
 from fastperturb.engine.architectures import understand
 from fastperturb.engine.batch import Batch
@@ -148,14 +147,13 @@ def _sampling(
         return Sampling(seed=seed, rows=rows, count=1, strata=1, equations=equations)
     count = config.num_samples if num_samples is None else num_samples
     strata = config.strata(count)
-    first = next(iter(equations))
     return Sampling(
         seed=seed,
         rows=rows,
         count=count,
         strata=strata,
         equations=equations,
-        telescope=estimators.Telescope(first, count, strata) if first in TELESCOPES else None,
+        telescope=estimators.telescope_of(config, count),
     )
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from fastperturb.config import PerturbConfig
+from fastperturb.config import TELESCOPES, PerturbConfig
 from fastperturb.data.options import DataOptions
 from fastperturb.runs import option_files
 
@@ -132,8 +132,10 @@ class TrainOptions(DataOptions):
     """Fraction of the steps in which the learning rate rises from 0, before it falls along a cosine
     to 0."""
 
-    max_grad_norm: float | None = 1.0
-    """Largest gradient norm: a longer gradient is scaled down to it; None turns clipping off."""
+    max_grad_norm: float | Literal["auto"] | None = "auto"
+    """Largest norm of the transform's gradient, and of that of all else: a longer one is scaled
+    down to it. None turns clipping off, and auto is 1, or None with perturb.estimator sumo or mlmc,
+    which are unbiased only without it."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the computation. fp32: everything in 32 bits. bf16: autocast to bfloat16, with
@@ -194,12 +196,12 @@ class TrainOptions(DataOptions):
                 _require_positive(name, getattr(self, name))
         for name in ("learning_rate", "edit_rate", "neftune_alpha", "mc"):
             _require_positive(name, getattr(self, name))
-        for name in ("transform_learning_rate", "max_grad_norm"):
-            if getattr(self, name) is not None:
-                _require_positive(name, getattr(self, name))
+        if self.transform_learning_rate is not None:
+            _require_positive("transform_learning_rate", self.transform_learning_rate)
         for name in ("weight_decay", "transform_weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
+        self._check_clipping()
         self._check_method()
         self._check_evaluation()
         if not 0 <= self.warmup < 1:
@@ -217,6 +219,33 @@ class TrainOptions(DataOptions):
         for name in self.report_to:
             if find_spec(name) is None:
                 raise ValueError(f"report_to {name} needs a package: pip install {name}")
+
+    def _check_clipping(self) -> None:
+        limit = self.max_grad_norm
+        if limit is None or limit == "auto":
+            return
+        if isinstance(limit, str):
+            raise ValueError(f"max_grad_norm must be a number, 'auto' or None, got {limit!r}")
+        _require_positive("max_grad_norm", limit)
+        if self._has_telescope:
+            warnings.warn(
+                f"max_grad_norm={limit:g} clips the gradient of perturb.estimator="
+                f"{self.perturb.estimator!r}, which is unbiased only without it: leave "
+                "max_grad_norm at 'auto', or use another estimator",
+                stacklevel=4,
+            )
+
+    @property
+    def _has_telescope(self) -> bool:
+        names = TELESCOPES if not self.has_one_sample else ()
+        return any(name in names for name in self.perturb.equations)
+
+    @property
+    def gradient_limit(self) -> float | None:
+        """The norm that gradients are clipped to, None for no clipping."""
+        if isinstance(self.max_grad_norm, str):
+            return None if self._has_telescope else 1.0
+        return self.max_grad_norm
 
     def _check_method(self) -> None:
         perturb = self.perturb

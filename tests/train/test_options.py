@@ -6,7 +6,8 @@ import pytest
 import tiny_run
 
 from fastperturb import PerturbConfig
-from fastperturb.train import LoraOptions
+from fastperturb.runs import option_files
+from fastperturb.train import LoraOptions, TrainOptions
 
 SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
 RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
@@ -25,6 +26,7 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
     "changes, message",
     [
         ({"max_grad_norm": math.inf}, "max_grad_norm"),
+        ({"max_grad_norm": "none"}, "max_grad_norm must be a number, 'auto' or None"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"perturb": SEQUENCE}, "packing='stream'"),
         ({"perturb": JVI}, "jvi_clip"),
@@ -44,3 +46,26 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
 def test_an_invalid_option_is_named_in_the_error(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_run.options(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("estimator", ["sumo", "mlmc"])
+def test_gradients_of_a_telescope_are_clipped_only_on_demand_and_with_a_warning(
+    estimator, tmp_path
+):
+    telescope = PerturbConfig(estimator=estimator)
+    options = tiny_run.options(tmp_path, perturb=telescope)
+    assert (options.max_grad_norm, options.gradient_limit) == ("auto", None)
+    with pytest.warns(UserWarning, match=f"clips the gradient .*{estimator}.* unbiased only"):
+        clipped = tiny_run.options(tmp_path, perturb=telescope, max_grad_norm=0.5)
+    assert clipped.gradient_limit == 0.5
+    for changes in ({"perturb": PerturbConfig()}, {"perturb": telescope, "method": "exact"}):
+        assert tiny_run.options(tmp_path, **changes).gradient_limit == 1.0
+        off = tiny_run.options(tmp_path, **changes, max_grad_norm=None)
+        assert off.gradient_limit is None
+
+
+@pytest.mark.parametrize("limit", ["auto", None, 0.5])
+def test_the_norm_of_clipping_is_read_back_as_it_was_written(limit, tmp_path):
+    options = tiny_run.options(tmp_path, max_grad_norm=limit)
+    again = option_files.from_mapping(options.to_dict(), TrainOptions, "options")
+    assert again.max_grad_norm == limit
