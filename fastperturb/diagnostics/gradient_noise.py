@@ -233,7 +233,7 @@ def _rows(lm: WrappedModel, measures: _Measures, data: float, M: int) -> list[Ro
     rows = []
     for name, plan, moment in zip(measures.estimators, measures.plans, measures.moments):
         signal, variance = moment.signal, moment.variance
-        config = dataclasses.replace(lm.config, estimator=name)
+        config = dataclasses.replace(lm.config, estimator=name, plan="auto")
         cost = (6 if plan == "chunked" else 4) * estimators.expected_samples(config, M)
         gain = at_equal_flops(signal, variance, cost)
         rows.append(Row(name, None, signal, variance, plan, cost, gain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,12 @@ class Batch:
 
     def of_rows(self, numbers: Tensor) -> Batch:
         """Return the rows with these numbers [b], as a batch whose loss is their part of it."""
-        values = {name: getattr(self, name) for name in _PER_ROW}
-        cut = {
-            name: None if value is None else value.index_select(0, numbers)
-            for name, value in values.items()
-        }
+        cut: dict[str, Any] = {"numbers": numbers}
+        for name in _PER_ROW:
+            value = getattr(self, name)
+            cut[name] = None if value is None else value.index_select(0, numbers)
         rows = self.sampling.rows.index_select(0, numbers)
-        return replace(self, **cut, sampling=replace(self.sampling, rows=rows), numbers=numbers)
+        return replace(self, **cut, sampling=replace(self.sampling, rows=rows))
 
     def at_level(self, level: int) -> Batch:
         """Return the batch with the samples that this level of its telescope needs."""

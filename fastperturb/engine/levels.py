@@ -76,7 +76,8 @@ def joined(parts: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, Te
 def _mean(name: str, outputs: list[dict[str, Tensor]], counts: list[Tensor]) -> Tensor:
     """Return the mean of the parts' means, each of so many values."""
     count = torch.stack(counts)
-    return (torch.stack([output[name] for output in outputs]) * count).sum() / count.sum().clamp_min(1)
+    total = (torch.stack([output[name] for output in outputs]) * count).sum()
+    return total / count.sum().clamp_min(1)
 
 
 def _extended(log_probs: Tensor, samples: int) -> Tensor:  # [m, B, T-1] to [samples, B, T-1]

@@ -101,9 +101,7 @@ class Planner:
         return chosen
 
 
-def fitting(
-    count: int, per_sample: int, free: int, *, alive: float | None = None
-) -> PlanReport:
+def fitting(count: int, per_sample: int, free: int, *, alive: float | None = None) -> PlanReport:
     """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do.
 
     alive: how many samples' activations there are with those of other batches; default `count`.

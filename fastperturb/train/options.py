@@ -224,8 +224,6 @@ class TrainOptions(DataOptions):
         limit = self.max_grad_norm
         if limit is None or limit == "auto":
             return
-        if isinstance(limit, str):
-            raise ValueError(f"max_grad_norm must be a number, 'auto' or None, got {limit!r}")
         _require_positive("max_grad_norm", limit)
         if self._has_telescope:
             warnings.warn(
