@@ -277,8 +277,8 @@ class Sampler {
         const WordVec pair = load_words(packed);
         WordVec member = pair & 0xffu;
         for (uint32_t bit = 0; bit < strata.degree; ++bit) {
-          const WordVec chosen = WordVec{} - ((pair >> (8 + bit)) & 1u);
-          member ^= chosen & load_words(&multiples_[bit * counters_ + start]);
+          const WordVec multiple = load_words(&multiples_[bit * counters_ + start]);
+          member ^= (pair & (1u << (8 + bit))) != 0 ? multiple : WordVec{};
         }
         std::memcpy(stratum, &member, sizeof member);
 #pragma omp simd
