@@ -192,7 +192,7 @@ class Sampler {
   // over the bits i of a.
   void number_member(int64_t m, int64_t number) {
     const uint32_t degree = keys_.strata.degree;
-    const uint32_t group = static_cast<uint32_t>(number >> degree);
+    const uint32_t group = static_cast<uint32_t>(number) >> degree;
     if (group_numbers_.empty() || group_numbers_.back() != group) group_numbers_.push_back(group);
     const int64_t first = (group_numbers_.size() - 1) * blocks_;
     uint32_t multiple = static_cast<uint32_t>(number) & (keys_.strata.count - 1);
