@@ -154,7 +154,7 @@ class Backward {
 
   // ds = sum g z, a sample's rows of a block together.
   void sum_diagonally(int64_t begin, int64_t end, Sums& sums) const {
-    Sampler sampler(problem_.noise, 1, round_up(problem_.dim, LANES));
+    Sampler sampler(problem_.noise, 1, round_up(problem_.dim, LANES), block_);
     Buffer block_sum(sums.extra_size);
     for (int64_t first = begin; first < end; first += block_) {
       const int64_t last = std::min(first + block_, end);
@@ -162,7 +162,7 @@ class Backward {
       for (int64_t m = 0; m < problem_.num_samples; ++m) {
         for (int64_t n = first; n < last; ++n) {
           if (!problem_.perturbs(n)) continue;
-          const float* z = sampler.draw(n, m);
+          const float* z = sampler.draw(n, m, n - first);
           with_upstream(m, n, [&](const auto* g) { add_product(g, z, block_sum); });
         }
       }

@@ -96,7 +96,7 @@ class Forward {
 
   // out = e + s z, a sample's rows of the block together.
   void perturb_diagonally(int64_t begin, int64_t end, int64_t block) const {
-    Sampler sampler(problem_.noise, 1, round_up(problem_.dim, 4));
+    Sampler sampler(problem_.noise, 1, round_up(problem_.dim, 4), block);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t first = index * block, last = end_of(index, block);
       for (int64_t n = first; n < last; ++n) {
@@ -105,7 +105,7 @@ class Forward {
       for (int64_t m = 0; m < problem_.num_samples; ++m) {
         for (int64_t n = first; n < last; ++n) {
           if (!problem_.perturbs(n)) continue;
-          const float* z = sampler.draw(n, m);
+          const float* z = sampler.draw(n, m, n - first);
           if (squared_shift_) perturb_row<true>(m, n, z);
           else perturb_row<false>(m, n, z);
         }

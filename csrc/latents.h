@@ -57,6 +57,44 @@ inline void to_latents(const Words& words, Latents& latents) {
   }
 }
 
+// The fields GF(2^k) and the inverse normal distribution function, as noise.py has them.
+constexpr uint32_t FIELDS[9] = {0b1,      0b11,      0b111,      0b1011,     0b10011,
+                                0b100101, 0b1000011, 0b10000011, 0b100011011};
+constexpr float QUANTILE[8] = {0.8862251270853458f,  0.04212094886404203f, 0.030528105440190374f,
+                               0.08575752667691486f, -0.2316465484484066f, 0.5729471920348647f,
+                               -0.6643732588295643f, 0.2759865173191161f};
+
+// The samples of a stratified group, 2^degree; 2^0 means independent samples.
+struct Strata {
+  uint32_t count = 1, degree = 0;
+};
+
+// The latent at u = (stratum + unit(word)) / count.
+template <Distribution distribution>
+inline float stratified_latent(uint32_t stratum, uint32_t word, uint32_t count, float share) {
+  const bool upper = stratum >= count / 2;
+  if constexpr (distribution == Distribution::rademacher) return upper ? -1.0f : 1.0f;
+  if constexpr (distribution == Distribution::uniform) {
+    const float u = (static_cast<float>(stratum) + unit(word)) * share;
+    return 1.7320508075688772f * (2.0f * u - 1.0f);
+  }
+  // v is measured from the nearer end of (0, 1). Near v = 1/2, ln 4v(1 - v) is that of 1 - x^2.
+  const uint32_t from_end = upper ? count - 1 - stratum : stratum;
+  const float v = (static_cast<float>(from_end) + unit(upper ? ~word : word)) * share;
+  const float x = 1.0f - 2.0f * v;
+  const float square = x * x;
+  const float one_minus = 1.0f - square;
+  const float error = (1.0f - one_minus) - square;
+  const bool central = v > 0.25f;
+  const float log = natural_log(central ? one_minus : 4.0f * v * (1.0f - v)) +
+                    (central ? error : 0.0f);
+  const float squared = log < 0.0f ? -2.0f * log : 0.0f;
+  const float argument = squared / (squared + 8.0f);
+  float p = QUANTILE[7];
+  for (int i = 6; i >= 0; --i) p = p * argument + QUANTILE[i];
+  return __builtin_copysignf(__builtin_sqrtf(squared) * p, upper ? 1.0f : -1.0f);
+}
+
 inline void to_latents(Distribution distribution, const Words& words, Latents& latents) {
   if (distribution == Distribution::gaussian) to_latents<Distribution::gaussian>(words, latents);
   if (distribution == Distribution::uniform) to_latents<Distribution::uniform>(words, latents);
@@ -69,51 +107,76 @@ struct NoiseKeys {
   Key key;
   bool sequence;    // one latent a sequence: the position counts as 0
   bool antithetic;  // sample 2j + 1 is the negative of sample 2j
+  Strata strata;
   int64_t batch, length;
   const int64_t* samples;    // [M, B]
   const int64_t* rows;       // [B, T]
   const int64_t* positions;  // [B, T]
+  // z is mean + deviation times the noise, where there is a mean [B, T, latent_dim].
+  const float* mean;
+  int64_t mean_batch_stride, mean_position_stride, latent_dim;
+  float deviation;
+
+  bool is_stratified() const { return strata.count > 1; }
 };
 
 // Latents z [samples][stride] for one token at a time, stride = the latents a sample rounded up to
-// whole Philox blocks. Latents past R are drawn too and never read.
+// whole Philox blocks. Latents past R are drawn too and never read. The words of stratified groups
+// are drawn once for the samples of a group that follow each other, and kept for `slots` tokens.
 class Sampler {
  public:
-  Sampler(const NoiseKeys& keys, int64_t num_samples, int64_t stride)
+  Sampler(const NoiseKeys& keys, int64_t num_samples, int64_t stride, int64_t slots = 1)
       : keys_(keys),
         num_samples_(num_samples),
+        stride_(stride),
         blocks_(stride / 4),
         counters_(round_up(num_samples * blocks_, LANES)),
         block_(counters_),
         sample_(counters_),
         sign_(counters_),
-        z_(4 * counters_) {
+        noise_(4 * counters_),
+        z_(keys.mean ? 4 * counters_ : 0),
+        groups_(keys.is_stratified() ? slots : 0) {
     for (int64_t i = 0; i < num_samples * blocks_; ++i) {
       block_[i] = static_cast<uint32_t>(i % blocks_);
     }
+    if (!keys.is_stratified()) return;
+    group_index_.resize(counters_);
+    multiples_.resize(keys.strata.degree * counters_);
   }
 
   // Returns z of samples first..first + num_samples - 1 at token n = b * T + t.
-  const float* draw(int64_t token, int64_t first_sample = 0) {
+  const float* draw(int64_t token, int64_t first_sample = 0, int64_t slot = 0) {
     const int64_t b = token / keys_.length;
     const uint32_t row = static_cast<uint32_t>(keys_.rows[token]);
     const uint32_t position =
         keys_.sequence ? 0 : static_cast<uint32_t>(keys_.positions[token]);
     const bool same_samples = b == drawn_batch_ && first_sample == drawn_first_;
-    if (same_samples && row == drawn_row_ && position == drawn_position_) return z_;
-    if (!same_samples) number_samples(b, first_sample);
-    drawn_batch_ = b;
-    drawn_first_ = first_sample;
-    drawn_row_ = row;
-    drawn_position_ = position;
-    if (keys_.distribution == Distribution::gaussian) fill<Distribution::gaussian>(position, row);
-    if (keys_.distribution == Distribution::uniform) fill<Distribution::uniform>(position, row);
-    if (keys_.distribution == Distribution::rademacher) fill<Distribution::rademacher>(position, row);
+    if (!same_samples || row != drawn_row_ || position != drawn_position_) {
+      if (!same_samples) number_samples(b, first_sample);
+      drawn_batch_ = b;
+      drawn_first_ = first_sample;
+      drawn_row_ = row;
+      drawn_position_ = position;
+      if (keys_.distribution == Distribution::gaussian) fill<Distribution::gaussian>(slot);
+      if (keys_.distribution == Distribution::uniform) fill<Distribution::uniform>(slot);
+      if (keys_.distribution == Distribution::rademacher) fill<Distribution::rademacher>(slot);
+    }
+    if (!keys_.mean) return noise_;
+    move_to_mean(keys_.mean + b * keys_.mean_batch_stride +
+                 token % keys_.length * keys_.mean_position_stride);
     return z_;
   }
 
  private:
+  // The words of the groups that the samples are in, at one token: [lane][run of samples][block].
+  struct Groups {
+    std::vector<uint32_t> numbers, words;
+    uint32_t row = 0, position = 0;
+  };
+
   void number_samples(int64_t b, int64_t first_sample) {
+    group_numbers_.clear();
     for (int64_t m = 0; m < num_samples_; ++m) {
       const int64_t number = keys_.samples[(first_sample + m) * keys_.batch + b];
       const bool odd = keys_.antithetic && (number & 1);
@@ -121,23 +184,73 @@ class Sampler {
         sample_[i] = static_cast<uint32_t>(odd ? number - 1 : number);
         sign_[i] = odd ? -1.0f : 1.0f;
       }
+      if (keys_.is_stratified()) number_member(m, number);
     }
   }
 
+  // Finds the group of a sample, and j x^i for its number j within it, so that a j is their sum
+  // over the bits i of a.
+  void number_member(int64_t m, int64_t number) {
+    const uint32_t degree = keys_.strata.degree;
+    const uint32_t group = static_cast<uint32_t>(number) >> degree;
+    if (group_numbers_.empty() || group_numbers_.back() != group) group_numbers_.push_back(group);
+    const int64_t first = (group_numbers_.size() - 1) * blocks_;
+    uint32_t multiple = static_cast<uint32_t>(number) & (keys_.strata.count - 1);
+    for (uint32_t bit = 0; bit < degree; ++bit) {
+      for (int64_t q = 0; q < blocks_; ++q) multiples_[bit * counters_ + m * blocks_ + q] = multiple;
+      multiple <<= 1;
+      multiple ^= multiple >> degree ? FIELDS[degree] : 0;
+    }
+    for (int64_t q = 0; q < blocks_; ++q) {
+      group_index_[m * blocks_ + q] = static_cast<uint32_t>(first + q);
+    }
+  }
+
+  // Draws a factor a and a shift c for each latent of each group, packed as a 2^8 + c.
+  const Groups& draw_groups(int64_t slot) {
+    Groups& groups = groups_[slot];
+    if (groups.row == drawn_row_ && groups.position == drawn_position_ &&
+        groups.numbers == group_numbers_) {
+      return groups;
+    }
+    groups.numbers = group_numbers_;
+    groups.row = drawn_row_;
+    groups.position = drawn_position_;
+    const int64_t count = groups.numbers.size() * blocks_, size = round_up(count, LANES);
+    groups.words.resize(4 * size);
+    const uint32_t strata = keys_.strata.count;
+    for (int64_t start = 0; start < size; start += LANES) {
+      uint32_t block[LANES] = {}, number[LANES] = {};
+      for (int64_t i = 0; i < LANES && start + i < count; ++i) {
+        block[i] = static_cast<uint32_t>((start + i) % blocks_) | 0x80000000u;
+        number[i] = groups.numbers[(start + i) / blocks_];
+      }
+      WordVec counters[4] = {load_words(block), WordVec{} + drawn_position_, load_words(number),
+                             WordVec{} + drawn_row_};
+      philox(counters, keys_.key);
+      for (int lane = 0; lane < 4; ++lane) {
+        const WordVec shift = counters[lane] & (strata - 1);
+        const WordVec factor = 1 + (((counters[lane] >> 8) * (strata - 1)) >> 24);
+        const WordVec packed = factor << 8 | shift;
+        std::memcpy(&groups.words[lane * size + start], &packed, sizeof packed);
+      }
+    }
+    return groups;
+  }
+
   template <Distribution distribution>
-  void fill(uint32_t position, uint32_t row) {
+  void fill(int64_t slot) {
+    if (keys_.is_stratified()) {
+      fill_strata<distribution>(draw_groups(slot));
+      return;
+    }
     for (int64_t start = 0; start < counters_; start += LANES) {
-      const uint32_t* block = &block_[start];
-      const uint32_t* sample = &sample_[start];
       const float* sign = &sign_[start];
       Words words;
       Latents latents;
-      WordVec counters[4] = {load_words(block), WordVec{} + position, load_words(sample),
-                             WordVec{} + row};
-      philox(counters, keys_.key);
-      for (int lane = 0; lane < 4; ++lane) std::memcpy(words[lane], &counters[lane], sizeof(Vec));
+      draw_words(start, words);
       to_latents<distribution>(words, latents);
-      float* z = z_ + 4 * start;
+      float* z = noise_ + 4 * start;
 #pragma omp simd
       for (int i = 0; i < LANES; ++i) {
         z[4 * i] = latents[0][i] * sign[i];
@@ -148,11 +261,65 @@ class Sampler {
     }
   }
 
+  template <Distribution distribution>
+  void fill_strata(const Groups& groups) {
+    const Strata strata = keys_.strata;
+    const int64_t size = groups.words.size() / 4;
+    const float share = 1.0f / strata.count;
+    for (int64_t start = 0; start < counters_; start += LANES) {
+      Words words;
+      Latents latents;
+      draw_words(start, words);
+      for (int lane = 0; lane < 4; ++lane) {
+        uint32_t packed[LANES], stratum[LANES];
+        const uint32_t* group_words = &groups.words[lane * size];
+        for (int i = 0; i < LANES; ++i) packed[i] = group_words[group_index_[start + i]];
+        const WordVec pair = load_words(packed);
+        WordVec member = pair & 0xffu;
+        for (uint32_t bit = 0; bit < strata.degree; ++bit) {
+          const WordVec multiple = load_words(&multiples_[bit * counters_ + start]);
+          member ^= (pair & (1u << (8 + bit))) != 0 ? multiple : WordVec{};
+        }
+        std::memcpy(stratum, &member, sizeof member);
+#pragma omp simd
+        for (int i = 0; i < LANES; ++i) {
+          latents[lane][i] =
+              stratified_latent<distribution>(stratum[i], words[lane][i], strata.count, share);
+        }
+      }
+      float* z = noise_ + 4 * start;
+#pragma omp simd
+      for (int i = 0; i < LANES; ++i) {
+        z[4 * i] = latents[0][i];
+        z[4 * i + 1] = latents[1][i];
+        z[4 * i + 2] = latents[2][i];
+        z[4 * i + 3] = latents[3][i];
+      }
+    }
+  }
+
+  void draw_words(int64_t start, Words& words) const {
+    WordVec counters[4] = {load_words(&block_[start]), WordVec{} + drawn_position_,
+                           load_words(&sample_[start]), WordVec{} + drawn_row_};
+    philox(counters, keys_.key);
+    for (int lane = 0; lane < 4; ++lane) std::memcpy(words[lane], &counters[lane], sizeof(Vec));
+  }
+
+  void move_to_mean(const float* mean) {
+    for (int64_t m = 0; m < num_samples_; ++m) {
+      const float* noise = noise_ + m * stride_;
+      float* z = z_ + m * stride_;
+#pragma omp simd
+      for (int64_t r = 0; r < keys_.latent_dim; ++r) z[r] = mean[r] + keys_.deviation * noise[r];
+    }
+  }
+
   const NoiseKeys keys_;
-  const int64_t num_samples_, blocks_, counters_;
-  std::vector<uint32_t> block_, sample_;
+  const int64_t num_samples_, stride_, blocks_, counters_;
+  std::vector<uint32_t> block_, sample_, group_index_, multiples_, group_numbers_;
   std::vector<float> sign_;
-  Buffer z_;
+  Buffer noise_, z_;
+  std::vector<Groups> groups_;
   int64_t drawn_batch_ = -1, drawn_first_ = -1;
   uint32_t drawn_row_ = 0, drawn_position_ = 0;
 };

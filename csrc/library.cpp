@@ -84,7 +84,8 @@ Problem make_problem(const Tensor& source, const OptionalTensor& ids, const Opti
                      const Tensor& seed, const Tensor& samples, const Tensor& rows,
                      const Tensor& positions, const std::vector<Tensor>& weights,
                      const OptionalTensor& per_token, const std::string& family,
-                     const std::string& latent, bool sequence, bool antithetic) {
+                     const std::string& latent, bool sequence, bool antithetic, int64_t strata,
+                     const OptionalTensor& mean, double deviation) {
   Problem problem = {};
   const uint64_t key = static_cast<uint64_t>(*read<int64_t>(seed));
   problem.family = parse_family(family);
@@ -92,6 +93,8 @@ Problem make_problem(const Tensor& source, const OptionalTensor& ids, const Opti
   problem.noise.key = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
   problem.noise.sequence = sequence;
   problem.noise.antithetic = antithetic;
+  problem.noise.strata = {static_cast<uint32_t>(strata),
+                          static_cast<uint32_t>(__builtin_ctzll(strata))};
   problem.noise.batch = positions.size(0);
   problem.noise.length = positions.size(1);
   problem.noise.samples = read<int64_t>(samples);
@@ -110,6 +113,11 @@ Problem make_problem(const Tensor& source, const OptionalTensor& ids, const Opti
   const bool is_mlp = problem.family == Family::mlp;
   problem.latent_dim = weights[is_mlp ? 1 : 0].size(0);
   problem.hidden_dim = is_mlp ? weights[0].size(0) : 0;
+  problem.noise.latent_dim = problem.latent_dim;
+  problem.noise.mean = read<float>(mean);
+  problem.noise.mean_batch_stride = mean ? mean->stride(0) : 0;
+  problem.noise.mean_position_stride = mean ? mean->stride(1) : 0;
+  problem.noise.deviation = static_cast<float>(deviation);
   return problem;
 }
 
@@ -235,7 +243,7 @@ void latents_op(Tensor latents, Tensor words, std::string latent) {
 #define EMBED_CALL                                                                           \
   "Tensor source, Tensor? ids, Tensor? mask, Tensor seed, Tensor samples, Tensor rows, "      \
   "Tensor positions, Tensor[] weights, Tensor? per_token, str family, str latent, "           \
-  "bool sequence, bool antithetic"
+  "bool sequence, bool antithetic, int strata, Tensor? mean, float deviation"
 #define LOGIT_OPTIONS "int start, Tensor? bias, float scale, float softcap"
 
 STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {

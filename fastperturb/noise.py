@@ -255,7 +255,7 @@ def draw_latent(
     if strata == 1:
         lanes = _DISTRIBUTIONS[latent](words)
     else:
-        number = samples[:, :, None, None]
+        number = samples[:, :, None, None] & _WORD
         counter[0], counter[2] = blocks | _GROUP_BLOCK, number // strata
         group_words = _philox_words([word & _WORD for word in counter], key)
         lanes = [

@@ -15,6 +15,7 @@ VARYING = [
     *("M", "N", "B", "T", "vocab", "stride_m", "stride_b", "stride_t"),
     *("samples_stride_m", "samples_stride_b", "row_ids_stride_b", "row_ids_stride_t"),
     *("positions_stride_b", "positions_stride_t", "segment_tokens", "slab_tokens"),
+    *("mean_stride_b", "mean_stride_t"),
     *("sample_tokens", "coordinate_tokens", "part_samples"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,6 +5,9 @@
     rademacher  +1 if the top bit of w is 0, else -1
     gaussian    sqrt(-2 ln u0) (cos, sin)(2 pi u1) on lanes (0, 1) and (2, 3)
 
+Samples of stratified groups take u = (s + (w + 1/2) 2^-32) / G with the stratum s that the group's
+own words deal to them, and gaussians by the inverse of the normal distribution function.
+
 The words are exact. Each 32 x 32 product is written as one 64-bit multiplication, of which
 both halves are used: that compiles to one wide multiply where separate high and low halves
 (`tl.philox`) take two, and the multiplies are most of the cost.
@@ -21,12 +24,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastperturb import noise as definition
 from fastperturb.kernels import maths
 
 _UNIT = tl.constexpr(2.0**-32)
 _TWO_PI = tl.constexpr(6.283185307179586)
 _MINUS_TWO_LN2 = tl.constexpr(-1.3862943611198906)
 _SQRT3 = tl.constexpr(1.7320508075688772)
+_GROUP_BLOCK = tl.constexpr(1 << 31)
+_FIELDS = tl.constexpr(definition.FIELDS)
+_QUANTILE = tl.constexpr(definition.QUANTILE)
 # Below this distance of u from 1 the series is as good as fp32 and the hardware logarithm is not.
 _NEAR_ONE = tl.constexpr(2.0**-6)
 
@@ -50,10 +57,22 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def draw_quad(seed, quad, t, m, b, LATENT: tl.constexpr, FAST: tl.constexpr):
+def draw_quad(
+    seed, quad, t, m, b, LATENT: tl.constexpr, STRATA: tl.constexpr, FAST: tl.constexpr
+):
     """The latents r = 4 quad + (0, 1, 2, 3) of counters of one shape, four fp32 tensors."""
     w0, w1, w2, w3 = philox(seed, quad, t, m, b)
-    if LATENT == "gaussian":
+    if STRATA > 1:
+        DEGREE: tl.constexpr = _degree(STRATA)
+        number = m.to(tl.uint32, bitcast=True)
+        group_block = quad.to(tl.uint32, bitcast=True) | _GROUP_BLOCK
+        g0, g1, g2, g3 = philox(seed, group_block, t, number >> DEGREE, b)
+        member = number & (STRATA - 1)
+        z0 = _stratified(stratum(g0, member, STRATA), w0, LATENT, STRATA, FAST)
+        z1 = _stratified(stratum(g1, member, STRATA), w1, LATENT, STRATA, FAST)
+        z2 = _stratified(stratum(g2, member, STRATA), w2, LATENT, STRATA, FAST)
+        z3 = _stratified(stratum(g3, member, STRATA), w3, LATENT, STRATA, FAST)
+    elif LATENT == "gaussian":
         z0, z1 = _box_muller(w0, w1, FAST)
         z2, z3 = _box_muller(w2, w3, FAST)
     elif LATENT == "uniform":
@@ -74,6 +93,7 @@ def tile(
     b,  # [X] int32
     factor,  # [X] fp32: the sign, or 0 for a token that keeps its embedding
     LATENT: tl.constexpr,
+    STRATA: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """factor z [X, 4 Q] of X tokens; the four lanes of a quad are side by side."""
@@ -83,7 +103,7 @@ def tile(
     c1 = tl.broadcast_to(t[:, None], [X, Q])
     c2 = tl.broadcast_to(m[:, None], [X, Q])
     c3 = tl.broadcast_to(b[:, None], [X, Q])
-    z0, z1, z2, z3 = draw_quad(seed, c0, c1, c2, c3, LATENT, FAST)
+    z0, z1, z2, z3 = draw_quad(seed, c0, c1, c2, c3, LATENT, STRATA, FAST)
     scale = factor[:, None]
     even = tl.join(z0 * scale, z2 * scale)
     odd = tl.join(z1 * scale, z3 * scale)
@@ -96,6 +116,66 @@ def pair_and_sign(m, ANTITHETIC: tl.constexpr):
     if ANTITHETIC:
         return m & -2, (1 - 2 * (m & 1)).to(tl.float32)
     return m, tl.full(m.shape, 1.0, tl.float32)
+
+
+@triton.constexpr_function
+def _degree(strata):
+    """k of a group of 2^k samples."""
+    return strata.bit_length() - 1
+
+
+@triton.jit
+def stratum(group_word, member, STRATA: tl.constexpr):
+    """The stratum a j xor c of member j of a group, by the group's own word; all are uint32."""
+    DEGREE: tl.constexpr = _degree(STRATA)
+    POLYNOMIAL: tl.constexpr = _FIELDS[DEGREE]
+    result = group_word & (STRATA - 1)
+    factor = (tl.mul(group_word >> 8, STRATA - 1, sanitize_overflow=False) >> 24) + 1
+    for bit in tl.static_range(DEGREE):
+        result = result ^ tl.where((member >> bit) & 1 != 0, factor, 0)
+        factor = factor << 1
+        factor = tl.where(factor >> DEGREE != 0, factor ^ POLYNOMIAL, factor)
+    return result
+
+
+@triton.jit
+def _stratified(
+    b_stratum, word, LATENT: tl.constexpr, STRATA: tl.constexpr, FAST: tl.constexpr
+):
+    """The latent at u = (stratum + (w + 1/2) 2^-32) / STRATA."""
+    SHARE: tl.constexpr = 1.0 / STRATA
+    if LATENT == "gaussian":
+        # v is measured from the nearer end of (0, 1).
+        upper = b_stratum >= STRATA // 2
+        b_from_end = tl.where(upper, (STRATA - 1) - b_stratum, b_stratum)
+        b_word = tl.where(upper, word ^ 0xFFFFFFFF, word)
+        return _quantile((b_from_end.to(tl.float32) + _unit(b_word, FAST)) * SHARE, upper, FAST)
+    elif LATENT == "uniform":
+        u = (b_stratum.to(tl.float32) + _unit(word, FAST)) * SHARE
+        return (2.0 * u - 1.0) * _SQRT3
+    else:
+        tl.static_assert(LATENT == "rademacher", "unknown latent")
+        return tl.where(b_stratum >= STRATA // 2, -1.0, 1.0)
+
+
+@triton.jit
+def _quantile(v, upper, FAST: tl.constexpr):
+    """The inverse of the normal distribution function at v <= 1/2, or at 1 - v if upper."""
+    x = 1.0 - 2.0 * v
+    from_one = x * x
+    central = v > 0.25
+    squared = _minus_two_log(
+        tl.where(central, 1.0 - from_one, 4.0 * v * (1.0 - v)), from_one, central, FAST
+    )
+    share = squared / (squared + 8.0)
+    polynomial = tl.full(share.shape, _QUANTILE[7], tl.float32)
+    for i in tl.static_range(7):
+        polynomial = polynomial * share + _QUANTILE[6 - i]
+    if FAST:
+        z = maths.approx("sqrt", squared) * polynomial
+    else:
+        z = tl.sqrt(squared) * polynomial
+    return tl.where(upper, z, -z)
 
 
 @triton.jit
@@ -124,19 +204,27 @@ def _box_muller(radius_word, angle_word, FAST: tl.constexpr):
     distance = _unit(signed ^ (signed >> 31), FAST)
     # A signed angle word keeps |angle| <= pi, where fp32 is twice as fine.
     turn = angle_word.to(tl.int32, bitcast=True).to(tl.float32)
+    squared = _minus_two_log(tl.where(upper, 1.0 - distance, distance), distance, upper, FAST)
     if FAST:
         angle = turn * (_TWO_PI * _UNIT) + (_TWO_PI * _UNIT * 0.5)
-        u = tl.where(upper, 1.0 - distance, distance)
-        series = distance * (2.0 + distance * (1.0 + distance * (2.0 / 3.0 + distance * 0.5)))
-        near_one = upper & (distance < _NEAR_ONE)
-        squared = tl.where(near_one, series, maths.approx("lg2", u) * _MINUS_TWO_LN2)
         radius = maths.approx("sqrt", squared)
         return radius * maths.approx("cos", angle), radius * maths.approx("sin", angle)
     else:
         angle = (turn + 0.5) * (_TWO_PI * _UNIT)
-        log_u = tl.where(upper, _log1m(distance), tl.log(distance))
-        radius = tl.sqrt(tl.maximum(-2.0 * log_u, 0.0))
+        radius = tl.sqrt(squared)
         return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def _minus_two_log(u, from_one, upper, FAST: tl.constexpr):
+    """-2 ln u, which is -2 ln(1 - from_one) where `upper` says so: from_one is at most 1/2 there."""
+    if FAST:
+        series = from_one * (2.0 + from_one * (1.0 + from_one * (2.0 / 3.0 + from_one * 0.5)))
+        near_one = upper & (from_one < _NEAR_ONE)
+        return tl.where(near_one, series, maths.approx("lg2", u) * _MINUS_TWO_LN2)
+    else:
+        log_u = tl.where(upper, _log1m(tl.where(upper, from_one, 0.25)), tl.log(u))
+        return tl.maximum(-2.0 * log_u, 0.0)
 
 
 @triton.jit

@@ -72,6 +72,7 @@ class Layout:
         if self.C is not None:
             self.C, self.H = self.C.to(table.dtype), self.C.shape[0]
 
+        mean = self._mean(call)
         self.rho = call.embed_rms
         self.source = {
             "table_ptr": self.table,
@@ -85,6 +86,7 @@ class Layout:
             "row_ids_ptr": call.rows,
             "positions_ptr": call.positions,
             "mask_ptr": None if call.mask is None else launch.as_bytes(call.mask),
+            "mean_ptr": mean,
             "T": self.T,
             "samples_stride_m": call.samples.stride(0),
             "samples_stride_b": call.samples.stride(1),
@@ -92,9 +94,21 @@ class Layout:
             "row_ids_stride_t": call.rows.stride(1),
             "positions_stride_b": call.positions.stride(0),
             "positions_stride_t": call.positions.stride(1),
+            "mean_stride_b": 0 if mean is None else mean.stride(0),
+            "mean_stride_t": 0 if mean is None else mean.stride(1),
+            "std": call.latent_std,
             "SCOPE": call.scope,
-            "NOISE": (call.latent, call.antithetic, launch.has_fast_maths()),
+            "NOISE": (call.latent, call.antithetic, call.strata, launch.has_fast_maths()),
         }
+
+    def _mean(self, call: EmbedCall) -> Tensor | None:
+        """Return the means of the latents, dense in R, or None for noise as it is."""
+        mean = call.latent_mean
+        if mean is not None:
+            return mean if mean.stride(-1) == 1 else mean.contiguous()
+        if call.latent_std == 1.0:
+            return None
+        return self.fp32(self.R).zero_().expand(self.B, self.T, self.R)
 
     def sums(self, *, per_sample: bool) -> Sums:
         return Sums(self.M, self.B, self.T) if per_sample else Sums(1, 1, self.N)
@@ -120,6 +134,7 @@ class Piece(NamedTuple):
             rows=call.rows[self.rows, self.times],
             positions=call.positions[self.rows, self.times],
             mask=cut(call.mask),
+            latent_mean=cut(call.latent_mean),
         )
 
     def tokens(self, value: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def draw_kernel(
     row_ids_ptr,
     positions_ptr,
     mask_ptr,
+    mean_ptr,
     N,
     T,
     samples_stride_m,
@@ -36,9 +37,12 @@ def draw_kernel(
     row_ids_stride_t,
     positions_stride_b,
     positions_stride_t,
+    mean_stride_b,
+    mean_stride_t,
+    std,
     R: tl.constexpr,
     SCOPE: tl.constexpr,
-    NOISE: tl.constexpr,  # (latent, antithetic, fast)
+    NOISE: tl.constexpr,  # (latent, antithetic, strata, fast)
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
@@ -47,10 +51,11 @@ def draw_kernel(
     first = tl.program_id(1) * BR
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
     positions = positions_ptr, positions_stride_b, positions_stride_t
+    mean = mean_ptr, mean_stride_b, mean_stride_t, std
     seed = tl.load(seed_ptr)
-    tokens = tiles.load_tokens(seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, SCOPE)
+    tokens = tiles.load_tokens(seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE)
     b_sample_ptr = samples_ptr + sample * samples_stride_m + tokens.b_batch * samples_stride_b
-    b_z = tiles.latent_tile(tokens, b_sample_ptr, first, BR, NOISE)
+    b_z = tiles.latent_tile(tokens, b_sample_ptr, first, R, BR, NOISE)
     tiles.store_matrix(z_ptr + sample * N * R, b_token, first + tl.arange(0, BR), b_z, N, R)
 
 
@@ -64,6 +69,8 @@ def draw_sequences(layout: Layout) -> Tensor | None:
     if layout.noise["SCOPE"] != "sequence" or layout.noise["row_ids_stride_t"] != 0:
         return None
     if layout.T < 16:  # the buffer would be as large as the output
+        return None
+    if layout.noise["mean_ptr"] is not None and layout.noise["mean_stride_t"] != 0:
         return None
     return _draw(layout, layout.B, {**layout.noise, "T": 1, "mask_ptr": None})
 

@@ -22,6 +22,8 @@ class Tokens(NamedTuple):
     b_row_id: tl.tensor
     b_position: tl.tensor
     b_perturbed: tl.tensor  # False for tokens that keep their embedding
+    b_mean_ptr: tl.tensor | None  # where the means of their latents are
+    std: tl.tensor | None  # a scalar: z is the mean plus std times the noise, where there is a mean
 
 
 @triton.jit
@@ -72,6 +74,7 @@ def load_tokens(
     row_ids,  # the pointer and the strides of b and t; so is positions
     positions,
     mask_ptr,
+    mean,  # the pointer, the strides of b and t, and std
     SCOPE: tl.constexpr,
 ):
     b_batch = (b_token // T).to(tl.int64)
@@ -86,7 +89,10 @@ def load_tokens(
     b_perturbed = b_live
     if mask_ptr is not None:
         b_perturbed = b_live & (tl.load(mask_ptr + b_token, mask=b_live, other=0) != 0)
-    return Tokens(seed, b_batch, b_row_id, b_position, b_perturbed)
+    b_mean_ptr = None
+    if mean[0] is not None:
+        b_mean_ptr = mean[0] + b_batch * mean[1] + b_time * mean[2]
+    return Tokens(seed, b_batch, b_row_id, b_position, b_perturbed, b_mean_ptr, mean[3])
 
 
 @triton.jit
@@ -94,8 +100,9 @@ def latent_tile(
     tokens,
     b_sample_ptr,  # [BT], where each token's sample number is
     first,
+    R: tl.constexpr,
     BR: tl.constexpr,
-    NOISE: tl.constexpr,  # (latent, antithetic, fast)
+    NOISE: tl.constexpr,  # (latent, antithetic, strata, fast)
 ):
     """z [BT, BR] from latent `first` on, 0 for tokens that keep their embedding.
 
@@ -103,14 +110,33 @@ def latent_tile(
     """
     LATENT: tl.constexpr = NOISE[0]
     ANTITHETIC: tl.constexpr = NOISE[1]
-    FAST: tl.constexpr = NOISE[2]
+    STRATA: tl.constexpr = NOISE[2]
+    FAST: tl.constexpr = NOISE[3]
     b_sample = tl.load(b_sample_ptr, mask=tokens.b_perturbed, other=0).to(tl.int32)
     b_pair, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
     b_factor = tl.where(tokens.b_perturbed, b_sign, 0.0)
     quad = first // 4 + tl.arange(0, BR // 4)
-    return noise.tile(
-        tokens.seed, quad, tokens.b_position, b_pair, tokens.b_row_id, b_factor, LATENT, FAST
+    b_z = noise.tile(
+        tokens.seed,
+        quad,
+        tokens.b_position,
+        b_pair,
+        tokens.b_row_id,
+        b_factor,
+        LATENT,
+        STRATA,
+        FAST,
     )
+    if tokens.b_mean_ptr is not None:
+        b_z = mean_tile(tokens, first + tl.arange(0, BR), R) + tokens.std * b_z
+    return b_z
+
+
+@triton.jit
+def mean_tile(tokens, b_r, R: tl.constexpr):
+    """The means [BT, BR] of the latents, 0 for tokens that keep their embedding."""
+    b_mask = tokens.b_perturbed[:, None] & (b_r < R)[None, :]
+    return tl.load(tokens.b_mean_ptr[:, None] + b_r[None, :], mask=b_mask, other=0.0)
 
 
 @triton.jit
@@ -128,7 +154,8 @@ def latent_of_pair(
     """
     LATENT: tl.constexpr = NOISE[0]
     ANTITHETIC: tl.constexpr = NOISE[1]
-    FAST: tl.constexpr = NOISE[2]
+    STRATA: tl.constexpr = NOISE[2]
+    FAST: tl.constexpr = NOISE[3]
     BR: tl.constexpr = b_z.shape[1]
     b_sample = tl.load(b_sample_ptr, mask=tokens.b_perturbed, other=0).to(tl.int32)
     b_next, b_sign = noise.pair_and_sign(b_sample, ANTITHETIC)
@@ -137,7 +164,15 @@ def latent_of_pair(
         quad = first // 4 + tl.arange(0, BR // 4)
         b_one = tl.full(b_sign.shape, 1.0, tl.float32)
         b_z = noise.tile(
-            tokens.seed, quad, tokens.b_position, b_next, tokens.b_row_id, b_one, LATENT, FAST
+            tokens.seed,
+            quad,
+            tokens.b_position,
+            b_next,
+            tokens.b_row_id,
+            b_one,
+            LATENT,
+            STRATA,
+            FAST,
         )
     return b_z, b_next, b_sign
 

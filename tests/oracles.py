@@ -12,7 +12,7 @@ def sample_logits(lm, inputs, *, seed, num_samples):
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     e, real, positions = lm.base.get_input_embeddings()(ids), mask.bool(), positions_of(mask)
     shape = (num_samples, *ids.shape, lm.transform.latent_dim)
-    z = noise.latent(seed, shape, positions=positions)
+    z = noise.latent(seed, shape, positions=positions, strata=lm.config.strata(num_samples))
     return torch.stack(
         [
             lm.base(

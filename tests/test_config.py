@@ -110,3 +110,57 @@ def test_a_mixture_of_estimators_is_checked_and_survives_the_round_trip():
         PerturbConfig(estimator={"iwae": 1.0, "quadratic": 0.1}, marginal="sequence")
     with pytest.raises(ValueError, match="sampling='antithetic' pairs the samples"):
         PerturbConfig(estimator={"iwae": 1.0, "quadratic": 0.1}, antithetic=True)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "estimator", "strata"),
+    [(8, "iwae", 8), (12, "iwae", 4), (512, "iwae", 256), (8, "quadratic", 4), (4, "mlmc", 2)],
+)
+def test_a_stratified_group_is_the_largest_that_leaves_the_estimator_its_groups(
+    num_samples, estimator, strata
+):
+    config = PerturbConfig(sampling="stratified", num_samples=num_samples, estimator=estimator)
+    assert config.strata() == strata
+    assert PerturbConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_group_size_that_is_given_is_kept_for_calls_with_other_numbers_of_samples():
+    config = PerturbConfig(sampling="stratified", num_samples=8, group_size=2)
+    assert [config.strata(), config.strata(16), config.strata_of_mean(4, 2)] == [2, 2, 2]
+    with pytest.raises(ValueError, match="multiple of group_size=2 .* got 5"):
+        config.strata(5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 5}, "num_samples must be even with sampling='stratified'; got 5"),
+        ({"num_samples": 12, "group_size": 8}, "multiple of group_size=8 .*got 12"),
+        ({"num_samples": 2, "estimator": "quadratic"}, "at least 4 for 2 groups.*got 2"),
+        ({"group_size": 8, "estimator": "jvi_clip"}, "at least 16 for 2 groups.*got 8"),
+        ({"group_size": 3}, "group_size must be one of .*got 3"),
+        ({"group_size": 512}, "group_size must be one of .*got 512"),
+        ({"deterministic": True}, "deterministic=True has only one"),
+        ({"sampling": "independent", "group_size": 4}, "group_size=4 is of sampling='stratified'"),
+        ({"sampling": "strata"}, "sampling must be one of .*did you mean 'stratified'"),
+        ({"antithetic": True}, "antithetic=True is the old spelling of sampling='antithetic'"),
+    ],
+)
+def test_a_sampling_that_cannot_be_is_named_with_what_to_change(options, message):
+    with pytest.raises(ValueError, match=message):
+        PerturbConfig(**{"sampling": "stratified", **options})
+
+
+def test_antithetic_is_the_old_spelling_of_a_sampling():
+    assert PerturbConfig(antithetic=True) == PerturbConfig(sampling="antithetic")
+    # Configs that were saved before there was a choice say antithetic=False.
+    old = {"transform": "lowrank", "antithetic": False}
+    assert PerturbConfig.from_dict(old) == PerturbConfig(sampling="independent")
+    with pytest.raises(TypeError, match="antithetic must be True or False"):
+        PerturbConfig(antithetic="yes")
+
+
+def test_the_sampling_of_a_config_can_be_replaced():
+    pairs = PerturbConfig(antithetic=True)
+    assert dataclasses.replace(pairs, sampling="stratified").strata() == 8
+    assert not dataclasses.replace(pairs, sampling="independent").draws_pairs

@@ -97,10 +97,13 @@ class Calls:
             rows=numbers[1],
             positions=numbers[2],
             mask=None,
+            latent_mean=None,
             family=family,
             latent="gaussian",
             scope="token",
             antithetic=False,
+            strata=1,
+            latent_std=1.0,
         )
 
     def head_cases(self) -> Iterator[Case]:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fastperturb import noise
 from fastperturb.ops import dispatch, reference
 from fastperturb.ops.calls import EmbedCall, schema
-from fastperturb.ops.torch import embed as torch_embed
 from fastperturb.transforms import Transform
 
 
@@ -264,10 +263,7 @@ def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -
 
 
 def _implementation(call: EmbedCall) -> ModuleType:
-    table = call.table
-    if call.strata > 1 or call.latent_mean is not None or call.latent_std != 1.0:
-        return torch_embed
-    return dispatch.implementation("perturb_embed", table.device, table.dtype)
+    return dispatch.implementation("perturb_embed", call.table.device, call.table.dtype)
 
 
 @torch.library.custom_op(

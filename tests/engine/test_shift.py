@@ -16,7 +16,8 @@ from fastperturb.engine.trunk import shift_norms
 def shifted(lm, inputs, *, count):
     """Return |T(e, z) - e| / |e| [count, B, T] in fp64, by the transform's formula."""
     e = lm.base.get_input_embeddings()(inputs["input_ids"]).double()
-    z = noise.latent(5, (count, *e.shape[:2], lm.transform.latent_dim))
+    shape = (count, *e.shape[:2], lm.transform.latent_dim)
+    z = noise.latent(5, shape, strata=lm.config.strata(count))
     parameters = [value.double() for value in lm.transform.effective_parameters()]
     rho = lm.transform.embed_rms.double()
     perturbed_embeddings = type(lm.transform).formula(e, z.double(), rho, *parameters)

@@ -7,7 +7,7 @@ import triton.language as tl
 from kernel_oracle import DEVICE, INTERPRETED, MARKS
 
 from fastperturb import noise as definition
-from fastperturb.config import LATENTS
+from fastperturb.config import GROUP_SIZES, LATENTS
 from fastperturb.kernels import noise
 
 pytestmark = MARKS
@@ -45,6 +45,7 @@ def latent_kernel(
     Q: tl.constexpr,
     LATENT: tl.constexpr,
     ANTITHETIC: tl.constexpr,
+    STRATA: tl.constexpr,
     FAST: tl.constexpr,
 ):
     i = tl.program_id(0) * X + tl.arange(0, X)
@@ -57,6 +58,7 @@ def latent_kernel(
         tl.load(row_ptr + i).to(tl.int32),
         sign,
         LATENT,
+        STRATA,
         FAST,
     )
     tl.store(out_ptr + i[:, None] * (4 * Q) + tl.arange(0, 4 * Q)[None, :], z)
@@ -73,7 +75,9 @@ def box_muller_kernel(out_ptr, word_ptr, X: tl.constexpr, FAST: tl.constexpr):
     tl.store(out_ptr + X + i, z1)
 
 
-def draw(numbers, width, *, latent, antithetic=False, fast=not INTERPRETED, seed=SEEDS[-1]):
+def draw(
+    numbers, width, *, latent, antithetic=False, strata=1, fast=not INTERPRETED, seed=SEEDS[-1]
+):
     """z [tokens, width] of sample, row and position numbers [3, tokens]."""
     tokens = numbers.shape[1]
     X = min(tokens, LATENTS_OF_A_PROGRAM // width)
@@ -82,12 +86,12 @@ def draw(numbers, width, *, latent, antithetic=False, fast=not INTERPRETED, seed
     samples, rows, positions = numbers.to(DEVICE)
     seed = torch.tensor(seed, device=DEVICE)
     latent_kernel[(tokens // X,)](
-        out, seed, samples, rows, positions, X, width // 4, latent, antithetic, fast
+        out, seed, samples, rows, positions, X, width // 4, latent, antithetic, strata, fast
     )
     return out.cpu()
 
 
-def defined(numbers, width, *, latent, antithetic=False, seed=SEEDS[-1]):
+def defined(numbers, width, *, latent, antithetic=False, strata=1, seed=SEEDS[-1]):
     samples, rows, positions = numbers  # X rows of one token
     return definition.draw_latent(
         torch.tensor(seed),
@@ -98,6 +102,7 @@ def defined(numbers, width, *, latent, antithetic=False, seed=SEEDS[-1]):
         latent=latent,
         scope="token",
         antithetic=antithetic,
+        strata=strata,
     )[0, :, 0]
 
 
@@ -130,6 +135,16 @@ def test_latents_are_within_4e_6_of_the_definition(latent):
     ours, expected = draw(numbers, 64, latent=latent), defined(numbers, 64, latent=latent)
     assert (ours - expected).abs().max() <= 4e-6
     assert expected.std() > 0.9
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("strata", GROUP_SIZES)
+def test_stratified_latents_are_within_4e_6_of_the_definition(strata, latent):
+    numbers = some_numbers()
+    ours = draw(numbers, 16, latent=latent, strata=strata)
+    expected = defined(numbers, 16, latent=latent, strata=strata)
+    assert (ours - expected).abs().max() <= 4e-6
+    assert torch.equal(ours > 0, expected > 0)
 
 
 def test_an_odd_sample_is_the_negative_of_the_even_one_before_it():

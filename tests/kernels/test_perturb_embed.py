@@ -48,15 +48,19 @@ BIG = {
     "one long row": (3, 1, 67, 40, 3, 20),
 }
 VARIANTS = ("plain", "sequence", "explicit")
+# Stratified latents; latents with a mean for each token; with one for each batch row.
+STRATIFIED_VARIANTS = ("stratified", "mean", "mean of sequences")
 
 
 def make_call(family, dtype, shape, variant="plain", vocab=13):
     """A call on the CPU in `dtype`; `variant` chooses its distribution, counters and mask."""
     torch.manual_seed(zlib.crc32(f"{family} {dtype} {shape} {variant}".encode()))
     M, B, T, D, R, H = shape
-    latent, scope = {"plain": ("gaussian", "token"), "sequence": ("uniform", "sequence")}.get(
-        variant, ("rademacher", "token")
-    )
+    latent, scope = {
+        "explicit": ("rademacher", "token"),
+        "sequence": ("uniform", "sequence"),
+        "mean of sequences": ("gaussian", "sequence"),
+    }.get(variant, ("gaussian", "token"))
     config = PerturbConfig(
         transform=family, latent=latent, scope=scope, latent_dim=R, hidden_dim=H, init_scale=0.6
     )
@@ -69,6 +73,15 @@ def make_call(family, dtype, shape, variant="plain", vocab=13):
     samples, rows, positions, mask = M, None, None, None
     if variant != "plain":
         mask = torch.rand(B, T) < 0.7
+    strata, mean, std = 1, None, 1.0
+    if variant in STRATIFIED_VARIANTS:
+        strata = 8 if variant == "stratified" else 2
+        samples = torch.randint(0, 2**32, (M, B))
+        samples[1:] = samples[0] + 1  # maybe of the same group
+    if variant == "mean":
+        mean, std = torch.randn(transform.latent_dim, T, B).permute(2, 1, 0), 0.8
+    if variant == "mean of sequences":
+        mean, std = torch.randn(B, 1, transform.latent_dim).expand(-1, T, -1), 0.8
     if variant == "explicit":
         samples = torch.randint(0, 2**32, (M, B))
         rows = torch.randint(0, 2**40, (T, 2 * B))[:, ::2].T
@@ -84,10 +97,13 @@ def make_call(family, dtype, shape, variant="plain", vocab=13):
         torch.tensor(-8613303245920329199),
         *numbers,
         mask,
+        mean,
         family,
         latent,
         scope,
         antithetic,
+        strata,
+        std,
     )
 
 
@@ -194,6 +210,13 @@ def check(family, dtype, shape, variant):
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_output_and_gradients_are_as_good_as_naive_torch(family, shape, variant, dtype):
     check(family, dtype, shape, variant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", STRATIFIED_VARIANTS)
+@pytest.mark.parametrize("family", TRANSFORMS)
+def test_stratified_and_moved_latents_are_as_good_as_naive_torch(family, variant, dtype):
+    check(family, dtype, (3, 2, 6, 24, 5, 7), variant)
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)

@@ -97,10 +97,13 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
         rows=numbers[1],
         positions=numbers[2],
         mask=torch.empty(B, T, dtype=torch.bool, device="meta"),
+        latent_mean=None,
         family=family,
         latent="gaussian",
         scope="token",
         antithetic=False,
+        strata=1,
+        latent_std=1.0,
     )
 
 

@@ -58,7 +58,7 @@ def test_num_samples_that_the_estimator_cannot_use_is_rejected():
     with pytest.raises(ValueError, match="backward_samples must not exceed num_samples=2, got 4"):
         resampling(**batch(), num_samples=2)
     antithetic = perturbed(llama(), antithetic=True)
-    with pytest.raises(ValueError, match="num_samples must be even with antithetic=True"):
+    with pytest.raises(ValueError, match="num_samples must be even with sampling='antithetic'"):
         antithetic(**batch(), num_samples=3)
 
 

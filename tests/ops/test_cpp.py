@@ -89,11 +89,20 @@ def make_call(
     rows: Tensor | None = None,
     positions: Tensor | None = None,
     antithetic: bool = False,
+    strata: int = 1,
     mask: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: float = 1.0,
 ) -> EmbedCall:
     shape = table.shape[:2] if ids is None else ids.shape
     numbers = noise.counters(
-        samples, rows, positions, tuple(shape), antithetic=antithetic, device=table.device
+        samples,
+        rows,
+        positions,
+        tuple(shape),
+        antithetic=antithetic,
+        strata=strata,
+        device=table.device,
     )
     return EmbedCall(
         ids,
@@ -103,10 +112,13 @@ def make_call(
         torch.tensor(2**40 + 17),
         *numbers,
         mask,
+        mean,
         transform.family,
         transform.latent,
         transform.scope,
         antithetic,
+        strata,
+        std,
     )
 
 
@@ -132,6 +144,9 @@ def truth(call: EmbedCall, transform: Transform, grad: Tensor) -> list[Tensor]:
         rows=call.rows,
         positions=call.positions,
         antithetic=call.antithetic,
+        strata=call.strata,
+        latent_mean=call.latent_mean,
+        latent_std=call.latent_std,
         perturb_mask=call.mask,
     )
     parameters = [getattr(exact, name) for name in exact.parameter_names]
@@ -212,6 +227,51 @@ def test_output_and_gradients_are_the_oracles_over_the_whole_grid(
     flags = itertools.product(("token", "sequence"), LATENTS, *[(False, True)] * 3)
     for shape, (scope, latent, *options) in itertools.product(shapes, flags):
         run_case(family, dtype, shape, scope, latent, *options)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stratified_output_and_gradients_are_the_oracles(family: str, scope: str) -> None:
+    M, B, T, D = 8, 2, 19, 37
+    transform = random_transform(family, D, 7, 10, scope=scope)
+    mask, grad = torch.rand(B, T) < 0.6, torch.randn(M, B, T, D)
+    for strata in (2, 8):
+        call = make_call(transform, None, torch.randn(B, T, D), samples=M, strata=strata, mask=mask)
+        check(call, transform, grad)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latents_with_a_mean_and_a_spread_give_the_oracles_results(family: str, scope: str) -> None:
+    M, B, T, D = 4, 2, 9, 37
+    transform = random_transform(family, D, 7, 10, scope=scope)
+    R = transform.latent_dim
+    grad, embeddings = torch.randn(M, B, T, D), torch.randn(B, T, D)
+    means = [torch.randn(B, T, R), torch.randn(B, 1, R).expand(B, T, R), None]
+    means.append(torch.randn(R, T, B).permute(2, 1, 0))
+    for mean, strata in zip(means, (1, 4, 2, 1), strict=True):
+        call = make_call(transform, None, embeddings, strata=strata, mean=mean, std=0.8)
+        check(call, transform, grad)
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("strata", [2**k for k in range(1, 9)])
+def test_stratified_latents_are_torchs_whatever_samples_are_drawn(strata: int, latent: str) -> None:
+    """diagonal with s = 1 and rho = 1 on zero embeddings returns the latents themselves."""
+    D, B, T = 21, 2, 3
+    transform = random_transform("diagonal", D, D, 1, latent=latent)
+    transform.s.data.fill_(1.0)
+    transform.embed_rms.fill_(1.0)
+    some = torch.tensor([[0, 5], [3, 3], [300, 4], [301, 2], [1, 2**33 + 1]])
+    for samples in (strata, some):
+        call = make_call(transform, None, torch.zeros(B, T, D), samples=samples, strata=strata)
+        ours, theirs = (
+            module.perturb_embed(call, False).out for module in (cpp_embed, torch_embed)
+        )
+        assert (ours - theirs).abs().max() < 4e-6
+        assert torch.equal(ours.sign(), theirs.sign())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

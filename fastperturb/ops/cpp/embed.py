@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastperturb.ops.calls import EmbedCall, Embedded
+from fastperturb.transforms import FAMILIES
 
 
 def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
@@ -87,7 +88,9 @@ class _Inputs:
     parameters: list[Tensor]
     embed_rms: Tensor
     family: str
-    options: tuple[str, bool, bool]  # latent, sequence scope, antithetic
+    options: tuple[str, bool, bool, int]  # latent, sequence scope, antithetic, strata
+    mean: Tensor | None  # [B, T, R], its last dimension dense
+    deviation: float
 
     @classmethod
     def of(cls, call: EmbedCall) -> _Inputs:
@@ -102,7 +105,9 @@ class _Inputs:
             [value.float().contiguous() for value in call.parameters],
             call.embed_rms.float(),
             call.family,
-            (call.latent, call.scope == "sequence", call.antithetic),
+            (call.latent, call.scope == "sequence", call.antithetic, call.strata),
+            _mean(call),
+            call.latent_std,
         )
 
     def embeddings(self) -> Tensor | None:
@@ -143,7 +148,18 @@ class _Inputs:
     def arguments(self, per_token: Tensor | None, *, backward: bool = False) -> tuple:
         weights = self.weights(backward=backward)
         tensors = (self.source, self.ids, self.mask, *self.numbers, weights, per_token)
-        return (*tensors, self.family, *self.options)
+        return (*tensors, self.family, *self.options, self.mean, self.deviation)
+
+
+def _mean(call: EmbedCall) -> Tensor | None:
+    """Return the mean of the latents as the kernels read it: None for noise as it is."""
+    mean = call.latent_mean
+    if mean is not None:
+        return mean if mean.stride(-1) == 1 else mean.contiguous()
+    if call.latent_std == 1.0:
+        return None
+    latent_dim = call.parameters[FAMILIES[call.family].latent_parameter].shape[0]
+    return torch.zeros(latent_dim).expand(*call.positions.shape, -1)
 
 
 def _gradients(
