@@ -57,9 +57,7 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
-def draw_quad(
-    seed, quad, t, m, b, LATENT: tl.constexpr, STRATA: tl.constexpr, FAST: tl.constexpr
-):
+def draw_quad(seed, quad, t, m, b, LATENT: tl.constexpr, STRATA: tl.constexpr, FAST: tl.constexpr):
     """The latents r = 4 quad + (0, 1, 2, 3) of counters of one shape, four fp32 tensors."""
     w0, w1, w2, w3 = philox(seed, quad, t, m, b)
     if STRATA > 1:
@@ -139,9 +137,7 @@ def stratum(group_word, member, STRATA: tl.constexpr):
 
 
 @triton.jit
-def _stratified(
-    b_stratum, word, LATENT: tl.constexpr, STRATA: tl.constexpr, FAST: tl.constexpr
-):
+def _stratified(b_stratum, word, LATENT: tl.constexpr, STRATA: tl.constexpr, FAST: tl.constexpr):
     """The latent at u = (stratum + (w + 1/2) 2^-32) / STRATA."""
     SHARE: tl.constexpr = 1.0 / STRATA
     if LATENT == "gaussian":

@@ -160,7 +160,9 @@ def diagonal_backward_kernel(
         b_live = b_token < last
         b_offset = b_token.to(tl.int64)[:, None] * D + b_d[None, :]
         b_mask = b_live[:, None] & (b_d < D)[None, :]
-        tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE)
+        tokens = tiles.load_tokens(
+            seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE
+        )
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         b_grad_e = tl.zeros([BT, BD], tl.float32)
         tile_ptr, sequence_ptr = grad_ptr, z_ptr

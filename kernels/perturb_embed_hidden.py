@@ -77,7 +77,9 @@ def change_kernel(
     positions = positions_ptr, positions_stride_b, positions_stride_t
     mean = mean_ptr, mean_stride_b, mean_stride_t, std
     seed = tl.load(seed_ptr)
-    tokens = tiles.load_tokens(seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE)
+    tokens = tiles.load_tokens(
+        seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE
+    )
     b_sample_ptr = samples_ptr + sample * samples_stride_m + tokens.b_batch * samples_stride_b
     b_rest = tiles.matrix_tile(rest_ptr, b_token, b_h, N, H)
     b_z = tiles.latent_tile(tokens, b_sample_ptr, 0, R, BR, NOISE)
@@ -143,7 +145,9 @@ def hidden_backward_kernel(
     for start in range(first, last, BT):
         b_token = start + tl.arange(0, BT)
         b_live = b_token < last
-        tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE)
+        tokens = tiles.load_tokens(
+            seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE
+        )
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         stored = tl.where(tl.program_id(2) == 0, last, 0)  # by the first block of latents
         b_rest = tiles.matrix_tile(rest_ptr, b_token, b_h, last, H)

@@ -53,7 +53,9 @@ def draw_kernel(
     positions = positions_ptr, positions_stride_b, positions_stride_t
     mean = mean_ptr, mean_stride_b, mean_stride_t, std
     seed = tl.load(seed_ptr)
-    tokens = tiles.load_tokens(seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE)
+    tokens = tiles.load_tokens(
+        seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE
+    )
     b_sample_ptr = samples_ptr + sample * samples_stride_m + tokens.b_batch * samples_stride_b
     b_z = tiles.latent_tile(tokens, b_sample_ptr, first, R, BR, NOISE)
     tiles.store_matrix(z_ptr + sample * N * R, b_token, first + tl.arange(0, BR), b_z, N, R)

@@ -59,7 +59,13 @@ def test_a_telescope_takes_steps_with_its_whole_gradient(folder, tmp_path, monke
     for estimator in ("mlmc", "iwae"):
         perturb = PerturbConfig(estimator=estimator, num_samples=4, latent_dim=4)
         loop = loop_of(
-            tiny_run.options(folder, perturb=perturb, output_dir=tmp_path / estimator, max_steps=1)
+            tiny_run.options(
+                folder,
+                perturb=perturb,
+                output_dir=tmp_path / estimator,
+                max_steps=1,
+                batch_size=16,  # 256 labels
+            )
         )
         loop._take_step(loop.data.next_blocks(4))
     assert limits == [None, 1.0]

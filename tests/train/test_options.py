@@ -51,8 +51,8 @@ def test_an_invalid_option_is_named_in_the_error(changes, message, tmp_path):
 def test_gradients_of_a_telescope_are_clipped_only_on_demand_and_with_a_warning(
     estimator, tmp_path
 ):
-    telescope = PerturbConfig(estimator=estimator)
-    options = tiny_run.options(tmp_path, perturb=telescope)
+    telescope, block_size = PerturbConfig(estimator=estimator), 64
+    options = tiny_run.options(tmp_path, perturb=telescope, block_size=block_size)
     assert (options.max_grad_norm, options.gradient_limit) == ("auto", None)
     with pytest.warns(UserWarning, match=f"clips the gradient .*{estimator}.* unbiased only"):
         clipped = tiny_run.options(tmp_path, perturb=telescope, max_grad_norm=0.5)
@@ -61,6 +61,22 @@ def test_gradients_of_a_telescope_are_clipped_only_on_demand_and_with_a_warning(
         assert tiny_run.options(tmp_path, **changes).gradient_limit == 1.0
         off = tiny_run.options(tmp_path, **changes, max_grad_norm=None)
         assert off.gradient_limit is None
+
+
+@pytest.mark.parametrize(
+    ("marginal", "block_size", "few"),
+    [("token", 16, "64 labels"), ("sequence", 64, "4 sequences"), ("token", 64, None)],
+)
+def test_a_telescope_with_few_labels_a_step_warns_of_its_heavy_tail(
+    marginal, block_size, few, tmp_path
+):
+    perturb = PerturbConfig(estimator="sumo", num_samples=16, marginal=marginal)
+    options = {"perturb": perturb, "block_size": block_size, "batch_size": 4, "packing": "stream"}
+    if few is None:
+        tiny_run.options(tmp_path, **options)
+        return
+    with pytest.warns(UserWarning, match=f"'sumo' has a heavy tail, .* over {few} leaves"):
+        tiny_run.options(tmp_path, **options)
 
 
 @pytest.mark.parametrize("limit", ["auto", None, 0.5])
