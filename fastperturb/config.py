@@ -55,7 +55,8 @@ class PerturbConfig:
     """Probability that is averaged over the samples: of each token, or of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
-    """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several."""
+    """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several;
+    mlmc and sumo need hundreds of labels a step, for their gradients have heavy tails."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""
