@@ -261,6 +261,15 @@ def check_num_samples(estimator: str, num_samples: int, *, antithetic: bool = Fa
         )
 
 
+def check_groups(estimator: str, num_samples: int, strata: int) -> None:
+    """Raise unless samples are two or more whole groups, which the estimator takes as units."""
+    if num_samples % strata or num_samples < 2 * strata:
+        raise ValueError(
+            f"num_samples must be two or more groups of strata={strata} samples for "
+            f"estimator={estimator!r}, got {num_samples}"
+        )
+
+
 def check_keys(config_class: Any, values: object) -> None:
     """Raise unless `values` is a mapping whose keys are all fields of a config class."""
     name = config_class.__name__
