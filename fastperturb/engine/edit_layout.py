@@ -12,12 +12,12 @@ In sample m of row b, position t has an edit with probability `rate`, of a kind 
 so the token that predicts label t + 1 has seen edits of x_0 .. x_t and nothing else. Position t + 1
 of a swap has no edit of its own.
 
-A swap moves x_t behind its label, so label t + 1 is predicted without x_t, as under a deletion. One
-causal pass allows nothing else, and decoding does the same where x_t is the last token so far: both
-are samples of one distribution. There is no swap of the last token that may be edited, before a
-position that is not `editable`: its label keeps it. If x_{t+1} is a special token, the two keep their
-order, but label t + 1 is predicted at the token before all the same: the place of a prediction must
-not depend on its label.
+A swap lays x_t down after its label, so label t + 1 is predicted without x_t, as under a deletion.
+One causal pass allows nothing else. Decoding does the same where x_t is the last token so far, so
+that texts have the distribution that scoring measures. The last token before a position that is not
+`editable` is not swapped, and its label is predicted at it. If x_{t+1} is a special token, the two
+keep their order, but label t + 1 is predicted at the token before all the same: the place of a
+prediction must not depend on its label.
 
 Special tokens are neither edited nor drawn, the first token of a document is neither deleted nor
 swapped, and documents do not mix. A document of n tokens has room for `max_positions` - n more:

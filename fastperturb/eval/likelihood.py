@@ -259,7 +259,7 @@ def perturbs(lm: PerturbedLM) -> bool:
 
 
 def has_own_marginal(lm: PerturbedLM) -> bool:
-    """Tell if the model is random under the sequence marginal, which is another than the token's."""
+    """Tell if the model was trained for the sequence marginal and is random."""
     return lm.config.marginal == "sequence" and perturbs(lm) and not lm.has_one_draw
 
 

@@ -118,11 +118,11 @@ def sequence_marginals(results: Results) -> Table:
             *("jackknife", "half the samples", "effective"),
         ],
         rows,
-        "The nll of a token ± its Monte-Carlo error. The token marginal averages the probability of "
-        "each token over the samples; the sequence marginal, for which these models were trained, "
-        "that of a whole sequence: the part of a document that lies in one block. The last three "
-        "columns are of the sequence marginal. With few effective samples its nll is too high and "
-        "its error too small.",
+        "The nll of a token ± its Monte-Carlo error. The token marginal averages the probability "
+        "of each token over the samples; the sequence marginal, for which these models were "
+        "trained, that of a whole sequence: the part of a document that lies in one block. The "
+        "last three columns are of the sequence marginal. With few effective samples its nll is "
+        "too high and its error too small.",
     )
 
 

@@ -36,7 +36,7 @@ def few_valued_lm(scope):
 
 @torch.no_grad()
 def enumerated_probabilities(lm, first):
-    """Return the probability of each token of every continuation of `first` by latent [Z, V^L, L]."""
+    """Return each token's probability in each continuation of `first`, by latent [Z, V^L, L]."""
     texts = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
     ids = F.pad(texts, (1, 0), value=first)
     latents = LENGTH if lm.config.scope == "token" else 1
