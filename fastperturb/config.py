@@ -77,7 +77,8 @@ class PerturbConfig:
     """Old spelling of sampling: True is antithetic, False is independent."""
 
     deterministic: bool = False
-    """Hold z at one value for all tokens: a control with the same parameters and no randomness."""
+    """Make z a fixed function of the token's id (with scope sequence: one z for all tokens): a
+    control with the same parameters and no randomness."""
 
     plan: str = "auto"
     """Schedule of the samples: batched (all at once), chunked, resample or auto (by memory)."""
