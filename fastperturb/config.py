@@ -80,7 +80,8 @@ class PerturbConfig:
     """Old spelling of sampling: True is antithetic, False is independent."""
 
     deterministic: bool = False
-    """Hold z at one value for all tokens: a control with the same parameters and no randomness."""
+    """Make z a fixed function of the token's id (with scope sequence: one z for all tokens): a
+    control with the same parameters and no randomness."""
 
     plan: str = "auto"
     """Schedule of the samples: batched (all at once), chunked, resample or auto (by memory)."""
@@ -261,6 +262,15 @@ def check_num_samples(estimator: str, num_samples: int, *, antithetic: bool = Fa
             f"sampling='antithetic' pairs the samples, but estimator={estimator!r} needs "
             "independent ones; use sampling='independent' or 'stratified', or an estimator of "
             f"{allowed}"
+        )
+
+
+def check_groups(estimator: str, num_samples: int, strata: int) -> None:
+    """Raise unless samples are two or more whole groups, which the estimator takes as units."""
+    if num_samples % strata or num_samples < 2 * strata:
+        raise ValueError(
+            f"num_samples must be two or more groups of strata={strata} samples for "
+            f"estimator={estimator!r}, got {num_samples}"
         )
 
 

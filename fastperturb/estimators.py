@@ -29,8 +29,10 @@ from torch.autograd.function import once_differentiable
 
 from fastperturb.config import (
     ESTIMATORS,
+    INDEPENDENT_SAMPLES,
     TELESCOPES,
     check_backward_samples,
+    check_groups,
     check_num_samples,
 )
 
@@ -45,6 +47,7 @@ def combine(
     estimator: str,
     *,
     mask: Tensor | None = None,
+    strata: int = 1,
     backward_samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +55,8 @@ def combine(
 
     log_probs: [M, B, T] for the token marginal, [M, B] for the sequence marginal.
     mask: bool, [B, T] or [B], true where there is a label; elsewhere value and weights are 0.
+    strata: the number of samples in a stratified group. jensen, iwae and resample ignore it; the
+        others take groups, of which they need two, as their units.
     backward_samples: K of `resample`. generator: the randomness of resample, sumo and mlmc,
         whose rows each draw their own samples or level.
 
@@ -68,14 +73,18 @@ def combine(
     num_samples, batch = log_probs.shape[:2]
     check_num_samples(estimator, num_samples)
     if estimator in TELESCOPES:
-        telescope = Telescope(estimator, num_samples)
+        telescope = Telescope(estimator, num_samples, strata)
         uniforms = torch.rand(batch, generator=generator, device=log_probs.device)
         return telescope.combine(log_probs, telescope.sample(uniforms), mask=mask)
     if estimator == "resample":
         kept = default_backward_samples(num_samples, backward_samples)
         uniforms = torch.rand(kept, batch, generator=generator, device=log_probs.device)
         return resample(log_probs, uniforms, mask=mask)
-    return _finish(log_probs, *_at_peak(_EQUATIONS[estimator], _lowered(log_probs)), mask)
+    equation = _EQUATIONS[estimator]
+    if strata > 1 and estimator in INDEPENDENT_SAMPLES:
+        check_groups(estimator, num_samples, strata)
+        equation = functools.partial(_over_groups, equation, strata)
+    return _finish(log_probs, *_at_peak(equation, _lowered(log_probs)), mask)
 
 
 def resample(
@@ -187,11 +196,8 @@ class Telescope:
         if self.estimator not in TELESCOPES:
             raise ValueError(f"estimator must be one of {TELESCOPES}, got {self.estimator!r}")
         check_num_samples(self.estimator, self.max_samples)
-        if self.max_samples % self.strata or self.max_units < 2 <= self.strata:
-            raise ValueError(
-                f"max_samples must be two or more groups of strata={self.strata} samples for a "
-                f"telescope, got {self.max_samples}"
-            )
+        if self.strata > 1:
+            check_groups(self.estimator, self.max_samples, self.strata)
 
     @property
     def max_units(self) -> int:
@@ -280,12 +286,10 @@ class Telescope:
 
     def _at_level(self, log_probs: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Return the value and weights of a level's samples."""
-        groups = log_probs.unflatten(0, (-1, self.strata))  # (units, G, ...)
         term = _sumo
         if self.estimator == "mlmc":
             term = functools.partial(_mlmc, probability=self.probabilities[level])
-        value, weights = _at_peak(term, groups.logsumexp(1) - math.log(self.strata))
-        return value, (weights.unsqueeze(1) * groups.softmax(1)).flatten(0, 1)
+        return _at_peak(functools.partial(_over_groups, term, self.strata), log_probs)
 
 
 def telescope_of(config: Any, num_samples: int | None = None) -> Telescope | None:
@@ -364,6 +368,19 @@ def _at_peak(
     return value + peak, weights
 
 
+def _over_groups(
+    equation: Callable[[Tensor], tuple[Tensor, Tensor]], strata: int, log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return an equation's value and weights with stratified groups as its units.
+
+    A group's log-prob is log mean exp of its samples'. Groups are independent; their samples are
+    not.
+    """
+    groups = log_probs.unflatten(0, (-1, strata))  # (units, G, ...)
+    value, weights = equation(groups.logsumexp(1) - math.log(strata))
+    return value, (weights.unsqueeze(1) * groups.softmax(1)).flatten(0, 1)
+
+
 def _log_mean_exp(log_probs: Tensor) -> Tensor:
     return log_probs.logsumexp(0) - math.log(log_probs.shape[0])
 
@@ -383,9 +400,21 @@ def _jvi(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         others - math.log(num_samples - 1)
     ).mean(0)
     # l[i] enters each L^(-j), j != i, with weight exp(l[i] - others[j]) <= 1.
-    weights_of_others = torch.exp(log_probs + _log_sum_exp_of_others(-others))
+    finite = _finite(log_probs)
+    others = _log_sum_exp_of_others(finite)
+    weights_of_others = torch.exp(finite + _log_sum_exp_of_others(-others))
     weights = num_samples * torch.softmax(log_probs, dim=0)
     return value, weights - (num_samples - 1) / num_samples * weights_of_others
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    """Return log-probs below the peak with impossible ones far below all others, not at -1e30.
+
+    There log 2 rounds away, and several samples beside one that has it all would count once each.
+    """
+    is_possible = log_probs > _LOWEST / 2
+    lowest = log_probs.where(is_possible, torch.inf).amin(0)
+    return log_probs.where(is_possible, lowest - 200.0)
 
 
 def _jvi_clip(log_probs: Tensor) -> tuple[Tensor, Tensor]:

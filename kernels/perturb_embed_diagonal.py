@@ -69,10 +69,10 @@ def diagonal_forward_kernel(
     seed = tl.load(seed_ptr)
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
     positions = positions_ptr, positions_stride_b, positions_stride_t
-    mean = mean_ptr, mean_stride_b, mean_stride_t, std
+    means = mean_stride_b, mean_stride_t
     b_source, b_known = tiles.source_rows(ids_ptr, b_token, b_live, vocab)
     b_e = tiles.embedding_tile(table_ptr, table_stride, b_source, b_known, b_d, D, float("nan"))
-    tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE)
+    tokens = tiles.load_tokens(seed, b_token, b_live, T, row_ids, positions, mask_ptr, means, SCOPE)
     b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
     b_s = tl.load(s_ptr + b_d, mask=b_d < D, other=0.0).to(tl.float32)
     b_s *= tl.load(rho_ptr).to(tl.float32)
@@ -90,7 +90,7 @@ def diagonal_forward_kernel(
             )
             b_latent = b_z * b_sign[:, None]
             if mean_ptr is not None:
-                b_latent = tiles.mean_tile(tokens, b_d, D) + std * b_latent
+                b_latent = tiles.mean_tile(tokens, mean_ptr, b_d, D) + std * b_latent
             b_shift = b_latent * b_s[None, :]
         else:
             b_shift = b_s[None, :] * tiles.latent_of_sequence(tokens, z_ptr, b_d, D)
@@ -148,7 +148,7 @@ def diagonal_backward_kernel(
     seed = tl.load(seed_ptr)
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
     positions = positions_ptr, positions_stride_b, positions_stride_t
-    mean = mean_ptr, mean_stride_b, mean_stride_t, std
+    means = mean_stride_b, mean_stride_t
     sample_stride = tl.cast(N, tl.int64) * D
     grad_ptr += group * M * sample_stride
     samples_ptr += group * M * samples_stride_m
@@ -161,7 +161,7 @@ def diagonal_backward_kernel(
         b_offset = b_token.to(tl.int64)[:, None] * D + b_d[None, :]
         b_mask = b_live[:, None] & (b_d < D)[None, :]
         tokens = tiles.load_tokens(
-            seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE
+            seed, b_token, b_live, T, row_ids, positions, mask_ptr, means, SCOPE
         )
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         b_grad_e = tl.zeros([BT, BD], tl.float32)
@@ -176,7 +176,7 @@ def diagonal_backward_kernel(
                 )
                 b_latent = b_z * b_sign[:, None]
                 if mean_ptr is not None:
-                    b_latent = tiles.mean_tile(tokens, b_d, D) + std * b_latent
+                    b_latent = tiles.mean_tile(tokens, mean_ptr, b_d, D) + std * b_latent
                 b_grad_s += b_g * b_latent
             else:
                 b_grad_s += b_g * tiles.latent_of_sequence(tokens, sequence_ptr, b_d, D)

@@ -23,6 +23,8 @@ def hidden_tile(
     b_z,  # [BT, BR], all of z where R <= BR; else it is drawn block after block
     B_ptr,
     b_h,
+    mean_ptr,
+    std,
     R: tl.constexpr,
     H: tl.constexpr,
     NOISE: tl.constexpr,
@@ -34,7 +36,7 @@ def hidden_tile(
     for r in range(0, R, BR):
         b_B = tiles.matrix_tile(B_ptr, r + tl.arange(0, BR), b_h, R, H)
         if R > BR:
-            b_z = tiles.latent_tile(tokens, b_sample_ptr, r, R, BR, NOISE)
+            b_z = tiles.latent_tile(tokens, b_sample_ptr, r, mean_ptr, std, R, BR, NOISE)
         b_hidden = maths.dot(b_z, b_B, b_hidden, DTYPE)
     return b_hidden
 
@@ -75,15 +77,17 @@ def change_kernel(
     b_h = tl.program_id(1) * BH + tl.arange(0, BH)
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
     positions = positions_ptr, positions_stride_b, positions_stride_t
-    mean = mean_ptr, mean_stride_b, mean_stride_t, std
+    means = mean_stride_b, mean_stride_t
     seed = tl.load(seed_ptr)
     tokens = tiles.load_tokens(
-        seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE
+        seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, means, SCOPE
     )
     b_sample_ptr = samples_ptr + sample * samples_stride_m + tokens.b_batch * samples_stride_b
     b_rest = tiles.matrix_tile(rest_ptr, b_token, b_h, N, H)
-    b_z = tiles.latent_tile(tokens, b_sample_ptr, 0, R, BR, NOISE)
-    b_hidden = hidden_tile(tokens, b_sample_ptr, b_rest, b_z, B_ptr, b_h, R, H, NOISE, DTYPE)
+    b_z = tiles.latent_tile(tokens, b_sample_ptr, 0, mean_ptr, std, R, BR, NOISE)
+    b_hidden = hidden_tile(
+        tokens, b_sample_ptr, b_rest, b_z, B_ptr, b_h, mean_ptr, std, R, H, NOISE, DTYPE
+    )
     b_change = (maths.gelu(b_hidden) - maths.gelu(b_rest)).to(DTYPE)
     tiles.store_matrix(change_ptr + sample * N * H, b_token, b_h, b_change, N, H)
 
@@ -134,7 +138,7 @@ def hidden_backward_kernel(
     b_h = tl.program_id(0) % NH * BH + tl.arange(0, BH)
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
     positions = positions_ptr, positions_stride_b, positions_stride_t
-    mean = mean_ptr, mean_stride_b, mean_stride_t, std
+    means = mean_stride_b, mean_stride_t
     seed = tl.load(seed_ptr)
     rho = tl.load(rho_ptr).to(tl.float32)
     sample_stride = tl.cast(N, tl.int64) * H
@@ -146,7 +150,7 @@ def hidden_backward_kernel(
         b_token = start + tl.arange(0, BT)
         b_live = b_token < last
         tokens = tiles.load_tokens(
-            seed, b_token, b_live, T, row_ids, positions, mask_ptr, mean, SCOPE
+            seed, b_token, b_live, T, row_ids, positions, mask_ptr, means, SCOPE
         )
         b_sample_ptr = samples_ptr + tokens.b_batch * samples_stride_b
         stored = tl.where(tl.program_id(2) == 0, last, 0)  # by the first block of latents
@@ -155,9 +159,9 @@ def hidden_backward_kernel(
         b_grad_rest = tl.zeros([BT, BH], tl.float32)
         tile = tl.cast(0, tl.int64)
         for _ in range(M):
-            b_z = tiles.latent_tile(tokens, b_sample_ptr, first_r, R, BR, NOISE)
+            b_z = tiles.latent_tile(tokens, b_sample_ptr, first_r, mean_ptr, std, R, BR, NOISE)
             b_hidden = hidden_tile(
-                tokens, b_sample_ptr, b_rest, b_z, B_ptr, b_h, R, H, NOISE, DTYPE
+                tokens, b_sample_ptr, b_rest, b_z, B_ptr, b_h, mean_ptr, std, R, H, NOISE, DTYPE
             )
             b_value, b_slope_perturbed = maths.gelu_and_slope(b_hidden)
             b_change = (b_value - b_gelu).to(DTYPE)

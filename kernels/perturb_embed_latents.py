@@ -51,13 +51,13 @@ def draw_kernel(
     first = tl.program_id(1) * BR
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
     positions = positions_ptr, positions_stride_b, positions_stride_t
-    mean = mean_ptr, mean_stride_b, mean_stride_t, std
+    means = mean_stride_b, mean_stride_t
     seed = tl.load(seed_ptr)
     tokens = tiles.load_tokens(
-        seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, mean, SCOPE
+        seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, means, SCOPE
     )
     b_sample_ptr = samples_ptr + sample * samples_stride_m + tokens.b_batch * samples_stride_b
-    b_z = tiles.latent_tile(tokens, b_sample_ptr, first, R, BR, NOISE)
+    b_z = tiles.latent_tile(tokens, b_sample_ptr, first, mean_ptr, std, R, BR, NOISE)
     tiles.store_matrix(z_ptr + sample * N * R, b_token, first + tl.arange(0, BR), b_z, N, R)
 
 

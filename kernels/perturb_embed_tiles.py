@@ -22,8 +22,7 @@ class Tokens(NamedTuple):
     b_row_id: tl.tensor
     b_position: tl.tensor
     b_perturbed: tl.tensor  # False for tokens that keep their embedding
-    b_mean_ptr: tl.tensor | None  # where the means of their latents are
-    std: tl.tensor | None  # a scalar: z is the mean plus std times the noise, where there is a mean
+    b_mean_offset: tl.tensor  # where the means of their latents are
 
 
 @triton.jit
@@ -74,7 +73,7 @@ def load_tokens(
     row_ids,  # the pointer and the strides of b and t; so is positions
     positions,
     mask_ptr,
-    mean,  # the pointer, the strides of b and t, and std
+    mean_strides,  # of b and t
     SCOPE: tl.constexpr,
 ):
     b_batch = (b_token // T).to(tl.int64)
@@ -89,10 +88,8 @@ def load_tokens(
     b_perturbed = b_live
     if mask_ptr is not None:
         b_perturbed = b_live & (tl.load(mask_ptr + b_token, mask=b_live, other=0) != 0)
-    b_mean_ptr = None
-    if mean[0] is not None:
-        b_mean_ptr = mean[0] + b_batch * mean[1] + b_time * mean[2]
-    return Tokens(seed, b_batch, b_row_id, b_position, b_perturbed, b_mean_ptr, mean[3])
+    b_mean_offset = b_batch * mean_strides[0] + b_time * mean_strides[1]
+    return Tokens(seed, b_batch, b_row_id, b_position, b_perturbed, b_mean_offset)
 
 
 @triton.jit
@@ -100,12 +97,15 @@ def latent_tile(
     tokens,
     b_sample_ptr,  # [BT], where each token's sample number is
     first,
+    mean_ptr,
+    std,
     R: tl.constexpr,
     BR: tl.constexpr,
     NOISE: tl.constexpr,  # (latent, antithetic, strata, fast)
 ):
     """z [BT, BR] from latent `first` on, 0 for tokens that keep their embedding.
 
+    Where there are means, z is the mean plus std times the noise.
     Latents beyond R are drawn too: they meet zeros, or sums that are masked out when stored.
     """
     LATENT: tl.constexpr = NOISE[0]
@@ -127,16 +127,17 @@ def latent_tile(
         STRATA,
         FAST,
     )
-    if tokens.b_mean_ptr is not None:
-        b_z = mean_tile(tokens, first + tl.arange(0, BR), R) + tokens.std * b_z
+    if mean_ptr is not None:
+        b_z = mean_tile(tokens, mean_ptr, first + tl.arange(0, BR), R) + std * b_z
     return b_z
 
 
 @triton.jit
-def mean_tile(tokens, b_r, R: tl.constexpr):
+def mean_tile(tokens, mean_ptr, b_r, R: tl.constexpr):
     """The means [BT, BR] of the latents, 0 for tokens that keep their embedding."""
     b_mask = tokens.b_perturbed[:, None] & (b_r < R)[None, :]
-    return tl.load(tokens.b_mean_ptr[:, None] + b_r[None, :], mask=b_mask, other=0.0)
+    pointers = mean_ptr + tokens.b_mean_offset[:, None] + b_r[None, :]
+    return tl.load(pointers, mask=b_mask, other=0.0)
 
 
 @triton.jit

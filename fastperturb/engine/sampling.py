@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastperturb import estimators, noise
+from fastperturb.config import INDEPENDENT_SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,10 @@ class Sampling:
     def first_rows(self) -> Tensor:
         """Return a row id for each batch row [B], of packed documents the first one's."""
         return self.rows if self.rows.ndim == 1 else self.rows[:, 0]
+
+    def takes_groups(self, estimator: str) -> bool:
+        """Return True if the estimator's units are stratified groups of samples."""
+        return self.strata > 1 and estimator in INDEPENDENT_SAMPLES
 
     def backward_samples(self, config: Any) -> int:
         """Return K of `resample`."""

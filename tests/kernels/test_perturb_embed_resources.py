@@ -14,6 +14,9 @@ from fastperturb.kernels import perturb_embed
 from fastperturb.ops.calls import EmbedCall
 from fastperturb.transforms import make_transform
 
+# These draw latents in registers, or (lowrank) to the buffer that the other families read too.
+DRAWING = ("diagonal", "lowrank", "mlp")
+
 
 def compiled(*options):
     return ahead_of_time.compiled(__file__, *options)
@@ -49,6 +52,12 @@ def test_the_widest_backwards_do_not_spill_for_few_or_many_latents_and_hidden_un
 @pytest.mark.parametrize("options", [["--antithetic"], ["--scope", "sequence"]], ids=str)
 def test_diagonal_does_not_spill_where_samples_or_tokens_share_their_latents(options):
     check(compiled("--families", "diagonal", "--cc", "80", "90", "100", *options), ["diagonal"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--strata", "8"], ["--strata", "256", "--mean"]], ids=str)
+def test_no_kernel_spills_that_draws_stratified_latents_or_moves_them_to_a_mean(options):
+    check(compiled("--families", *DRAWING, "--cc", "80", "90", "100", *options), DRAWING)
 
 
 @pytest.mark.slow
@@ -129,6 +138,8 @@ def main():
     parser.add_argument("--upstream", help="dtype of a per-sample gradient's upstream one")
     parser.add_argument("--want-table", action="store_true")
     parser.add_argument("--antithetic", action="store_true")
+    parser.add_argument("--strata", type=int, default=1)
+    parser.add_argument("--mean", action="store_true", help="latents with a mean of their own")
     parser.add_argument("--scope", default="token", choices=SCOPES)
     parser.add_argument("--directions", nargs="+", default=["forward", "backward"])
     parser.add_argument("--sizes", nargs="+", default=["16x64"], help="R x H")
@@ -138,7 +149,13 @@ def main():
     for family, cc, size in itertools.product(options.families, options.cc, options.sizes):
         R, H = map(int, size.split("x"))
         call = call_of(family, dtype, M=8, B=8, T=1024, D=4096, R=R, H=H)
-        call = call._replace(scope=options.scope, antithetic=options.antithetic)
+        call = call._replace(
+            scope=options.scope, antithetic=options.antithetic, strata=options.strata
+        )
+        if options.mean:
+            latent_dim = R if family != "diagonal" else 4096
+            mean = torch.empty(*call.positions.shape, latent_dim, device="meta")
+            call = call._replace(latent_mean=mean)
         upstream = getattr(torch, options.upstream) if options.upstream else None
         for direction, launched in launches(call, options.want_table, cc, upstream):
             if direction not in options.directions:
