@@ -106,7 +106,7 @@ class PerturbTrainer(transformers.Trainer):
         if limit > 0 and estimator in TELESCOPES:
             warnings.warn(
                 f"max_grad_norm={limit:g} clips the gradient of estimator={estimator!r}, which is "
-                "unbiased only without it: set max_grad_norm=0, or use another estimator",
+                "unbiased only without it: set it to 0 for that, with many labels a step",
                 stacklevel=3,
             )
 

@@ -133,10 +133,10 @@ class TrainOptions(DataOptions):
     """Fraction of the steps in which the learning rate rises from 0, before it falls along a cosine
     to 0."""
 
-    max_grad_norm: float | Literal["auto"] | None = "auto"
+    max_grad_norm: float | None = 1.0
     """Largest norm of the transform's gradient, and of that of all else: a longer one is scaled
-    down to it. None turns clipping off, and auto is 1, or None with perturb.estimator sumo or mlmc,
-    which are unbiased only without it."""
+    down to it. None turns clipping off, without which alone perturb.estimator sumo and mlmc are
+    unbiased."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the computation. fp32: everything in 32 bits. bf16: autocast to bfloat16, with
@@ -197,14 +197,15 @@ class TrainOptions(DataOptions):
                 _require_positive(name, getattr(self, name))
         for name in ("learning_rate", "edit_rate", "neftune_alpha", "mc"):
             _require_positive(name, getattr(self, name))
-        if self.transform_learning_rate is not None:
-            _require_positive("transform_learning_rate", self.transform_learning_rate)
+        for name in ("transform_learning_rate", "max_grad_norm"):
+            if getattr(self, name) is not None:
+                _require_positive(name, getattr(self, name))
         for name in ("weight_decay", "transform_weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
-        self._check_clipping()
         self._check_method()
         self._check_evaluation()
+        self._warn_of_telescopes()
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a fraction of the steps in [0, 1), got {self.warmup}")
         if self.streaming and self.max_steps is None:
@@ -220,44 +221,6 @@ class TrainOptions(DataOptions):
         for name in self.report_to:
             if find_spec(name) is None:
                 raise ValueError(f"report_to {name} needs a package: pip install {name}")
-
-    def _check_clipping(self) -> None:
-        limit = self.max_grad_norm
-        if limit is not None and limit != "auto":
-            _require_positive("max_grad_norm", limit)
-        if not self._has_telescope:
-            return
-        estimator = f"perturb.estimator={self.perturb.estimator!r}"
-        if self.gradient_limit is not None:
-            warnings.warn(
-                f"max_grad_norm={self.gradient_limit:g} clips the gradient of {estimator}, which "
-                "is unbiased only without it: leave max_grad_norm at 'auto', or use another "
-                "estimator",
-                stacklevel=4,
-            )
-            return
-        is_of_tokens = self.perturb.marginal == "token"
-        labels = self.batch_size * (self.block_size if is_of_tokens else 1)
-        if labels < _FEW_LABELS:
-            warnings.warn(
-                f"the gradient of {estimator} has a heavy tail, and a step's average over "
-                f"{labels} {'labels' if is_of_tokens else 'sequences'} leaves it heavy enough to "
-                f"make training diverge: give a step {_FEW_LABELS} or more (batch_size), clip it "
-                "at the price of a bias (max_grad_norm), or use another estimator",
-                stacklevel=4,
-            )
-
-    @property
-    def _has_telescope(self) -> bool:
-        names = TELESCOPES if not self.has_one_sample else ()
-        return any(name in names for name in self.perturb.equations)
-
-    @property
-    def gradient_limit(self) -> float | None:
-        """The norm that gradients are clipped to, None for no clipping."""
-        if isinstance(self.max_grad_norm, str):
-            return None if self._has_telescope else 1.0
-        return self.max_grad_norm
 
     def _check_method(self) -> None:
         perturb = self.perturb
@@ -288,6 +251,29 @@ class TrainOptions(DataOptions):
             raise ValueError(
                 "perturb.marginal='sequence' takes each batch row for one sequence, and "
                 "packing='documents' puts several documents into one: set packing='stream'"
+            )
+
+    def _warn_of_telescopes(self) -> None:
+        estimator, limit = self.perturb.estimator, self.max_grad_norm
+        if estimator not in TELESCOPES or self.has_one_sample:
+            return
+        if limit is not None:
+            warnings.warn(
+                f"max_grad_norm={limit:g} clips the gradient of perturb.estimator={estimator!r}, "
+                "which is unbiased only without it: set it to None for that, with many labels a "
+                "step",
+                stacklevel=4,
+            )
+            return
+        is_of_tokens = self.perturb.marginal == "token"
+        labels = self.batch_size * (self.block_size if is_of_tokens else 1)
+        if labels < _FEW_LABELS:
+            warnings.warn(
+                f"the gradient of perturb.estimator={estimator!r} has a heavy tail, and a mean "
+                f"over {labels} {'labels' if is_of_tokens else 'sequences'} leaves it heavy enough "
+                f"to make training diverge: give a step {_FEW_LABELS} or more (batch_size), clip "
+                "it (max_grad_norm), or use another estimator",
+                stacklevel=4,
             )
 
     @property
