@@ -188,6 +188,22 @@ class PerturbConfig:
             return largest_group(num_samples, min_groups)
         return 1
 
+    def strata_of_errors(self, num_samples: int) -> int:
+        """Return `strata` for a mean that comes with a Monte-Carlo error, which compares groups.
+
+        There are 8 groups or more, or as many of 4 and 2 as samples allow; where they allow
+        neither, samples are independent.
+        """
+        if self.group_size is not None:
+            return self.strata_of_mean(num_samples, 2)
+        if self.draws_pairs:
+            return self.strata_of_mean(num_samples)
+        is_stratified = self.sampling == "stratified" or (
+            self.sampling is None and STRATIFIED_BY_DEFAULT and not self.deterministic
+        )
+        sizes = (largest_group(num_samples, groups) for groups in (8, 4, 2) if is_stratified)
+        return next((size for size in sizes if size > 1), 1)
+
     @property
     def equations(self) -> dict[str, float]:
         """The estimators in the loss, by name, and their weights."""
