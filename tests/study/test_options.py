@@ -122,7 +122,7 @@ def test_a_telescope_is_charged_the_samples_that_it_takes_on_average(folder):
         "exact": {"method": "exact"},
         "mlmc": {"method": "learned", "perturb": {"estimator": "mlmc", "num_samples": 16}},
     }
-    study = study_options(folder, methods=methods, train={"block_size": 64, "max_grad_norm": None})
+    study = study_options(folder, methods=methods, train={"block_size": 256, "max_grad_norm": None})
     planned = {run.method: run for run in planned_runs(study)}
     samples = Telescope("mlmc", 16).expected_draws  # 1.83
     assert planned["mlmc"].num_samples == pytest.approx(samples)

@@ -52,13 +52,13 @@ def test_clipping_the_gradient_of_a_telescope_warns(estimator, tmp_path):
     with pytest.warns(UserWarning, match=f"max_grad_norm=1 clips .*'{estimator}'.* unbiased only"):
         tiny_run.options(tmp_path, perturb=telescope)
     tiny_run.options(tmp_path, perturb=telescope, method="exact")  # has no telescope to clip
-    many = {"perturb": telescope, "block_size": 64}
+    many = {"perturb": telescope, "block_size": 256}
     assert tiny_run.options(tmp_path, **many, max_grad_norm=None).max_grad_norm is None
 
 
 @pytest.mark.parametrize(
     ("marginal", "block_size", "few"),
-    [("token", 16, "64 labels"), ("sequence", 64, "4 sequences"), ("token", 64, None)],
+    [("token", 16, "64 labels"), ("sequence", 256, "4 sequences"), ("token", 256, None)],
 )
 def test_a_telescope_with_few_labels_a_step_warns_of_its_heavy_tail(
     marginal, block_size, few, tmp_path
