@@ -260,6 +260,11 @@ def _check_model(lm: WrappedModel) -> None:
         raise ValueError("lm.exact() perturbs nothing, so its transform has no standard errors")
     if lm.config.deterministic:
         raise ValueError("deterministic=True has one sample, so its score has no randomness")
+    if lm.config.proposal != "prior":
+        raise ValueError(
+            f"proposal={lm.config.proposal!r} moves the latents by the labels, and standard errors "
+            "are of samples from the prior; use lm.overriding(proposal='prior')"
+        )
     reject_dropout(lm.base, "would add its own noise")
 
 

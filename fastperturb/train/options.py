@@ -234,6 +234,11 @@ class TrainOptions(DataOptions):
             return
         if self.edit_rate > 1:
             raise ValueError(f"edit_rate must be a probability, at most 1, got {self.edit_rate}")
+        if self.method == "discrete" and perturb.proposal != "prior":
+            raise ValueError(
+                f"perturb.proposal={perturb.proposal!r} moves a latent z, and an edit has none: "
+                "leave it unset"
+            )
         if self.method == "discrete" and perturb.sampling not in (None, "independent"):
             raise ValueError(
                 f"perturb.sampling={perturb.sampling!r} is of a latent z, and an edit has none: "
