@@ -57,7 +57,7 @@ class PerturbConfig:
 
     estimator: str | Mapping[str, float] = "iwae"
     """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several;
-    mlmc and sumo need hundreds of labels a step, for their gradients have heavy tails."""
+    mlmc and sumo need a thousand labels a step, for their gradients have heavy tails."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""
