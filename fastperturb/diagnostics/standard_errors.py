@@ -47,8 +47,9 @@ _MOST_DIFFERENCED = 256
 _STEP = 1e-2
 # Directions whose information is below this share of the largest are not identified.
 _IDENTIFIED = 1e-4
-# Rounding changes the information by less than this share of the largest.
-_ROUNDING = 1e-5
+# The information's own error is below this share of the largest. Measured on tiny models: 0.7e-5 to
+# 9.2e-5 for differences, by their asymmetry; 1.3e-7 to 3.1e-6 for outer products, against fp64.
+_NOISE = {"information": 1e-4, "outer": 1e-5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def standard_errors(
         meat, total = equation.outer_products()
         information = meat if bread == "outer" else -equation.jacobian()
     information = _without(_rotations(lm, chosen), (information + information.T) / 2)
-    inverse, unidentified = _inverse(information)
+    inverse, unidentified = _inverse(information, _NOISE[bread])
     covariance = inverse if bread == "outer" else inverse @ meat @ inverse
     variances = covariance.diagonal().clamp_min(0)
     step = (inverse @ total).abs() / variances.sqrt()
@@ -235,7 +236,7 @@ def _without(directions: Tensor, information: Tensor) -> Tensor:
     return kept @ information @ kept
 
 
-def _inverse(information: Tensor) -> tuple[Tensor, Tensor]:
+def _inverse(information: Tensor, noise: float) -> tuple[Tensor, Tensor]:
     """Return the inverse on the identified directions, and which parameters [P] have others."""
     values, vectors = torch.linalg.eigh(information)
     identified = values > _IDENTIFIED * values[-1]
@@ -250,8 +251,8 @@ def _inverse(information: Tensor) -> tuple[Tensor, Tensor]:
         )
     kept = vectors[:, identified] / values[identified]
     inverse = kept @ vectors[:, identified].T
-    # Rounding mixes a share (noise / value)^2 of a kept direction with those left out.
-    mixed = (_ROUNDING * values[-1] * kept).square().sum(1)
+    # Noise mixes a share (noise / value)^2 of a kept direction with those left out.
+    mixed = (noise * values[-1] * kept).square().sum(1)
     return inverse, vectors[:, ~identified].square().sum(1) > mixed
 
 
