@@ -116,6 +116,7 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
             opaque, replay = name in ("torch", "compiled"), name == "triton" and mode == "forward"
             timed.append(Variant(name, mode, chosen, opaque=opaque, replay=replay))
+
     def stratified() -> Tensor:
         return ours(strata=case.M)
 

@@ -25,8 +25,8 @@ TELESCOPES = ("sumo", "mlmc")
 # These combine samples as if they were independent. An antithetic pair is not; stratified groups
 # are, and these take them as their units.
 INDEPENDENT_SAMPLES = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
-# Under these, samples are stratified unless the config says otherwise.
-STRATIFIED_BY_DEFAULT: tuple[str, ...] = ()
+# Under these, samples are stratified where the config leaves it open and their number has a group.
+STRATIFIED_BY_DEFAULT = ("jensen", "iwae", "resample")
 # These can be mixed in one loss: their values come from all samples of one pass.
 MIXABLE = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
 # These compare samples with each other: one sample leaves nothing to compare.
@@ -72,7 +72,7 @@ class PerturbConfig:
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
     sampling: str | None = None
-    """Joint law of the samples: independent, antithetic (pairs z, -z) or stratified (in groups)."""
+    """Joint law of samples: independent, antithetic (z, -z), stratified; None: see the estimators."""
 
     group_size: int | None = None
     """Number of samples in a stratified group; None means the largest that num_samples allows."""
@@ -208,7 +208,7 @@ class PerturbConfig:
             if size == 1 or num_samples % size or num_samples // size < min_groups:
                 raise ValueError(_no_group(num_samples, min_groups, self.group_size))
             return size
-        if self.sampling is None and STRATIFIED_BY_DEFAULT and not self.deterministic:
+        if self.sampling is None and not self.deterministic:
             return largest_group(num_samples, min_groups)
         return 1
 
@@ -223,7 +223,7 @@ class PerturbConfig:
         if self.draws_pairs:
             return self.strata_of_mean(num_samples)
         is_stratified = self.sampling == "stratified" or (
-            self.sampling is None and STRATIFIED_BY_DEFAULT and not self.deterministic
+            self.sampling is None and not self.deterministic
         )
         sizes = (largest_group(num_samples, groups) for groups in (8, 4, 2) if is_stratified)
         return next((size for size in sizes if size > 1), 1)

@@ -104,6 +104,10 @@ class EditConfig:
         """Return 1, since edits are independent."""
         return self._estimation().strata_of_mean(num_samples, min_groups)
 
+    def strata_of_errors(self, num_samples: int) -> int:
+        """Return 1, since edits are independent."""
+        return self.strata_of_mean(num_samples)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that `from_dict` turns back into an equal config."""
         return dataclasses.asdict(self)

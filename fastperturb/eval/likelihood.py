@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -245,6 +246,9 @@ def evaluation_mode(lm: PerturbedLM, marginal: str = "token") -> Iterator[None]:
             if not perturbs(lm):
                 stack.enter_context(lm.exact())
             stack.enter_context(lm.overriding(marginal=marginal))
+            # The report has a column of effective samples; a warning a batch says no more.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "on average fewer than .* effective samples")
             yield
     finally:
         lm.train(was_training)

@@ -82,7 +82,8 @@ def enumerated(lm, inputs):
 
 
 def two_valued(**options):
-    options = {"latent": "rademacher", "latent_dim": 1, "scope": "sequence", **options}
+    fixed = {"latent": "rademacher", "latent_dim": 1, "scope": "sequence"}
+    options = {**fixed, "sampling": "independent", **options}
     return perturbed(llama(layers=0), num_samples=2, **options)
 
 
@@ -174,7 +175,7 @@ def test_chunked_plan_costs_more_and_has_the_same_variance():
 
 
 def test_near_equal_weights_have_draw_noise_of_m_minus_1():
-    lm = perturbed(num_samples=8, init_scale=1e-3, latent_dim=4)
+    lm = perturbed(num_samples=8, init_scale=1e-3, latent_dim=4, sampling="independent")
     report = lm.gradient_noise(**batch(1), repeats=60, estimators=[], seed=7)
     assert report.data_noise == 0
     assert report.draw_noise == pytest.approx(7, rel=0.2)

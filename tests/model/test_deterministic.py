@@ -146,7 +146,7 @@ def test_features_of_several_samples_are_rejected():
         PerturbConfig(antithetic=True, deterministic=True)
     with pytest.raises(TypeError, match="deterministic must be True or False"):
         PerturbConfig(deterministic=1)
-    with pytest.raises(ValueError, match="deterministic=True has one latent"):
+    with pytest.raises(ValueError, match="deterministic=True has one sample"):
         deterministic().gradient_noise(**unpadded())
-    with pytest.raises(ValueError, match="deterministic=True has one latent"):
+    with pytest.raises(ValueError, match="deterministic=True has one sample"):
         deterministic().standard_errors([unpadded()])

@@ -150,7 +150,8 @@ def test_mixture_of_estimators_sums_their_losses_and_gradients():
     mixture = {"iwae": 1.0, "quadratic": 10.0, "jensen": 0.5}
 
     def run(estimator, **options):
-        lm = perturbed(base, estimator=estimator, num_samples=4, **options)
+        options = {"num_samples": 4, "sampling": "independent", **options}
+        lm = perturbed(base, estimator=estimator, **options)
         out = lm(**inputs, seed=5)
         return out, torch.autograd.grad(out.loss, list(lm.transform.parameters()))
 

@@ -32,7 +32,7 @@ class Passes:
         self._lm = model if isinstance(model, PerturbedLM) else None
         self._model = _causal_lm(model)
         if self._lm is not None:
-            self._strata = self._lm.config.strata_of_mean(num_samples)
+            self._strata = self._lm.config.strata_of_errors(num_samples)  # as lm.score draws them
         self._num_samples = num_samples
         self._seed = noise.seed_tensor(seed, torch.device("cpu"))
         self._arguments = _arguments(self._model)
