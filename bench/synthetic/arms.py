@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastperturb.config import SAMPLINGS
 from fastperturb.demo.jobs import Job
 from fastperturb.demo.methods import Method
 from fastperturb.demo.training import BATCH, Setting
@@ -87,8 +86,6 @@ def all_arms() -> list[Arm]:
         *latent_dims(),
         *by_samples(("iwae + 10 quadratic",), (4, 16)),
         *by_samples(("jensen",), (16,)),
-        *samplings(),
-        *samplings_at_equal_flops(),
     ]
 
 
@@ -96,26 +93,6 @@ def by_samples(estimators: tuple[str, ...], samples: tuple[int, ...]) -> Iterato
     for estimator in estimators:
         for M in samples:
             yield Arm(experiment="draws", line=estimator, x=M, method=learned(estimator, M))
-
-
-def samplings() -> Iterator[Arm]:
-    """Yield iwae under every sampling, at the demo's batch: M samples cost M passes a row."""
-    for sampling in SAMPLINGS:
-        for M in (4, 8, 16):
-            method = learned("iwae", M, sampling=sampling)
-            yield Arm(experiment="sampling", line=f"iwae, {sampling}", x=M, method=method)
-
-
-def samplings_at_equal_flops() -> Iterator[Arm]:
-    """Yield iwae under every sampling with fewer samples than SAMPLES: larger batches, or more steps."""
-    for sampling in SAMPLINGS:
-        for M in (4, 8):
-            method = learned("iwae", M, sampling=sampling)
-            more = SAMPLES // M
-            arm = Arm(experiment="sampling_steps", line=f"iwae, {sampling}", x=M, method=method)
-            yield replace(arm, steps=STEPS * more)
-            setting = Setting(batch=BATCH * more)
-            yield replace(arm, experiment="sampling_batch", setting=setting)
 
 
 def fixed_scales() -> Iterator[Arm]:

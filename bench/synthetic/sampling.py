@@ -1,0 +1,65 @@
+"""The study of samplings: independent, antithetic and stratified samples under the same estimator.
+
+`python -m bench.synthetic --study sampling`. Every arm trains the demo's model with five seeds, in
+three experiments: at the demo's batch and steps, where M samples cost M passes a row; and twice at
+equal flops, where fewer samples have larger batches or more steps. Judged by KL(truth || marginal
+of 256 independent samples), whatever the sampling of the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bench.synthetic import summary
+from bench.synthetic.arms import SAMPLES, STEPS, Arm, learned
+from fastperturb.config import SAMPLINGS
+from fastperturb.demo.training import BATCH, Setting
+
+# For each experiment: the title of its table, and the heading of x.
+HEADINGS = {
+    "sampling": ("Samplings, the demo's batch and steps", "M"),
+    "sampling_batch": ("Samplings at equal flops, by larger batches", "M"),
+    "sampling_steps": ("Samplings at equal flops, by more steps", "M"),
+}
+
+
+def all_arms() -> list[Arm]:
+    """Return every arm of the study, the most important first."""
+    return [*by_samples(), *at_equal_flops()]
+
+
+def by_samples() -> Iterator[Arm]:
+    for sampling in SAMPLINGS:
+        for M in (4, 8, 16):
+            method = learned("iwae", M, sampling=sampling)
+            yield Arm(experiment="sampling", line=f"iwae, {sampling}", x=M, method=method)
+
+
+def at_equal_flops() -> Iterator[Arm]:
+    """Yield arms that send as many (row, sample) pairs through the net as SAMPLES do."""
+    for sampling in SAMPLINGS:
+        for M in (4, 8):
+            method = learned("iwae", M, sampling=sampling)
+            more = SAMPLES // M
+            arm = Arm(experiment="sampling_steps", line=f"iwae, {sampling}", x=M, method=method)
+            yield replace(arm, steps=STEPS * more)
+            yield replace(arm, experiment="sampling_batch", setting=Setting(batch=BATCH * more))
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return each other sampling against as many independent samples, and twice as many."""
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        estimator, sampling = row["line"].split(", ")
+        title, _ = HEADINGS[row["experiment"]]
+        if sampling != "independent":
+            pairs.setdefault(title, []).extend(
+                summary.compare(row, rival)
+                for rival in rows
+                if (rival["experiment"], rival["line"])
+                == (row["experiment"], f"{estimator}, independent")
+                and rival["x"] in (row["x"], 2 * row["x"])
+            )
+    return pairs
