@@ -151,6 +151,19 @@ inline Vec probabilities(const Map& map, const Products& products, int64_t token
   return S;
 }
 
+// body(m, S - S_k) for every sample m = k of a token: S_k is the part of S from its own group.
+template <class Body>
+inline void for_others(const Products& products, int64_t token, const float* row_weights, Vec S,
+                       const Vec* p, int64_t strata, const Body& body) {
+  for (int64_t first = 0; first < products.samples; first += strata) {
+    Vec own = {};
+    for (int64_t m = first; m < first + strata; ++m) {
+      own += row_weights[m * products.tokens + token] * p[m];
+    }
+    for (int64_t m = first; m < first + strata; ++m) body(m, S - own);
+  }
+}
+
 }  // namespace
 
 void online_softmax(const Products& products, const LogitOptions& options, const int64_t* target,
@@ -191,7 +204,7 @@ void grad_logits(const Products& products, const LogitOptions& options, const in
 }
 
 void quadratic_dot(const Products& products, const LogitOptions& options, LogSums lse,
-                   const float* row_weights, float* dot_others) {
+                   const float* row_weights, int64_t strata, float* dot_others) {
   const int64_t M = products.samples;
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
@@ -201,9 +214,8 @@ void quadratic_dot(const Products& products, const LogitOptions& options, LogSum
         over_columns(products.width, [&](int64_t column, int64_t count) {
           const Vec S = probabilities(map, products, token, column, count, lse, row_weights,
                                       p.data(), nullptr);
-          for (int64_t m = 0; m < M; ++m) {
-            sums[m] += p[m] * (S - row_weights[m * products.tokens + token] * p[m]);
-          }
+          for_others(products, token, row_weights, S, p.data(), strata,
+                     [&](int64_t m, Vec others) { sums[m] += p[m] * others; });
         });
         for (int64_t m = 0; m < M; ++m) dot_others[m * products.tokens + token] += sum(sums[m]);
       }
@@ -213,9 +225,9 @@ void quadratic_dot(const Products& products, const LogitOptions& options, LogSum
 
 void quadratic_grad_logits(const Products& products, const LogitOptions& options,
                            const int64_t* target, LogSums lse, const float* row_weights,
-                           const float* dot, const float* upstream) {
+                           const float* dot, const float* upstream, int64_t strata) {
   const int64_t M = products.samples;
-  const float pair_weight = 2.0f / (M * (M - 1));
+  const float pair_weight = 2.0f / (M * (M - strata));
   with_logits(options, [&](const auto& map) {
     parallel(products.tokens, [&](int64_t begin, int64_t end) {
       std::vector<Vec> p(M), slopes(M);
@@ -226,14 +238,15 @@ void quadratic_grad_logits(const Products& products, const LogitOptions& options
           const Vec S = probabilities(map, products, token, column, count, lse, row_weights,
                                       p.data(), slopes.data());
           const int64_t lane = column_y - column;
-          for (int64_t m = 0; m < M; ++m) {
+          for_others(products, token, row_weights, S, p.data(), strata,
+                     [&](int64_t m, Vec others) {
             const int64_t row = m * products.tokens + token;
             const float r = row_weights[row];
-            Vec g = -pair_weight * r * (S - r * p[m]);
+            Vec g = -pair_weight * r * others;
             if (lane >= 0 && lane < count) g[lane] += 2.0f / M * r;
             const Vec grad = factor * slopes[m] * p[m] * (g - dot[row]);
             store_some(products.data + row * products.width + column, grad, count);
-          }
+          });
         });
       }
     });

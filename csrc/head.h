@@ -38,11 +38,12 @@ void online_softmax(const Products& products, const LogitOptions& options, const
 void grad_logits(const Products& products, const LogitOptions& options, const int64_t* target,
                  LogSums lse, const float* upstream);
 
+// The quadratic passes compare samples of different groups, of `strata` samples each.
 void quadratic_dot(const Products& products, const LogitOptions& options, LogSums lse,
-                   const float* row_weights, float* dot_others);
+                   const float* row_weights, int64_t strata, float* dot_others);
 
 void quadratic_grad_logits(const Products& products, const LogitOptions& options,
                            const int64_t* target, LogSums lse, const float* row_weights,
-                           const float* dot, const float* upstream);
+                           const float* dot, const float* upstream, int64_t strata);
 
 }  // namespace fastperturb

@@ -193,17 +193,18 @@ void grad_logits_op(Tensor products, int64_t start, OptionalTensor bias, double 
 }
 
 void quadratic_dot_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
-                      double softcap, Tensor lse, Tensor row_weights, Tensor dot_others) {
+                      double softcap, Tensor lse, Tensor row_weights, int64_t strata,
+                      Tensor dot_others) {
   quadratic_dot(make_products(products), make_options(start, bias, scale, softcap),
-                read<float>(lse), read<float>(row_weights), write(dot_others));
+                read<float>(lse), read<float>(row_weights), strata, write(dot_others));
 }
 
 void quadratic_grad_logits_op(Tensor products, int64_t start, OptionalTensor bias, double scale,
                               double softcap, Tensor target, Tensor lse, Tensor row_weights,
-                              Tensor dot, Tensor upstream) {
+                              Tensor dot, Tensor upstream, int64_t strata) {
   quadratic_grad_logits(make_products(products), make_options(start, bias, scale, softcap),
                         read<int64_t>(target), read<float>(lse), read<float>(row_weights),
-                        read<float>(dot), read<float>(upstream));
+                        read<float>(dot), read<float>(upstream), strata);
 }
 
 // For the tests: words [n, 4] of counters, and latents [n, 4] of words.
@@ -261,9 +262,10 @@ STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
   m.def("head_grad_logits(Tensor(a!) products, " LOGIT_OPTIONS
         ", Tensor target, Tensor lse, Tensor upstream) -> ()");
   m.def("head_quadratic_dot(Tensor products, " LOGIT_OPTIONS
-        ", Tensor lse, Tensor row_weights, Tensor(a!) dot_others) -> ()");
+        ", Tensor lse, Tensor row_weights, int strata, Tensor(a!) dot_others) -> ()");
   m.def("head_quadratic_grad_logits(Tensor(a!) products, " LOGIT_OPTIONS
-        ", Tensor target, Tensor lse, Tensor row_weights, Tensor dot, Tensor upstream) -> ()");
+        ", Tensor target, Tensor lse, Tensor row_weights, Tensor dot, Tensor upstream, "
+        "int strata) -> ()");
   m.def("philox(Tensor(a!) words, Tensor counters, Tensor seed) -> ()");
   m.def("latents(Tensor(a!) latents, Tensor words, str latent) -> ()");
 }

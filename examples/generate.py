@@ -11,7 +11,7 @@ from examples import tiny
 MODES = {
     "sequence": "one sample of the latent for the whole sequence",
     "token": "a fresh sample of the latent at every step",
-    "mixture": "the mean of M samples' probabilities",
+    "mixture": "the mean of M samples' probabilities, the same samples at every step",
 }
 
 

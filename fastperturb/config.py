@@ -77,7 +77,8 @@ class PerturbConfig:
     """Old spelling of sampling: True is antithetic, False is independent."""
 
     deterministic: bool = False
-    """Hold z at one value for all tokens: a control with the same parameters and no randomness."""
+    """Make z a fixed function of the token's id (with scope sequence: one z for all tokens): a
+    control with the same parameters and no randomness."""
 
     plan: str = "auto"
     """Schedule of the samples: batched (all at once), chunked, resample or auto (by memory)."""
@@ -184,6 +185,22 @@ class PerturbConfig:
             return largest_group(num_samples, min_groups)
         return 1
 
+    def strata_of_errors(self, num_samples: int) -> int:
+        """Return `strata` for a mean that comes with a Monte-Carlo error, which compares groups.
+
+        There are 8 groups or more, or as many of 4 and 2 as samples allow; where they allow
+        neither, samples are independent.
+        """
+        if self.group_size is not None:
+            return self.strata_of_mean(num_samples, 2)
+        if self.draws_pairs:
+            return self.strata_of_mean(num_samples)
+        is_stratified = self.sampling == "stratified" or (
+            self.sampling is None and STRATIFIED_BY_DEFAULT and not self.deterministic
+        )
+        sizes = (largest_group(num_samples, groups) for groups in (8, 4, 2) if is_stratified)
+        return next((size for size in sizes if size > 1), 1)
+
     @property
     def equations(self) -> dict[str, float]:
         """The estimators in the loss, by name, and their weights."""
@@ -258,6 +275,15 @@ def check_num_samples(estimator: str, num_samples: int, *, antithetic: bool = Fa
             f"sampling='antithetic' pairs the samples, but estimator={estimator!r} needs "
             "independent ones; use sampling='independent' or 'stratified', or an estimator of "
             f"{allowed}"
+        )
+
+
+def check_groups(estimator: str, num_samples: int, strata: int) -> None:
+    """Raise unless samples are two or more whole groups, which the estimator takes as units."""
+    if num_samples % strata or num_samples < 2 * strata:
+        raise ValueError(
+            f"num_samples must be two or more groups of strata={strata} samples for "
+            f"estimator={estimator!r}, got {num_samples}"
         )
 
 

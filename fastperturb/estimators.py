@@ -27,7 +27,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastperturb.config import ESTIMATORS, check_backward_samples, check_num_samples
+from fastperturb.config import (
+    ESTIMATORS,
+    INDEPENDENT_SAMPLES,
+    check_backward_samples,
+    check_groups,
+    check_num_samples,
+)
 
 # Stands for the log-prob of an impossible label, so that weights stay finite.
 _LOWEST = -1e30
@@ -40,6 +46,7 @@ def combine(
     estimator: str,
     *,
     mask: Tensor | None = None,
+    strata: int = 1,
     backward_samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,6 +54,8 @@ def combine(
 
     log_probs: [M, B, T] for the token marginal, [M, B] for the sequence marginal.
     mask: bool, [B, T] or [B], true where there is a label; elsewhere value and weights are 0.
+    strata: the number of samples in a stratified group. jensen, iwae and resample ignore it; the
+        others take groups, of which they need two, as their units.
     backward_samples: K of `resample`. generator: the randomness of resample, sumo and mlmc,
         whose rows each draw their own samples or level.
 
@@ -70,7 +79,11 @@ def combine(
         kept = default_backward_samples(num_samples, backward_samples)
         uniforms = torch.rand(kept, batch, generator=generator, device=log_probs.device)
         return resample(log_probs, uniforms, mask=mask)
-    return _finish(log_probs, *_at_peak(_EQUATIONS[estimator], _lowered(log_probs)), mask)
+    equation = _EQUATIONS[estimator]
+    if strata > 1 and estimator in INDEPENDENT_SAMPLES:
+        check_groups(estimator, num_samples, strata)
+        equation = functools.partial(_over_groups, equation, strata)
+    return _finish(log_probs, *_at_peak(equation, _lowered(log_probs)), mask)
 
 
 def resample(
@@ -309,6 +322,19 @@ def _at_peak(
     return value + peak, weights
 
 
+def _over_groups(
+    equation: Callable[[Tensor], tuple[Tensor, Tensor]], strata: int, log_probs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return an equation's value and weights with stratified groups as its units.
+
+    A group's log-prob is log mean exp of its samples'. Groups are independent; their samples are
+    not.
+    """
+    groups = log_probs.unflatten(0, (-1, strata))  # (units, G, ...)
+    value, weights = equation(groups.logsumexp(1) - math.log(strata))
+    return value, (weights.unsqueeze(1) * groups.softmax(1)).flatten(0, 1)
+
+
 def _log_mean_exp(log_probs: Tensor) -> Tensor:
     return log_probs.logsumexp(0) - math.log(log_probs.shape[0])
 
@@ -328,9 +354,21 @@ def _jvi(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         others - math.log(num_samples - 1)
     ).mean(0)
     # l[i] enters each L^(-j), j != i, with weight exp(l[i] - others[j]) <= 1.
-    weights_of_others = torch.exp(log_probs + _log_sum_exp_of_others(-others))
+    finite = _finite(log_probs)
+    others = _log_sum_exp_of_others(finite)
+    weights_of_others = torch.exp(finite + _log_sum_exp_of_others(-others))
     weights = num_samples * torch.softmax(log_probs, dim=0)
     return value, weights - (num_samples - 1) / num_samples * weights_of_others
+
+
+def _finite(log_probs: Tensor) -> Tensor:
+    """Return log-probs below the peak with impossible ones far below all others, not at -1e30.
+
+    There log 2 rounds away, and several samples beside one that has it all would count once each.
+    """
+    is_possible = log_probs > _LOWEST / 2
+    lowest = log_probs.where(is_possible, torch.inf).amin(0)
+    return log_probs.where(is_possible, lowest - 200.0)
 
 
 def _jvi_clip(log_probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,6 +212,7 @@ def quadratic_dot_kernel(
     M: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
+    STRATA: tl.constexpr,
     PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
@@ -232,6 +233,7 @@ def quadratic_dot_kernel(
         softcap,
         M,
         BM,
+        STRATA,
         PADDING,
     )
     b_sum = tl.sum(b_p * b_others, 1, keep_dims=True)
@@ -257,6 +259,7 @@ def quadratic_grad_logits_kernel(
     M: tl.constexpr,
     BM: tl.constexpr,
     BV: tl.constexpr,
+    STRATA: tl.constexpr,
     PADDING: tl.constexpr,
 ):
     num_tiles = tl.cdiv(v, BV)
@@ -278,10 +281,11 @@ def quadratic_grad_logits_kernel(
         softcap,
         M,
         BM,
+        STRATA,
         PADDING,
     )
     b_is_sample = tl.arange(0, BM)[:, None] < M
-    b_g = b_others * (b_r * (-2.0 / (M * (M - 1))))
+    b_g = b_others * (b_r * (-2.0 / (M * (M - STRATA))))
     target = tiles.target_column(target_ptr, token, start, v - PADDING)
     b_g = tl.where(b_v == target, b_g + b_r * (2.0 / M), b_g)
     b_grad = b_p * (b_g - tl.load(dot_ptr + b_row, mask=b_is_sample, other=0.0))
@@ -400,6 +404,7 @@ def quadratic_dot(
     lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
     dot_others: Tensor,  # [M, n]
+    strata: int = 1,
 ) -> None:
     M, n, v = products.shape
     BM, BV = _samples_block(M, v)
@@ -417,6 +422,7 @@ def quadratic_dot(
             "M": M,
             "BM": BM,
             "BV": BV,
+            "STRATA": strata,
         },
         num_warps=launch.warps(BM * BV, per_thread=32, limit=16),
     )
@@ -432,6 +438,7 @@ def quadratic_grad_logits(
     dot: Tensor,  # [M, n]
     upstream: Tensor,  # [n]
     out: Tensor,  # [M, n, v]
+    strata: int = 1,
 ) -> None:
     M, n, v = products.shape
     BM, BV = _samples_block(M, v)
@@ -451,6 +458,7 @@ def quadratic_grad_logits(
             "M": M,
             "BM": BM,
             "BV": BV,
+            "STRATA": strata,
         },
         num_warps=launch.warps(BM * BV, per_thread=32, limit=16),
     )

@@ -115,9 +115,10 @@ def samples_tile(
     softcap,
     M,
     BM: tl.constexpr,
+    STRATA: tl.constexpr,
     PADDING: tl.constexpr,
 ):
-    """One token's rows (m, token) and offsets, logits, p and r, and S - r p: [BM, 1] or [BM, BV].
+    """One token's rows (m, token) and offsets, logits, p and r, and S - S_k: [BM, 1] or [BM, BV].
 
     p is 0 for samples beyond M, columns that are not live and padding.
     """
@@ -130,5 +131,11 @@ def samples_tile(
     b_rounding = tl.load(lse_ptr + M * n + b_row, mask=b_m < M, other=0.0)
     b_p = tl.exp(b_l - b_lse - b_rounding)
     b_r = tl.load(row_weights_ptr + b_row, mask=b_m < M, other=0.0)
-    b_rp = b_r * b_p
-    return b_row, b_offset, b_l, b_p, b_r, tl.sum(b_rp, 0, keep_dims=True) - b_rp
+    b_own = b_r * b_p
+    b_all = tl.sum(b_own, 0, keep_dims=True)
+    if STRATA > 1:
+        BV: tl.constexpr = b_v.shape[1]
+        b_groups = tl.reshape(b_own, [BM // STRATA, STRATA, BV])
+        b_sums = tl.broadcast_to(tl.sum(b_groups, 1, keep_dims=True), b_groups.shape)
+        b_own = tl.reshape(b_sums, [BM, BV])
+    return b_row, b_offset, b_l, b_p, b_r, b_all - b_own

@@ -8,6 +8,7 @@ from batches import IGNORED, positions_of
 from torch.nn import functional as F
 
 from fastperturb import EditConfig, edit, noise
+from fastperturb.engine.edit_layout import KINDS
 
 V, SEED = 29, 5
 BOS, EOS, PAD = SPECIAL = (1, 2, 0)
@@ -20,7 +21,8 @@ def edited_lm(architecture="Llama", *, positions=64, **options):
     """Return a tiny model with random edits; `options` are those of EditConfig."""
     changes = {**TOKENS, ARCHITECTURES[architecture]: positions, "initializer_range": 0.3}
     base = tiny.base_model(architecture, **changes)
-    return edit(base, EditConfig(**{"rate": 0.6, "num_samples": 4, "neighbors": 3} | options))
+    defaults = {"rate": 0.6, "num_samples": 4, "neighbors": 3, "kinds": KINDS}
+    return edit(base, EditConfig(**defaults | options))
 
 
 def some_tokens(size=3, length=11):
@@ -93,11 +95,13 @@ def naive_prefix(lm, tokens, random_numbers, editable, room):
             kind = None
         if t == 0 and kind in ("delete", "swap"):
             kind = None
+        if kind == "swap" and t + 1 < len(editable) and not editable[t + 1]:
+            kind = None  # the last token that may be edited stays with its label
         if kind == "swap":
             if t + 1 == len(tokens):  # x_t waits for x_{t + 1}, which is the label
                 break
             pair = [token, tokens[t + 1]]
-            if editable[t + 1] and pair[1] not in SPECIAL:
+            if pair[1] not in SPECIAL:
                 pair.reverse()
             out += pair
             t += 2

@@ -206,6 +206,52 @@ def test_quadratic_gradient_over_all_pairs_is_the_exact_gradient(latent_dim):
         torch.testing.assert_close(ours, exactly)
 
 
+def test_quadratic_value_of_two_stratified_groups_is_exact_on_average():
+    """A group of two rademacher samples is (z, -z); its strata are dealt out for each r alone."""
+    torch.manual_seed(0)
+    weight, e = torch.randn(7, 5).double(), torch.randn(5).double()
+    directions = torch.randn(2, 5).double()
+    perturbed = e + rademacher_points(2) @ directions  # (4, D), and those of -z in reverse
+    marginal = torch.softmax(perturbed @ weight.T, dim=-1).mean(0)
+    exact = 2 * marginal[4] - marginal.square().sum()
+    groups = torch.stack([perturbed, perturbed.flip(0)])  # (2, 4, D)
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    samples = torch.cat([groups[:, pairs[:, 0]], groups[:, pairs[:, 1]]])  # (M, pairs, D)
+    target = torch.full((len(pairs),), 4)
+    by_groups = ops.linear_quadratic(samples, weight, target, strata=2).mean()
+    torch.testing.assert_close(by_groups, exact)
+    assert (ops.linear_quadratic(samples, weight, target).mean() - exact).abs() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["jvi", "jvi_clip"])
+def test_jackknives_take_stratified_groups_as_their_units(estimator):
+    log_p = draws(8, 2, 3)
+    value, weights = combine(log_p, estimator, strata=2)
+    expected = jackknife(log_p.unflatten(0, (4, 2)).logsumexp(1) - math.log(2))
+    torch.testing.assert_close(value, expected)
+    if estimator == "jvi":
+        (slope,) = torch.autograd.grad(expected.sum(), log_p)
+        torch.testing.assert_close(weights, slope)
+    else:
+        assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(0), torch.ones_like(value))
+    iwae = combine(log_p, "iwae")[0]
+    assert torch.equal(combine(log_p, "iwae", strata=8)[0], iwae)
+    with pytest.raises(ValueError, match="two or more groups of strata=8 samples"):
+        combine(log_p, estimator, strata=8)
+
+
+@pytest.mark.parametrize("impossible", range(1, 4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_of_the_jackknife_sum_to_one_beside_impossible_samples(dtype, impossible):
+    log_p = torch.tensor([-1.0, -2.5, -2000.0, -1.5], dtype=dtype)
+    log_p[1 : 1 + impossible] = -torch.inf
+    _, weights = combine(log_p[:, None], "jvi")
+    assert weights.sum().item() == pytest.approx(1, abs=1e-4)
+    *_, by_op = ops.combine(log_p[:, None, None].float(), torch.ones(1, 1).bool(), "jvi")
+    torch.testing.assert_close(weights.float(), by_op[..., 0], rtol=0, atol=1e-4)
+
+
 def test_the_bias_of_iwae_falls_as_one_over_m():
     values = enumerated_log_probs(1)
     p = values.exp()

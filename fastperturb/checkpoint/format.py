@@ -118,7 +118,8 @@ class Checkpoint:
         try:
             kind = PERTURBATIONS[values.get("config_class", "PerturbConfig")]
             config_class: Any = kind.config_class
-            config, embed_dim = config_class.from_dict(values["config"]), values["embed_dim"]
+            config = config_class.from_dict(_as_now(values["config"]))
+            embed_dim = values["embed_dim"]
             shapes = kind.transform_shapes(config, embed_dim)
             base, files = Base(**values["base"]), values["files"]
             float(base.embed_rms)
@@ -213,6 +214,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             "or change options of the loaded model: lm.config = dataclasses.replace(lm.config, ...)"
         )
     return values
+
+
+def _as_now(config: Any) -> Any:
+    """Return the values of a saved config under the present meaning of their keys.
+
+    Up to 0.2.0, before `sampling` was a key, `deterministic` had one latent for all tokens,
+    whatever the scope.
+    """
+    if isinstance(config, dict) and config.get("deterministic") and "sampling" not in config:
+        return {**config, "scope": "sequence"}
+    return config
 
 
 def _check_header(path: Path, shapes: dict[str, list[int]]) -> None:

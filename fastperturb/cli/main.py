@@ -6,6 +6,7 @@ only when it is called, so that `fastperturb --version` does not wait for torch.
 
 import argparse
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -99,9 +100,21 @@ def parse(options_class: type, argv: list[str], *, prog: str) -> Any:
         options_class,
         prog=prog,
         description=f"{options_class.__doc__} {about}",
-        args=flags,
+        args=_respelled(flags),
         default=None if known.config is None else option_files.load(known.config, options_class),
     )
+
+
+def _respelled(flags: list[str]) -> list[str]:
+    """Spell the old --perturb.antithetic, which takes no value, as --perturb.sampling."""
+    respelled = []
+    for flag, value in zip(flags, [*flags[1:], ""]):
+        old = re.fullmatch(r"(--(?:.+\.)?perturb\.)(no-)?antithetic", flag)
+        if old is None or value in ("True", "False", "None"):
+            respelled.append(flag)
+        else:
+            respelled += [f"{old[1]}sampling", "independent" if old[2] else "antithetic"]
+    return respelled
 
 
 def _is_ours(error: BaseException) -> bool:

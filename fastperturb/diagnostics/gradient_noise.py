@@ -18,6 +18,7 @@ about M - 1 latents: resample pays where the data's part is even larger.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -283,7 +284,7 @@ def _check(lm: WrappedModel, inputs: dict[str, Any], repeats: int) -> None:
     if lm.is_exact:
         raise ValueError("lm.exact() perturbs nothing, so its gradient has no noise")
     if lm.config.deterministic:
-        raise ValueError("deterministic=True has one latent, so its gradient has no noise")
+        raise ValueError("deterministic=True has one sample, so its gradient has no noise")
     reject_dropout(lm.base, "would add its own noise")
 
 
@@ -296,8 +297,18 @@ def _compared(
     if wanted is not None:
         return wanted
     own = lm.config.estimator
-    paired = lm.config.draws_pairs or num_samples == 1
-    return [own] if paired or own == "jvi_clip" else [own, "jvi_clip"]
+    if own == "jvi_clip" or not _takes(lm, "jvi_clip", num_samples):
+        return [own]
+    return [own, "jvi_clip"]
+
+
+def _takes(lm: WrappedModel, estimator: Estimator, num_samples: int) -> bool:
+    """Return True if the estimator can use so many samples as the config draws them."""
+    try:
+        dataclasses.replace(lm.config, estimator=estimator, num_samples=num_samples, plan="auto")
+    except ValueError:
+        return False
+    return True
 
 
 def _parameters(lm: WrappedModel, parameters: str) -> list[nn.Parameter]:

@@ -11,8 +11,9 @@ independent, since their numbers key the noise, and their squares add. All of it
 and the M-curve too, comes from one set of log-probs [M, B, T-1], 4 bytes a token and sample: seven
 times that, or one chunk's activations, is all the memory it takes.
 
-Antithetic samples are independent by pairs, so there errors, jackknife and M-curve take a pair's
-mean probability for one sample.
+Stratified samples are independent by groups and antithetic ones by pairs, so there errors,
+jackknife and M-curve take a group's mean probability for one sample. A config that leaves the group
+size open gets 8 groups here, or as many of 4 and 2 as there can be.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastperturb import estimators, ops
+from fastperturb.config import PerturbConfig
 from fastperturb.engine import validate
 from fastperturb.engine.architectures import reject_dropout
 from fastperturb.engine.batch import IGNORED
@@ -35,7 +37,7 @@ from fastperturb.engine.protocol import WrappedModel
 class Curve(NamedTuple):
     """The nll with fewer samples: the mean over disjoint groups of the same samples."""
 
-    num_samples: list[int]  # 1, 2, 4, ... and M (antithetic: 2, 4, ... and M)
+    num_samples: list[int]  # G, 2 G, 4 G, ... and M; G samples are a group, 1 if independent
     nll: Tensor  # [len(num_samples)] fp64, a token
     jackknife: Tensor  # the same, corrected; NaN where a group is one sample
 
@@ -48,7 +50,7 @@ class Score:
     there is no label. One sample, as under `lm.exact()`, has no jackknife and no error: NaN.
 
     log_marginal: log mean_m p[m], of bias about -standard_error^2 / 2.
-    jackknife: the same without that bias, up to O(1/M^2).
+    jackknife: the same without that bias, up to O(1/M^2); 0 where it would be above.
     standard_error: Monte-Carlo standard error of either; too small where ess is below ten or so.
     ess: effective samples 1 / sum_m w[m]^2, from 1 to M.
     sum, count: of log_marginal and of labels over the batch. Over batches both add, and so do
@@ -93,19 +95,27 @@ def score(
         labels = _own_labels(*(inputs[k] for k in ("input_ids", "attention_mask", "position_ids")))
     if chunk_size is None:
         chunk_size = lm.samples_at_once()
-    with lm.at_temperature(temperature):
-        log_probs = _log_probs(lm, chunk_size, {**inputs, "labels": labels, **sampling})
+    group_size, drawn = _groups(lm, sampling["num_samples"])
+    changes = {"estimator": "iwae", "plan": "chunked", "chunk_size": chunk_size, **drawn}
+    with lm.at_temperature(temperature), lm.overriding(**changes):
+        log_probs = lm(**inputs | {"labels": labels, **sampling}).log_probs
     rows = sampling["rows"]
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    paired = lm.config.draws_pairs and not lm.has_one_draw
-    return summarise(log_probs, labels, rows, marginal=lm.config.marginal, paired=paired)
+    return summarise(log_probs, labels, rows, marginal=lm.config.marginal, group_size=group_size)
 
 
-def _log_probs(lm: WrappedModel, chunk_size: int, call: dict[str, Any]) -> Tensor:
-    """Return each sample's log-prob of each label [M, B, T-1], `chunk_size` samples at a time."""
-    with lm.overriding(estimator="iwae", plan="chunked", chunk_size=chunk_size):
-        return lm(**call).log_probs
+def _groups(lm: WrappedModel, num_samples: int | None) -> tuple[int, dict[str, Any]]:
+    """Return the samples of an independent group, and the keys of the config that draw them so."""
+    if lm.has_one_draw or not isinstance(lm.config, PerturbConfig):
+        return 1, {}
+    count = num_samples or lm.config.num_samples
+    size = lm.config.strata_of_errors(count)
+    if lm.config.draws_pairs:
+        return 2, {}
+    if size > 1:
+        return size, {"sampling": "stratified", "group_size": size, "num_samples": count}
+    return 1, {"sampling": "independent", "group_size": None}
 
 
 def _own_labels(
@@ -130,9 +140,9 @@ def summarise(
     rows: Tensor,  # [B] or [B, T], whose equal numbers share samples
     *,
     marginal: str,
-    paired: bool,
+    group_size: int,
 ) -> Score:
-    """Return the Score of samples' log-probs."""
+    """Return the Score of samples' log-probs, of which each `group_size` are one group."""
     labelled = mask = labels[:, 1:] != IGNORED
     if rows.ndim == 1:
         rows = rows[:, None].expand_as(mask)
@@ -143,8 +153,9 @@ def summarise(
         events = log_probs.sum(-1, keepdim=True, dtype=torch.float64)
         mask, owners = mask.any(-1, keepdim=True), owners[:, :1]
     independent = events
-    if paired:
-        independent = torch.logaddexp(events[0::2], events[1::2]) - math.log(2)
+    if group_size > 1:
+        groups = events.unflatten(0, (-1, group_size))
+        independent = groups.logsumexp(1) - math.log(group_size)
     log_marginal, jackknife = _marginals(independent, mask)
     influence = (independent.softmax(0) - 1 / len(independent)).where(mask, 0.0)
     per_row = _sum_by(owners, influence.double())
@@ -161,7 +172,7 @@ def summarise(
         sum=log_marginal.sum(dtype=torch.float64),
         count=count,
         nll_standard_error=_standard_error(per_row).norm() / count,
-        curve=_curve(independent, mask, count, group_size=2 if paired else 1),
+        curve=_curve(independent, mask, count, group_size=group_size),
     )
 
 
@@ -170,7 +181,7 @@ def _marginals(samples: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if len(samples) == 1:
         return samples[0], torch.full_like(samples[0], math.nan).where(mask, 0.0)
     combined = ops.combine(samples, mask, "jvi")
-    return combined.log_marginal, combined.value
+    return combined.log_marginal, combined.value.clamp_max(0.0)
 
 
 def _standard_error(influence: Tensor) -> Tensor:

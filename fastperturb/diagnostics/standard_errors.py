@@ -43,15 +43,20 @@ _MOST_DIFFERENCED = 256
 _STEP = 1e-2
 # Directions whose information is below this share of the largest are not identified.
 _IDENTIFIED = 1e-4
+# A parameter is not identified if this share of its unit vector lies in such directions. The
+# differences' noise mixes less than that of them into any other parameter.
+_UNIDENTIFIED_SHARE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
 class StandardErrors:
     """The result of `PerturbedLM.standard_errors`, in fp64.
 
-    errors: {parameter: its standard errors, shaped like it}.
+    errors: {parameter: its standard errors, shaped like it}; infinite for entries that the data do
+        not identify.
     covariance: [P, P], the parameters flattened one after the other in the order of `errors`; a
-        function g of them has variance grad g^T covariance grad g.
+        function g of them has variance grad g^T covariance grad g, if the data identify g: of
+        directions that they do not it knows nothing, and gives them 0.
     bread: "information" or "outer". examples: how many rows there were.
     newton_step: the largest step, in standard errors, that Newton's method would take from here.
         Well below 1 at a solution; above, the errors are those of no solution.
@@ -93,11 +98,12 @@ def standard_errors(
         equation = _Equation(lm, batches, chosen, num_samples, seed, bread)
         meat, total = equation.outer_products()
         information = meat if bread == "outer" else -equation.jacobian()
-    inverse = _inverse((information + information.T) / 2)
+    inverse, unidentified = _inverse((information + information.T) / 2)
     covariance = inverse if bread == "outer" else inverse @ meat @ inverse
     variances = covariance.diagonal().clamp_min(0)
     step = (inverse @ total).abs() / variances.sqrt()
-    split = variances.sqrt().split([value.numel() for value in chosen.values()])
+    errors = variances.sqrt().masked_fill(unidentified, torch.inf)
+    split = errors.split([value.numel() for value in chosen.values()])
     return StandardErrors(
         errors={n: e.view_as(v) for (n, v), e in zip(chosen.items(), split, strict=True)},
         covariance=covariance,
@@ -197,21 +203,22 @@ class _Equation:
         return torch.cat([grads[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)
 
 
-def _inverse(information: Tensor) -> Tensor:
-    """Return the inverse on the identified directions of a symmetric matrix."""
+def _inverse(information: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inverse on the identified directions, and which parameters [P] have others."""
     values, vectors = torch.linalg.eigh(information)
     identified = values > _IDENTIFIED * values[-1]
     lost = int((~identified).sum())
     if lost:
         warnings.warn(
             f"the information about {lost} of {len(values)} directions of the parameters is zero "
-            "or negative: they are left out, and errors of parameters that they mix are too "
-            "small. The fit is not at a maximum, there are fewer examples than parameters, "
-            "or the parameters are not identified (gaussian latents: any rotation of U's rows "
-            "is the same model)",
+            "or negative: the errors of parameters that they mix are infinite. The fit is not at a "
+            "maximum, there are fewer examples than parameters, or the parameters are not "
+            "identified (gaussian latents: any rotation of U's rows is the same model)",
             stacklevel=4,
         )
-    return (vectors[:, identified] / values[identified]) @ vectors[:, identified].T
+    unidentified = vectors[:, ~identified].square().sum(1) > _UNIDENTIFIED_SHARE
+    kept = vectors[:, identified]
+    return (kept / values[identified]) @ kept.T, unidentified
 
 
 def _chosen(lm: WrappedModel, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
@@ -252,7 +259,7 @@ def _check_model(lm: WrappedModel) -> None:
     if lm.is_exact:
         raise ValueError("lm.exact() perturbs nothing, so its transform has no standard errors")
     if lm.config.deterministic:
-        raise ValueError("deterministic=True has one latent, so its score has no randomness")
+        raise ValueError("deterministic=True has one sample, so its score has no randomness")
     reject_dropout(lm.base, "would add its own noise")
 
 

@@ -24,6 +24,11 @@ _COLLAPSED = 0.01
 # On a GPU the shift is read once in so many steps, since reading it costs a synchronisation.
 _WATCHED_STEPS = 100
 
+_NO_IDS = (
+    "deterministic=True draws the latent of each token by its id, and there are only embeddings: "
+    "give input_ids, or use scope='sequence', which has one latent for all tokens"
+)
+
 
 class Continuous(Perturbation):
     """Perturbs embeddings by `lm.transform`, in fp32 beside the embedding."""
@@ -48,6 +53,8 @@ class Continuous(Perturbation):
     ) -> None:
         if inputs_embeds is None:
             return
+        if _needs_ids(lm):
+            raise ValueError(_NO_IDS)
         validate.tensor("inputs_embeds", inputs_embeds, "[B, T, D]", FLOATS)
         if inputs_embeds.shape[-1] != lm.transform.embed_dim:
             raise ValueError(
@@ -65,7 +72,7 @@ class Continuous(Perturbation):
             "strata": batch.sampling.strata,
             "perturb_mask": batch.perturb_mask,
         }
-        noise = _held(lm, batch.embeddings, noise)
+        noise = _held(lm, batch.embeddings, batch.input_ids, noise)
         perturbed, shift = ops.perturb_embed(
             batch.embeddings, None, lm.transform, **noise, return_shift=True
         )
@@ -77,8 +84,11 @@ class Continuous(Perturbation):
             shift=shift,
         )
 
-    def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
-        return ops.perturb_embed(embeddings, None, lm.transform, **_held(lm, embeddings, noise))
+    def perturb(
+        self, lm: WrappedModel, embeddings: Tensor, *, ids: Tensor | None = None, **noise: Any
+    ) -> Tensor:
+        noise = _held(lm, embeddings, ids, noise)
+        return ops.perturb_embed(embeddings, None, lm.transform, **noise)
 
     def next_logits(
         self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
@@ -86,10 +96,12 @@ class Continuous(Perturbation):
         start = 0 if cache is None else int(cache.get_seq_length())
         positions = real_positions(sequences.mask)[:, start:]
         count = sequences.samples.shape[1]
+        ids = sequences.ids[:, start:]
         perturbed = lm.perturb(
-            model.get_input_embeddings()(sequences.ids[:, start:]),
+            model.get_input_embeddings()(ids),
             seed,
             sequences.samples.T,
+            ids=ids,
             rows=sequences.rows,
             positions=positions,
             # Only samples that are averaged depend on each other, not steps and sequences.
@@ -133,10 +145,25 @@ class Continuous(Perturbation):
             )
 
 
-def _held(lm: WrappedModel, embeddings: Tensor, noise: dict[str, Any]) -> dict[str, Any]:
-    """Return these keys of the noise, or under `deterministic` those of one latent for all."""
+def _needs_ids(lm: WrappedModel) -> bool:
+    """Return True if latents are keyed by token ids."""
+    return lm.config.deterministic and lm.transform.scope == "token" and not lm.is_exact
+
+
+def _held(
+    lm: WrappedModel, embeddings: Tensor, ids: Tensor | None, noise: dict[str, Any]
+) -> dict[str, Any]:
+    """Return these keys of the noise, or under `deterministic` keys that only ids can change.
+
+    There a token's id takes the place of its position, so a token always has the same latent.
+    """
     if not lm.config.deterministic:
         return noise
-    zeros = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
+    if _needs_ids(lm):
+        if ids is None:
+            raise ValueError(_NO_IDS)
+        positions = ids.long()
+    else:
+        positions = torch.zeros(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device)
     keys = {key: torch.zeros_like(noise[key]) for key in ("seed", "samples", "rows")}
-    return {**noise, **keys, "positions": zeros}
+    return {**noise, **keys, "positions": positions}

@@ -10,9 +10,14 @@ In sample m of row b, position t has an edit with probability `rate`, of a kind 
     swap      x_{t+1}, then x_t       the token before, where x_t is missing; label t + 2 at x_t
 
 so the token that predicts label t + 1 has seen edits of x_0 .. x_t and nothing else. Position t + 1
-of a swap has no edit of its own. If x_{t+1} may not be edited, the two keep their order, but label
-t + 1 is predicted at the token before all the same: the place of a prediction must not depend on
-its label.
+of a swap has no edit of its own.
+
+A swap lays x_t down after its label, so label t + 1 is predicted without x_t, as under a deletion.
+One causal pass allows nothing else. Decoding does the same where x_t is the last token so far, so
+that texts have the distribution that scoring measures. The last token before a position that is not
+`editable` is not swapped, and its label is predicted at it. If x_{t+1} is a special token, the two
+keep their order, but label t + 1 is predicted at the token before all the same: the place of a
+prediction must not depend on its label.
 
 Special tokens are neither edited nor drawn, the first token of a document is neither deleted nor
 swapped, and documents do not mix. A document of n tokens has room for `max_positions` - n more:
@@ -39,6 +44,8 @@ from fastperturb.engine.positions import document_starts
 from fastperturb.engine.tracing import untraced
 
 KINDS = ("replace", "insert", "delete", "swap")
+# These leave every token in the prefix of its label.
+DEFAULT_KINDS = ("replace", "insert")
 
 _REPLACE, _INSERT, _DELETE, _SWAP = range(len(KINDS))
 _KEEP = -1
@@ -103,13 +110,15 @@ class Edits(nn.Module):
     ) -> Edited:
         """Return the samples with these numbers."""
         ids = ids.long()
-        allowed = ~self.special[ids]
-        if editable is not None:
-            allowed = allowed & editable
-        real = torch.ones_like(allowed) if attention_mask is None else attention_mask.bool()
+        real = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask.bool()
+        editable = torch.ones_like(real) if editable is None else editable
+        allowed = ~self.special[ids] & editable
         first, start = _documents(real, position_ids)
         words = self._words(ids, seed, samples, rows, positions)
-        action, second = self._actions(words, allowed, first)  # [m, B, T]
+        before_fixed = F.pad((real & ~editable)[:, 1:], (0, 1))
+        action, second = self._actions(words, allowed, first, before_fixed)  # [m, B, T]
         action = self._with_room(action, real, start, position_ids)
         tokens = self._tokens(table, ids, action, second & allowed, words[2])
 
@@ -152,13 +161,14 @@ class Edits(nn.Module):
         return words.unbind(-1)
 
     def _actions(
-        self, words: tuple[Tensor, ...], editable: Tensor, first: Tensor
+        self, words: tuple[Tensor, ...], allowed: Tensor, first: Tensor, before_fixed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each position's edit, and which positions are the second of a swap."""
-        kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], device=editable.device)
-        is_edited = editable & (words[0] < round(self.rate * 2**32))
+        kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], device=allowed.device)
+        is_edited = allowed & (words[0] < round(self.rate * 2**32))
         action = _pick(words[1], kinds).where(is_edited, _KEEP)
-        action = action.masked_fill(first & ((action == _DELETE) | (action == _SWAP)), _KEEP)
+        action = action.masked_fill(first & (action == _DELETE), _KEEP)
+        action = action.masked_fill((first | before_fixed) & (action == _SWAP), _KEEP)
         # Of neighbours that all drew a swap, every other one takes the next along.
         swaps = action == _SWAP
         index = torch.arange(swaps.shape[-1], device=swaps.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastperturb.config import PerturbConfig, check_keys, suggestion
 from fastperturb.engine.architectures import CausalLM, embedding_rms, understand
 from fastperturb.engine.batch import Batch
-from fastperturb.engine.edit_layout import KINDS, Edits
+from fastperturb.engine.edit_layout import DEFAULT_KINDS, KINDS, Edits
 from fastperturb.engine.protocol import Perturbation, WrappedModel
 from fastperturb.engine.sequences import Sequences
 from fastperturb.engine.sharding import is_shard
@@ -37,8 +37,9 @@ class EditConfig:
     rate: float = 0.1
     """Probability that a token is edited."""
 
-    kinds: Sequence[str] = KINDS
-    """Kinds of edit, each as likely as the others: replace, insert, delete, swap."""
+    kinds: Sequence[str] = DEFAULT_KINDS
+    """Kinds of edit, each as likely as the others: replace, insert, delete, swap. A label is
+    predicted without the token before it where that is deleted or swapped."""
 
     neighbors: int = 10
     """Number of most similar tokens (cosine of embeddings) from which a replacement is drawn."""

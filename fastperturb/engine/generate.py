@@ -4,7 +4,9 @@
                sequence marginal E_z prod_t pi(y_t | T(x_<t, z))
     token      a fresh sample for the whole prefix at every step: text of the token marginal
                prod_t E_z pi(y_t | T(x_<t, z))
-    mixture    M samples side by side; the next token comes from the mean of their probabilities
+    mixture    M samples side by side, held over all steps; the next token comes from the mean of
+               their probabilities: text of E_z1..zM prod_t mean_m pi(y_t | T(x_<t, z_m)), which is
+               the sequence marginal at M = 1, tends to the token marginal, and between is neither
 
 transformers prepares what it always does (generation config, logits processors, stopping
 criteria, cache) and then runs the loop below, which differs from its own in where logits come

@@ -43,7 +43,7 @@ class LabelHead:
         )
         return _before_last(log_probs, hidden)
 
-    def quadratic(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def quadratic(self, hidden: Tensor, strata: int) -> tuple[Tensor, Tensor]:
         """Return the quadratic estimator's value [B T] and each sample's log-probs [M, B, T-1]."""
         value, log_probs = ops.linear_quadratic(
             hidden.flatten(1, 2),
@@ -51,6 +51,7 @@ class LabelHead:
             self._target,
             labelled=self._rows(1),
             **self._options(),
+            strata=strata,
             return_log_probs=True,
         )
         return value, _before_last(log_probs.detach(), hidden)

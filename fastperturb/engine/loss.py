@@ -26,14 +26,16 @@ def estimate(
     log_probs = scored.log_probs
     if scored.hidden is not None:
         assert batch.head is not None
-        values["quadratic"], quadratic_log_probs = batch.head.quadratic(scored.hidden)
+        values["quadratic"], quadratic_log_probs = batch.head.quadratic(
+            scored.hidden, sampling.strata
+        )
         if log_probs is None:
             log_probs = quadratic_log_probs
     assert log_probs is not None
     combined = {
         name: ops.combine(log_probs, mask, name, marginal=batch.marginal)
         for name in sampling.equations
-        if name in COMBINABLE
+        if name in COMBINABLE and not sampling.takes_groups(name)
     }
     values |= {name: result.value for name, result in combined.items()}
     labelled, event_log_probs = batch.marginal_mask(), batch.marginal_log_probs(log_probs)
@@ -46,7 +48,9 @@ def estimate(
         values[name] = sampling.combine(event_log_probs, labelled, config)
     else:
         for name in sampling.equations.keys() - values.keys():  # those without a kernel
-            values[name] = estimators.combine(event_log_probs, name, mask=labelled)[0]
+            values[name], _ = estimators.combine(
+                event_log_probs, name, mask=labelled, strata=sampling.strata
+            )
     terms = [weight * values[name].sum() for name, weight in sampling.equations.items()]
     total = torch.stack(terms).sum()
     assert batch.label_count is not None

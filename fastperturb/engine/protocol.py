@@ -131,6 +131,7 @@ class WrappedModel(nn.Module):
         samples: Tensor | int,
         *,
         rows: Tensor,
+        ids: Tensor | None = None,
         positions: Tensor | None = None,
         antithetic: bool | None = None,
         strata: int | None = None,
@@ -138,6 +139,7 @@ class WrappedModel(nn.Module):
     ) -> Tensor:
         """Perturb embeddings [B, T, D], once for each of these sample numbers: [M, B, T, D].
 
+        ids: the tokens [B, T] of the embeddings, which key the latents of `deterministic`.
         antithetic: whether samples come in pairs; default as the config says.
         strata: number of samples in a stratified group; default as the config says of its own
             num_samples.
@@ -146,6 +148,7 @@ class WrappedModel(nn.Module):
         return self.perturbation.perturb(
             self,
             embeddings,
+            ids=ids,
             seed=seed,
             samples=samples,
             rows=rows,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastperturb import estimators, noise
+from fastperturb.config import INDEPENDENT_SAMPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class Sampling:
     equations: dict[str, float]  # the estimators and their weights in the loss
     telescope: estimators.Telescope | None = None
     level: Tensor | None = None  # of the telescope
+
+    def takes_groups(self, estimator: str) -> bool:
+        """Return True if the estimator's units are stratified groups of samples."""
+        return self.strata > 1 and estimator in INDEPENDENT_SAMPLES
 
     def backward_samples(self, config: Any) -> int:
         """Return K of `resample`."""

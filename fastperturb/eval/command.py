@@ -5,7 +5,8 @@
     OUTPUT/evaluation.png         nll against the number of samples; differences with intervals
     OUTPUT/continuations.jsonl    the texts that models wrote, if they were asked to write
 
-All models are scored on the same blocks under the same noise, token by token. `data.domains` reads
+All models are scored on the same blocks under the same noise by the token marginal, and models that
+were trained for the sequence marginal by that one too. `data.domains` reads
 the texts, `models` finds and loads the models, `likelihood` scores, `report.bootstrap` makes
 intervals over documents, and `writing` lets the models continue documents.
 """
@@ -93,20 +94,28 @@ def run(options: EvalOptions) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The likelihood of every domain under a model at one temperature."""
+    """The likelihood of every domain under a model at one temperature.
+
+    domains: under the token marginal, by which models are compared.
+    by_sequence: under the sequence marginal; None for models that were not trained for it.
+    """
 
     model: str
     temperature: float
     tuned: bool
     domains: Mapping[str, Likelihood]
+    by_sequence: Mapping[str, Likelihood] | None = None
 
     def heading(self) -> dict[str, Any]:
         """Return what tells this measurement apart, as results.json holds it."""
         return {"model": self.model, "temperature": self.temperature, "tuned": self.tuned}
 
     def to_dict(self) -> dict[str, Any]:
-        domains = {name: likelihood.to_dict() for name, likelihood in self.domains.items()}
-        return {**self.heading(), "domains": domains}
+        return {
+            **self.heading(),
+            "domains": _plain(self.domains),
+            "sequence_marginal": None if self.by_sequence is None else _plain(self.by_sequence),
+        }
 
 
 def measure(
@@ -127,14 +136,23 @@ def measure(
         temperatures.append((likelihood.tuned_temperature(lm, validation, **settings), True))
     measurements = []
     for temperature, tuned in temperatures:
-        by_domain: dict[str, Likelihood] = {}
+        marginals = ("token", "sequence") if likelihood.has_own_marginal(lm) else ("token",)
+        by_marginal: dict[str, dict[str, Likelihood]] = {marginal: {} for marginal in marginals}
         for text in texts:
-            result = likelihood.measure(lm, text, **settings, temperature=temperature)
-            by_domain[text.name] = result
-            scored = f"{text.name}: perplexity {result.perplexity:.4g}"
-            print(f"{name}, T = {temperature:.3g}, {scored}", flush=True)
-        measurements.append(Measurement(name, temperature, tuned, by_domain))
+            for marginal, by_domain in by_marginal.items():
+                result = likelihood.measure(
+                    lm, text, **settings, temperature=temperature, marginal=marginal
+                )
+                by_domain[text.name] = result
+                scored = f"{text.name}: perplexity {result.perplexity:.4g}, {marginal} marginal"
+                print(f"{name}, T = {temperature:.3g}, {scored}", flush=True)
+        by_token, by_sequence = by_marginal["token"], by_marginal.get("sequence")
+        measurements.append(Measurement(name, temperature, tuned, by_token, by_sequence))
     return measurements
+
+
+def _plain(domains: Mapping[str, Likelihood]) -> dict[str, Any]:
+    return {name: likelihood.to_dict() for name, likelihood in domains.items()}
 
 
 def reference_of(measurements: Sequence[Measurement], baseline: str) -> Measurement:

@@ -1,7 +1,9 @@
 """Likelihood of a domain's text under a model, document by document.
 
-Texts are scored under the marginal of tokens, whatever marginal the model was trained for: it is
-the one under which all methods, the plain model among them, can be compared. `measure` scores the
+Texts are scored under the token marginal, whatever marginal the model was trained for: it is the
+one under which all methods can be compared. A model of the sequence marginal can be scored by its
+own as well. There a sequence is a piece: the part of a document that lies in one block. Both
+marginals see the same noise, which is keyed by the piece. `measure` scores the
 blocks of a domain batch by batch and sums the results of `lm.score` over each document's labels,
 in fp64; Monte-Carlo errors, the curve over numbers of samples and effective samples are combined
 over batches. `tuned_temperature` fits the one number that flattens or sharpens a model's
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastperturb.data.domains import Domain
 from fastperturb.data.packing import Block, collate
@@ -45,7 +48,7 @@ class Likelihood:
         sample there is no such correction, and it equals the nll.
     num_samples, temperature: the samples M, and the number that logits were divided by.
     standard_error: Monte-Carlo error of `nll`; None with one sample, as is ess.
-    ess: effective samples of a label, from 1 to M.
+    ess: effective samples of a label (sequence marginal: of a sequence), from 1 to M.
     curve: lists num_samples, nll and jackknife: the results with fewer samples; None where a
         number is undefined.
     tokens_per_second: labels scored per second, with all their samples.
@@ -98,33 +101,70 @@ def measure(
     seed: int,
     batch_size: int,
     temperature: float = 1.0,
+    marginal: str = "token",
 ) -> Likelihood:
     """Return the likelihood of a domain with M samples; a model without randomness takes one."""
     device = lm.transform.embed_rms.device
+    by_sequence = marginal == "sequence"
     sums = torch.zeros(3, domain.document_count, dtype=torch.float64, device=device)
     batches = []
     start = time.perf_counter()
-    with evaluation_mode(lm):
-        for first in range(0, len(domain.blocks), batch_size):
-            chosen = slice(first, first + batch_size)
-            batch: dict[str, Any] = collate(domain.blocks[chosen])
-            batch = {name: value.to(device) for name, value in batch.items()}
+    with evaluation_mode(lm, marginal):
+        for inputs, owners in (_sequences if by_sequence else _blocks)(domain, batch_size):
+            batch: dict[str, Any] = {name: value.to(device) for name, value in inputs.items()}
             score = lm.score(**batch, num_samples=num_samples, seed=seed, temperature=temperature)
-            mask = batch["labels"][:, 1:] != IGNORED
-            documents = torch.from_numpy(np.stack(domain.documents[chosen])).to(device)[:, 1:][mask]
-            for total, values in zip(sums, _label_values(score)):
+            labels = (batch["labels"][:, 1:] != IGNORED).long()
+            counts = labels.sum(1) if by_sequence else labels
+            scored = counts > 0
+            documents = owners.to(device)[scored]
+            for total, values in zip(sums, (*_nll_and_jackknife(score), counts)):
                 # Not index_add_, which adds in any order on a GPU.
-                total.index_put_((documents,), values[mask].double(), accumulate=True)
+                total.index_put_((documents,), values[scored].double(), accumulate=True)
             batches.append(_BatchScore.of(score))
-    nll_sums, jackknife_sums, counts = sums.tolist()
+    nll_sums, jackknife_sums, label_sums = sums.tolist()
     return Likelihood(
         nll_sums=nll_sums,
         jackknife_sums=jackknife_sums,
-        counts=[round(count) for count in counts],
+        counts=[round(count) for count in label_sums],
         temperature=temperature,
-        tokens_per_second=sum(counts) / (time.perf_counter() - start),
+        tokens_per_second=sum(label_sums) / (time.perf_counter() - start),
         **_combined(batches),
     )
+
+
+# Arguments of `lm.score`, and the document of each of its results.
+_Batches = Iterator[tuple[dict[str, Tensor], Tensor]]
+
+
+def _blocks(domain: Domain, batch_size: int) -> _Batches:
+    """Yield blocks, and the document of each label [B, T-1]."""
+    for first in range(0, len(domain.blocks), batch_size):
+        chosen = slice(first, first + batch_size)
+        documents = torch.from_numpy(np.stack(domain.documents[chosen]))
+        yield collate(domain.blocks[chosen]), documents[:, 1:]
+
+
+def _sequences(domain: Domain, batch_size: int) -> _Batches:
+    """Yield pieces with labels as rows of their own, and the document of each [B]."""
+    pieces = [
+        (block, piece, documents[piece[0]])
+        for block, documents in zip(domain.blocks, domain.documents)
+        for piece in np.split(np.arange(len(block.rows)), np.flatnonzero(np.diff(block.rows)) + 1)
+        if (block.labels[piece] != IGNORED).any()
+    ]
+    for first in range(0, len(pieces), batch_size):
+        blocks, places, documents = zip(*pieces[first : first + batch_size])
+        tokens, labels = (
+            [torch.from_numpy(getattr(block, name)[piece]) for block, piece in zip(blocks, places)]
+            for name in ("tokens", "labels")
+        )
+        batch = {
+            "input_ids": pad_sequence(tokens, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+            "attention_mask": pad_sequence(list(map(torch.ones_like, tokens)), batch_first=True),
+            "rows": torch.tensor([block.rows[piece[0]] for block, piece in zip(blocks, places)]),
+        }
+        yield batch, torch.tensor(documents)
 
 
 def tuned_temperature(
@@ -196,15 +236,15 @@ def unigram(domain: Domain, counts: NDArray[np.int64], *, smoothing: float = 1.0
 
 
 @contextlib.contextmanager
-def evaluation_mode(lm: PerturbedLM) -> Iterator[None]:
-    """Put a model in eval mode under the token marginal; one that perturbs nothing is exact."""
+def evaluation_mode(lm: PerturbedLM, marginal: str = "token") -> Iterator[None]:
+    """Put a model in eval mode under a marginal; one that perturbs nothing is exact."""
     was_training = lm.training
     lm.eval()
     try:
         with contextlib.ExitStack() as stack:
             if not perturbs(lm):
                 stack.enter_context(lm.exact())
-            stack.enter_context(lm.overriding(marginal="token"))
+            stack.enter_context(lm.overriding(marginal=marginal))
             yield
     finally:
         lm.train(was_training)
@@ -218,11 +258,15 @@ def perturbs(lm: PerturbedLM) -> bool:
     return any(bool(transform.get_parameter(name).any()) for name in transform.outer)
 
 
-def _label_values(score: Score) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each label's nll, its jackknife, and 1 [B, T-1]."""
+def has_own_marginal(lm: PerturbedLM) -> bool:
+    """Tell if the model was trained for the sequence marginal and is random."""
+    return lm.config.marginal == "sequence" and perturbs(lm) and not lm.has_one_draw
+
+
+def _nll_and_jackknife(score: Score) -> tuple[Tensor, Tensor]:
+    """Return the nll of each label [B, T-1] or sequence [B], and its jackknife."""
     nll = -score.log_marginal
-    jackknife = nll if len(score.curve.num_samples) == 1 else -score.jackknife
-    return nll, jackknife, torch.ones_like(nll)
+    return nll, nll if len(score.curve.num_samples) == 1 else -score.jackknife
 
 
 @dataclass(frozen=True)
@@ -231,7 +275,7 @@ class _BatchScore:
 
     count: int
     squared_error: float  # of the sum over labels
-    ess: tuple[float, int]  # sum over labels, and the number of labels
+    ess: tuple[float, int]  # sum over labels or sequences, and their number
     num_samples: list[int]
     nll: Tensor
     jackknife: Tensor

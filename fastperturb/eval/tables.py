@@ -14,7 +14,7 @@ Results = Mapping[str, Any]
 
 def tables(results: Results) -> list[Table]:
     """Return every table that has rows."""
-    parts = (texts, perplexities, differences, monte_carlo, continuations)
+    parts = (texts, perplexities, differences, monte_carlo, sequence_marginals, continuations)
     return [table for part in parts if (table := part(results)).rows]
 
 
@@ -90,17 +90,8 @@ def monte_carlo(results: Results) -> Table:
             likelihood = Likelihood.from_dict(values)
             if likelihood.standard_error is None:
                 continue
-            rows.append(
-                [
-                    name,
-                    measurement["model"],
-                    _temperature(measurement),
-                    f"{likelihood.nll:.4f} ± {likelihood.standard_error:.4f}",
-                    f"{likelihood.jackknife:.4f}",
-                    _nll_with_half(likelihood),
-                    f"{likelihood.ess:.1f}",
-                ]
-            )
+            heading = [name, measurement["model"], _temperature(measurement)]
+            rows.append([*heading, *_precision(likelihood)])
     return Table(
         "Were there enough samples?",
         ["domain", "model", "T", "nll ± error", "jackknife", "half the samples", "effective"],
@@ -108,6 +99,30 @@ def monte_carlo(results: Results) -> Table:
         "The error is the Monte-Carlo error of the samples alone. The jackknife removes the bias "
         "that too few samples add to the nll. Where half the samples give another nll, raise "
         "num_samples.",
+    )
+
+
+def sequence_marginals(results: Results) -> Table:
+    """Return both marginals of every model that was trained for the sequence marginal."""
+    rows = []
+    for measurement in results["measurements"]:
+        for name, values in (measurement.get("sequence_marginal") or {}).items():
+            by_token = Likelihood.from_dict(measurement["domains"][name])
+            by_sequence = Likelihood.from_dict(values)
+            heading = [name, measurement["model"], _temperature(measurement)]
+            rows.append([*heading, _nll_with_error(by_token), *_precision(by_sequence)])
+    return Table(
+        "Models of the sequence marginal under both marginals",
+        [
+            *("domain", "model", "T", "token marginal", "sequence marginal"),
+            *("jackknife", "half the samples", "effective"),
+        ],
+        rows,
+        "The nll of a token ± its Monte-Carlo error. The token marginal averages the probability "
+        "of each token over the samples; the sequence marginal, for which these models were "
+        "trained, that of a whole sequence: the part of a document that lies in one block. The "
+        "last three columns are of the sequence marginal. With few effective samples its nll is "
+        "too high and its error too small.",
     )
 
 
@@ -135,9 +150,24 @@ def continuations(results: Results) -> Table:
     )
 
 
-def _nll_with_half(likelihood: Likelihood) -> str:
-    """Return the nll at the last number of samples but one: half of them or a little more."""
-    return f"{likelihood.curve['nll'][-2]:.4f}"
+def _nll_with_error(likelihood: Likelihood) -> str:
+    if likelihood.standard_error is None:
+        return f"{likelihood.nll:.4f}"
+    return f"{likelihood.nll:.4f} ± {likelihood.standard_error:.4f}"
+
+
+def _precision(likelihood: Likelihood) -> list[str]:
+    """Return the nll with its error, its jackknife, the nll of half the samples, and their ess.
+
+    Half the samples are the last number of samples of the curve but one: half or a little more.
+    """
+    half = likelihood.curve["nll"][-2:-1]
+    return [
+        _nll_with_error(likelihood),
+        f"{likelihood.jackknife:.4f}",
+        f"{half[0]:.4f}" if half else "",
+        "" if likelihood.ess is None else f"{likelihood.ess:.1f}",
+    ]
 
 
 def _temperature(measurement: Mapping[str, Any]) -> str:

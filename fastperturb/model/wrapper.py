@@ -129,7 +129,9 @@ class PerturbedLM(WrappedModel):
         mode: "sequence", one sample for a whole sequence, decoded with a cache; "token", a fresh
             sample for the whole prefix at every step, which with do_sample=True and no temperature
             or truncation samples the token marginal exactly; "mixture", the mean of num_samples
-            samples' probabilities at every step, with a cache.
+            samples' probabilities at every step, with a cache. Its samples are the same at all
+            steps, so its text follows the sequence marginal at num_samples=1, tends to the token
+            marginal as num_samples grows, and follows neither between.
         num_samples: M of mode="mixture", default the config's.
         seed, rows: key the noise as in `forward`; the choice of tokens takes torch's generator.
         perturb_mask: bool [B, T], the prompt's positions to perturb; generated ones always are.

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from fastperturb import noise
 from fastperturb.ops import dispatch, head_op
 from fastperturb.ops.calls import HeadCall
 
@@ -115,6 +116,7 @@ def linear_quadratic(
     target: Tensor,
     *,
     row_weights: Tensor | None = None,
+    strata: int = 1,
     return_log_probs: Literal[False] = False,
     **options: Unpack[HeadOptions],
 ) -> Tensor: ...
@@ -127,6 +129,7 @@ def linear_quadratic(
     target: Tensor,
     *,
     row_weights: Tensor | None = None,
+    strata: int = 1,
     return_log_probs: Literal[True],
     **options: Unpack[HeadOptions],
 ) -> tuple[Tensor, Tensor]: ...
@@ -145,14 +148,16 @@ def linear_quadratic(
     cast_weight: Tensor | None = None,
     labelled: Tensor | None = None,
     row_weights: Tensor | None = None,
+    strata: int = 1,
     return_log_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the unbiased quadratic estimator over M >= 2 independent samples, [N].
+    """Return the unbiased quadratic estimator over M samples in two or more groups of G, [N].
 
-        2/M sum_m r_m p_m(y) - 1/(M(M-1)) sum_{i != j} r_i r_j <p_i, p_j>
+        2/M sum_m r_m p_m(y) - 1/(M(M-G)) sum r_i r_j <p_i, p_j> over i, j of different groups
 
     hidden: [M, N, D]. The other arguments are those of `linear_logprob`.
     row_weights: r [M, N], taken as constants (importance weights of the samples); 1 by default.
+    strata: the number G of samples in a stratified group; 1 where samples are independent.
     return_log_probs: return also the log-probs [M, N] of the targets, from the same pass. They
         are differentiable too, but a gradient through them makes the logits once more.
     """
@@ -165,6 +170,12 @@ def linear_quadratic(
             f"hidden must hold M >= 2 independent samples for the quadratic estimator, "
             f"got {list(hidden.shape)}"
         )
+    noise.check_strata(strata)
+    if hidden.shape[0] % strata or hidden.shape[0] < 2 * strata:
+        raise ValueError(
+            f"hidden must hold two or more groups of strata={strata} samples for the quadratic "
+            f"estimator, got {list(hidden.shape)}"
+        )
     if row_weights is not None:
         if not row_weights.is_floating_point() or row_weights.shape != hidden.shape[:2]:
             raise ValueError(
@@ -175,7 +186,7 @@ def linear_quadratic(
     options = float(logit_scale), softcap, valid_vocab, ignore_index
     call = HeadCall(hidden, weight, target, bias, cast_weight, labelled, *options)
     dispatch.reject_forward_mode("linear_quadratic", hidden, weight, bias)
-    value, log_probs, *_ = head_op.quadratic(*call, row_weights, _wants_grad_hidden(call))
+    value, log_probs, *_ = head_op.quadratic(*call, row_weights, strata, _wants_grad_hidden(call))
     return (value, log_probs) if return_log_probs else value
 
 

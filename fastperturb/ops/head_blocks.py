@@ -5,7 +5,8 @@ logits would put about 0.04 of error into a log-prob). With l a row's logits, p 
 target:
 
     log-prob    dl = e_y - p
-    quadratic   g_k = r_k ((2/M) e_y - c (S - r_k p_k)),  S = sum_k r_k p_k,  c = 2/(M(M-1))
+    quadratic   g_k = r_k ((2/M) e_y - c (S - S_k)),  S = sum_k r_k p_k,  c = 2/(M(M-G)),
+                S_k the part of S from sample k's stratified group of G samples (G = 1: r_k p_k)
                 dl_k = p_k * (g_k - <p_k, g_k>)
 
 Frozen head. The gradient of a log-prob with respect to hidden is (e_y - p) W times an upstream
@@ -17,7 +18,7 @@ sum where a block raises the row's peak. In the end
 
 in which nothing cancels: 4NDV flops, one exp an element. The quadratic estimator needs all M
 softmaxes at once, so the logits of a few tokens are held over the whole vocabulary: 4NDV again, in
-three passes over them (log-sum-exp, the products <p_k, S - r_k p_k>, the gradient). Its upstream
+three passes over them (log-sum-exp, the products <p_k, S - S_k>, the gradient). Its upstream
 gradient is one scalar a token, so its grad_hidden [M, N, D] is kept the same way.
 
 A head that trains has its gradients made by `head_gradients`, in the backward.
@@ -263,6 +264,7 @@ def linear_quadratic(
     labels: Labels,
     row_weights: Tensor | None,  # [M, N]
     *,
+    strata: int = 1,
     want_grad_hidden: bool,
 ) -> Quadratic:
     inputs, target = labels.select(hidden, dim=1), labels.target
@@ -279,6 +281,7 @@ def linear_quadratic(
             target[part],
             r[:, part].contiguous(),
             memory,
+            strata=strata,
             want_grad_hidden=want_grad_hidden,
         )
         values[part], log_probs[:, part], dot[:, part] = tokens.values, tokens.log_probs, tokens.dot
@@ -301,6 +304,7 @@ def _quadratic_tokens(
     r: Tensor,  # [M, n]
     memory: Memory,
     *,
+    strata: int,
     want_grad_hidden: bool,
 ) -> Quadratic:
     """Run `linear_quadratic` on few enough tokens to hold all their logits."""
@@ -315,27 +319,28 @@ def _quadratic_tokens(
         held.append(products.view(*shape, block.width))
     log_probs, log_sums, _ = (value.view(shape) for value in running.finish())
     lse = RunningSoftmax.lse(running.peak.view(shape), log_sums)
-    dot_others = torch.zeros_like(log_sums)  # <p_k, S - r_k p_k>
+    dot_others = torch.zeros_like(log_sums)  # <p_k, S - S_k>
     for block, products in zip(blocks, held, strict=True):
-        head.row_passes.quadratic_dot(products, block.options, lse, r, dot_others)
+        head.row_passes.quadratic_dot(products, block.options, lse, r, dot_others, strata)
     at_target = 2 / M * log_probs.exp()
-    dot = r * (at_target - 2 / (M * (M - 1)) * dot_others)
-    values = (r * (at_target - 1 / (M * (M - 1)) * dot_others)).sum(0)
+    dot = r * (at_target - 2 / (M * (M - strata)) * dot_others)
+    values = (r * (at_target - 1 / (M * (M - strata)) * dot_others)).sum(0)
     if not want_grad_hidden:
         return Quadratic(values, log_probs, lse, dot, None)
-    lift = gemm.lift_to(dtype, lambda: quadratic_bounds(r) * head.logit_scale)
+    lift = gemm.lift_to(dtype, lambda: quadratic_bounds(r, strata) * head.logit_scale)
     upstream = torch.ones_like(values) if lift is None else lift.expand(len(target)).contiguous()
     total, statistics = None, (lse, r, dot, upstream)
     for block, products in zip(blocks, held, strict=True):
         out = memory.for_gemm(products, dtype)
-        head.row_passes.quadratic_grad_logits(products, block.options, target, *statistics, out)
+        rows = target, *statistics
+        head.row_passes.quadratic_grad_logits(products, block.options, *rows, out, strata)
         total = gemm.add_product(total, out.flatten(0, 1), block.weight(dtype))
     assert total is not None  # there is a block
     grad_hidden = gemm.lowered(total, lift).view(*shape, -1)
     return Quadratic(values, log_probs, lse, dot, grad_hidden)
 
 
-def quadratic_bounds(row_weights: Tensor) -> Tensor:
+def quadratic_bounds(row_weights: Tensor, strata: int) -> Tensor:
     """Return bounds [n] of |p_k (g_k - <p_k, g_k>)|, from row weights [M, n]."""
     M, largest = len(row_weights), row_weights.abs().amax(0)
-    return 4 / M * largest * (1 + row_weights.abs().sum(0) / (M - 1))
+    return 4 / M * largest * (1 + row_weights.abs().sum(0) / (M - strata))

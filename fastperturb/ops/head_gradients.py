@@ -72,6 +72,7 @@ def linear_quadratic_backward(
     hidden: Tensor,  # [M, N, D]
     labels: Labels,
     row_weights: Tensor | None,  # [M, N]
+    strata: int,
     lse: Tensor,  # [2, M, N]
     dot: Tensor,  # [M, N]
     wanted: Wanted,
@@ -81,7 +82,7 @@ def linear_quadratic_backward(
     upstream, lse = labels.select(grad.to(lse), dim=0), labels.select(lse, dim=2)
     upstream, lse = labels.mask_gradient(upstream, lse, head.valid_vocab)
     lift = gemm.lift_to(
-        head.dtype(hidden), lambda: upstream * quadratic_bounds(r) * head.logit_scale
+        head.dtype(hidden), lambda: upstream * quadratic_bounds(r, strata) * head.logit_scale
     )
     lifted = upstream if lift is None else upstream * lift
     rows_of = _cut_once(labels.target, lse, r, dot, lifted)
@@ -89,7 +90,9 @@ def linear_quadratic_backward(
     def grad_logits(products: Tensor, options: LogitOptions, part: slice, out: Tensor) -> None:
         shape = len(inputs), part.stop - part.start, products.shape[-1]
         rows = rows_of(part.start, part.stop)
-        head.row_passes.quadratic_grad_logits(products.view(shape), options, *rows, out.view(shape))
+        head.row_passes.quadratic_grad_logits(
+            products.view(shape), options, *rows, out.view(shape), strata
+        )
 
     grads = _gradients(head, inputs, grad_logits, lift, wanted)
     return _scattered(grads, labels, dim=1)

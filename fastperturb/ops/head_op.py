@@ -92,17 +92,22 @@ def logprob_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
 @torch.library.custom_op(
     "fastperturb::linear_quadratic",
     mutates_args=(),
-    schema=f"({_CALL}, Tensor? row_weights, bool want_grad_hidden) -> "
+    schema=f"({_CALL}, Tensor? row_weights, SymInt strata, bool want_grad_hidden) -> "
     "(Tensor values, Tensor log_probs, Tensor lse, Tensor dot, Tensor grad_hidden)",
 )
 def quadratic(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *fields, row_weights, want_grad_hidden = arguments
+    *fields, row_weights, strata, want_grad_hidden = arguments
     call = HeadCall(*fields)
     _check_targets(call)
     head = _head("linear_quadratic", call)
     with dispatch.full_precision(call.hidden.device):
         result = head_blocks.linear_quadratic(
-            head, call.hidden, _labels(call), row_weights, want_grad_hidden=want_grad_hidden
+            head,
+            call.hidden,
+            _labels(call),
+            row_weights,
+            strata=strata,
+            want_grad_hidden=want_grad_hidden,
         )
     return *result[:4], _or_empty(result.grad_hidden, call.hidden)
 
@@ -110,16 +115,16 @@ def quadratic(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @torch.library.custom_op(
     "fastperturb::linear_quadratic_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_CALL}, Tensor? row_weights, Tensor lse, Tensor dot, {_WANTED}) "
-    "-> Tensor[]",
+    schema=f"(Tensor grad, {_CALL}, Tensor? row_weights, SymInt strata, Tensor lse, Tensor dot, "
+    f"{_WANTED}) -> Tensor[]",
 )
 def quadratic_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
-    *fields, row_weights, lse, dot, want_hidden, want_weight, want_bias = arguments
+    *fields, row_weights, strata, lse, dot, want_hidden, want_weight, want_bias = arguments
     call, wanted = HeadCall(*fields), Wanted(want_hidden, want_weight, want_bias)
     head = _head("linear_quadratic", call)
     with dispatch.full_precision(grad.device):
         grads = head_gradients.linear_quadratic_backward(
-            head, grad, call.hidden, _labels(call), row_weights, lse, dot, wanted
+            head, grad, call.hidden, _labels(call), row_weights, strata, lse, dot, wanted
         )
     return _like_inputs(grads, call)
 
@@ -202,7 +207,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 @quadratic.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *fields, _, want_grad_hidden = arguments
+    *fields, _, _, want_grad_hidden = arguments
     call = HeadCall(*fields)
     hidden, values = call.hidden, _empty_values(call)
     log_probs, dot = (values.new_empty(hidden.shape[:2]) for _ in range(2))
@@ -260,7 +265,7 @@ def _logprob_gradients(ctx: Any, grad: Tensor | None, *others: None) -> tuple[An
 
 
 def _setup_quadratic(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *fields, row_weights, want_grad_hidden = inputs
+    *fields, row_weights, ctx.strata, want_grad_hidden = inputs
     tensors, ctx.options = fields[:_TENSORS], fields[_TENSORS:]
     _, _, lse, dot, grad_hidden = output
     ctx.set_materialize_grads(False)
@@ -281,7 +286,7 @@ def _quadratic_gradients(
     elif grad is not None:
         terms.append(
             torch.ops.fastperturb.linear_quadratic_backward(
-                grad, *call, row_weights, lse, dot, *wanted
+                grad, *call, row_weights, ctx.strata, lse, dot, *wanted
             )
         )
     if grad_log_probs is not None:

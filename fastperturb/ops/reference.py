@@ -117,8 +117,12 @@ def linear_quadratic(
     valid_vocab: int | None = None,
     ignore_index: int = -100,
     row_weights: Tensor | None = None,  # [M, N]
+    strata: int = 1,
 ) -> Tensor:  # [N]
-    """2/M sum_m r_m p_m(y) - 1/(M(M-1)) sum_{i != j} r_i r_j <p_i, p_j>, summed pair by pair."""
+    """2/M sum_m r_m p_m(y) - 1/(M(M-G)) sum r_i r_j <p_i, p_j>, summed pair by pair.
+
+    The pairs i, j are of different groups of G = strata samples.
+    """
     scores = logits(
         hidden,
         weight,
@@ -135,6 +139,7 @@ def linear_quadratic(
         probs = probs * row_weights.detach().to(probs)[..., None]
     hit = probs.gather(2, index.expand(num_samples, -1)[..., None])[..., 0]
     inner = torch.einsum("inv,jnv->nij", probs, probs)
-    cross = inner.sum((1, 2)) - inner.diagonal(dim1=1, dim2=2).sum(1)
-    value = 2 * hit.mean(0) - cross / (num_samples * (num_samples - 1))
+    group = torch.arange(num_samples, device=hidden.device) // strata
+    cross = inner.where(group[:, None] != group, 0.0).sum((1, 2))
+    value = 2 * hit.mean(0) - cross / (num_samples * (num_samples - strata))
     return value.where(kept, 0.0)

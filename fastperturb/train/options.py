@@ -86,8 +86,9 @@ class TrainOptions(DataOptions):
     edit_rate: float = 0.1
     """Probability that a token is edited; used only with method discrete."""
 
-    edit_kinds: tuple[EditKind, ...] = ("replace", "insert", "delete", "swap")
-    """Kinds of edit to choose among, all equally likely; used only with method discrete."""
+    edit_kinds: tuple[EditKind, ...] = ("replace", "insert")
+    """Kinds of edit to choose among, all equally likely: replace, insert, delete or swap. Used only
+    with method discrete."""
 
     edit_neighbors: int = 10
     """Number of tokens with the nearest embeddings from which a replacement is drawn; used only

@@ -8,7 +8,7 @@ import tiny
 import torch
 from batches import IGNORED, labelled
 
-from fastperturb import PerturbConfig, wrap
+from fastperturb import PerturbConfig, estimators, wrap
 from fastperturb.diagnostics.score import summarise
 
 V = 31
@@ -27,14 +27,8 @@ def four_valued(**options):
 
     Its marginal is a mean of four terms.
     """
-    config = PerturbConfig(
-        latent="rademacher",
-        latent_dim=2,
-        scope="sequence",
-        init_scale=0.6,
-        num_samples=8,
-        **options,
-    )
+    fixed = {"latent_dim": 2, "scope": "sequence", "init_scale": 0.6, "num_samples": 8}
+    config = PerturbConfig(**{"latent": "rademacher", **fixed, **options})
     return wrap(llama(num_hidden_layers=0, hidden_size=4), config)
 
 
@@ -166,6 +160,41 @@ def test_standard_errors_of_log_marginals_are_calibrated(antithetic):
     assert (z.square().mean(0).sqrt() - 1).abs().max() < 0.1
 
 
+def test_a_stratified_score_leaves_eight_groups_or_as_many_as_there_can_be():
+    lm, ids = four_valued(sampling="stratified"), batch()["input_ids"][:1]
+    sizes = {1: [1], 3: [1, 2, 3], 4: [2, 4], 8: [2, 4, 8], 16: [2, 4, 8, 16], 64: [8, 16, 32, 64]}
+    for num_samples, expected in sizes.items():
+        score = lm.score(ids, num_samples=num_samples, seed=5)
+        assert score.curve.num_samples == expected
+        assert score.nll_standard_error.isnan() == (num_samples == 1)
+    fixed = four_valued(sampling="stratified", group_size=4)
+    assert fixed.score(ids, num_samples=64, seed=5).curve.num_samples == [4, 8, 16, 32, 64]
+    with pytest.raises(ValueError, match="at least 8 for 2 groups"):
+        fixed.score(ids, num_samples=4)
+
+
+def test_standard_errors_of_stratified_samples_are_calibrated_by_groups_alone():
+    lm = four_valued(sampling="stratified", latent="gaussian")
+    ids = batch()["input_ids"][:1].expand(2000, -1)
+    score = lm.score(ids, num_samples=64, seed=5)
+    spread = score.log_marginal.var(0)
+    by_groups = score.standard_error.square().mean(0)
+    assert ((by_groups / spread).sqrt() - 1).abs().max() < 0.1
+    with lm.overriding(group_size=8):
+        log_probs = lm(ids, labels=ids, num_samples=64, seed=5).log_probs.detach()
+    naive = summarise(log_probs, ids, torch.arange(2000), marginal="token", group_size=1)
+    torch.testing.assert_close(naive.log_marginal, score.log_marginal)
+    assert ((naive.standard_error.square().mean(0) / spread).sqrt() > 1.5).all()
+
+
+def test_a_jackknifed_log_prob_is_never_above_zero():
+    log_p = torch.tensor([0.0, -30.0, -30.0, -30.0])[:, None, None]
+    labels = torch.zeros(1, 2, dtype=torch.long)
+    score = summarise(log_p, labels, torch.arange(1), marginal="token", group_size=1)
+    assert estimators.combine(log_p, "jvi")[0] > 0  # what the jackknife says
+    assert score.jackknife == 0 and (score.curve.jackknife[1:] >= 0).all()
+
+
 def test_nll_standard_error_is_calibrated_where_tokens_share_latents():
     lm = four_valued()
     ids = batch()["input_ids"][:2]
@@ -199,7 +228,7 @@ def test_standard_error_is_that_of_the_delta_method():
     torch.manual_seed(0)
     log_p = torch.randn(10, 1, 2) - 3
     labels = torch.zeros(1, 3, dtype=torch.long)
-    score = summarise(log_p, labels, torch.arange(1), marginal="token", paired=False)
+    score = summarise(log_p, labels, torch.arange(1), marginal="token", group_size=1)
     p = log_p.exp()
     torch.testing.assert_close(score.standard_error, p.std(0) / p.mean(0) / math.sqrt(10))
     both = (p / p.mean(0)).sum(-1).std(0) / math.sqrt(10) / 2
@@ -210,9 +239,9 @@ def test_antithetic_pair_counts_as_one_sample():
     torch.manual_seed(0)
     log_p = torch.randn(8, 1, 2) - 3
     labels, rows = torch.zeros(1, 3, dtype=torch.long), torch.arange(1)
-    ours = summarise(log_p, labels, rows, marginal="token", paired=True)
+    ours = summarise(log_p, labels, rows, marginal="token", group_size=2)
     pairs = log_p.exp().unflatten(0, (4, 2)).mean(1).log()
-    theirs = summarise(pairs, labels, rows, marginal="token", paired=False)
+    theirs = summarise(pairs, labels, rows, marginal="token", group_size=1)
     assert ours.curve.num_samples == [2, 4, 8]
     for name in ("log_marginal", "jackknife", "standard_error", "nll_standard_error"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
@@ -223,7 +252,7 @@ def test_long_sequences_are_scored_in_log_space():
     log_p = torch.full((4, 1, 1000), -20.0)
     log_p[0] += 1e-3
     labels = torch.zeros(1, 1001, dtype=torch.long)
-    score = summarise(log_p, labels, torch.arange(1), marginal="sequence", paired=False)
+    score = summarise(log_p, labels, torch.arange(1), marginal="sequence", group_size=1)
     ratio = torch.tensor([math.e, 1, 1, 1], dtype=torch.float64)
     expected = (ratio.std() / ratio.mean() / 2).item()
     assert score.standard_error.item() == pytest.approx(expected, rel=1e-3)

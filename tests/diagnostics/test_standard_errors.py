@@ -275,6 +275,7 @@ def test_directions_without_information_are_left_out_with_a_warning():
     with pytest.warns(UserWarning, match="about 1 of 3 directions .* fewer examples than param"):
         result = at(lm, TRUTH).standard_errors([rows_of(x, y)], bread="outer")
     assert torch.linalg.matrix_rank(result.covariance) == 2
+    assert result.errors["U"].isinf().any()
 
 
 def test_newton_step_is_large_away_from_a_solution():

@@ -105,6 +105,32 @@ def test_the_table_has_the_unigram_of_the_text_itself(evaluated, folder):
     assert f"{own.perplexity:.4g}" in row
 
 
+def test_a_model_of_the_sequence_marginal_is_measured_by_both_marginals(folder, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    config = fastperturb.PerturbConfig(marginal="sequence", latent_dim=4, init_scale=0.5)
+    lm = fastperturb.wrap(base, config)
+    lm.save_pretrained(tmp_path / "sequence", save_base=False)
+    models = (f"plain={folder / 'base'}", f"sequence={tmp_path / 'sequence'}")
+    options = options_of(folder, tmp_path / "out", models=models, base=str(folder / "base"))
+    assert command(options) == 0
+    results = results_of(tmp_path / "out")
+    measured = {entry["model"]: entry for entry in results["measurements"]}
+    assert measured["plain"]["sequence_marginal"] is None
+    assert measured["sequence, without noise"]["sequence_marginal"] is None
+    own = Likelihood.from_dict(measured["sequence"]["sequence_marginal"]["near"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    reading = DomainOptions(block_size=16, document_separator="\n\n")
+    text = domains.read("near", str(folder / "near.txt"), reading, tokenizer)
+    settings = {"num_samples": 4, "seed": 0, "batch_size": 8}
+    expected = likelihood.measure(lm.eval(), text, **settings, marginal="sequence")
+    assert own.nll_sums == pytest.approx(expected.nll_sums, rel=1e-5)
+    rows = (tmp_path / "out" / "table.md").read_text().split("under both marginals")[1].splitlines()
+    [row] = [row for row in rows if row.startswith("| near")]
+    by_token = measured["sequence"]["domains"]["near"]
+    for values in (by_token, measured["sequence"]["sequence_marginal"]["near"]):
+        assert f"{values['nll']:.4f} ± {values['standard_error']:.4f}" in row
+
+
 def test_results_hold_options_versions_models_and_domains(evaluated, folder):
     results = results_of(evaluated)
     assert results["config"]["num_samples"] == 8

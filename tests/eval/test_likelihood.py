@@ -190,6 +190,54 @@ def test_a_model_of_the_sequence_marginal_is_measured_by_the_token_marginal(fold
     assert lm.config.marginal == "sequence"
 
 
+def test_the_sequence_marginal_is_that_of_each_document_part_scored_alone(folder, domain):
+    lm = perturbed(folder, marginal="sequence")
+    measured = measure(lm, domain, **SETTINGS, marginal="sequence")
+    sums, squares, ess, curves = [0.0] * domain.document_count, 0.0, [], []
+    counts = [0] * domain.document_count
+    for block, documents in zip(domain.blocks, domain.documents):
+        for row in np.unique(block.rows[documents >= 0]):
+            piece = block.rows == row
+            ids, [document] = torch.from_numpy(block.tokens[piece])[None], set(documents[piece])
+            if ids.shape[1] == 1:
+                continue
+            score = lm.score(ids, rows=torch.tensor([row]), num_samples=8, seed=5)
+            sums[document] -= float(score.log_marginal)
+            counts[document] += ids.shape[1] - 1
+            squares += float(score.nll_standard_error * score.count) ** 2
+            ess.append(float(score.ess))
+            curves.append(score.curve.nll * score.count)
+    torch.testing.assert_close(measured.nll_sums, sums, rtol=1e-5, atol=1e-4)
+    assert measured.counts == counts
+    assert measured.standard_error == pytest.approx(math.sqrt(squares) / sum(counts), rel=1e-4)
+    assert measured.ess == pytest.approx(statistics.mean(ess), rel=1e-4)
+    curve = (torch.stack(curves).sum(0) / sum(counts)).tolist()
+    torch.testing.assert_close(measured.curve["nll"], curve, rtol=1e-5, atol=1e-5)
+    assert measured.nll != pytest.approx(measure(lm, domain, **SETTINGS).nll, rel=1e-3)
+    assert lm.config.marginal == "sequence"
+
+
+def test_both_marginals_see_the_same_noise(folder, domain):
+    lm, one = perturbed(folder, marginal="sequence"), SETTINGS | {"num_samples": 1}
+    by_token, by_sequence = (
+        measure(lm, domain, **one, marginal=marginal) for marginal in ("token", "sequence")
+    )
+    torch.testing.assert_close(by_sequence.nll_sums, by_token.nll_sums, rtol=1e-5, atol=1e-4)
+
+
+def test_only_a_random_model_of_the_sequence_marginal_has_its_own(folder):
+    lm = perturbed(folder, marginal="sequence")
+    assert likelihood.has_own_marginal(lm)
+    with lm.exact():
+        assert not likelihood.has_own_marginal(lm)
+    assert not likelihood.has_own_marginal(perturbed(folder))
+    assert not likelihood.has_own_marginal(
+        perturbed(folder, marginal="sequence", deterministic=True)
+    )
+    torch.nn.init.zeros_(lm.transform.U)
+    assert not likelihood.has_own_marginal(lm)
+
+
 def test_a_model_in_train_mode_is_measured_without_dropout_and_stays_in_train_mode(folder, domain):
     lm = wrap(base_of(folder, "dropout"), PerturbConfig(num_samples=8, latent_dim=4))
     expected = measure(lm.eval(), domain, **SETTINGS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import pytest
@@ -150,17 +151,17 @@ def run_grad_logits(row_passes, rows, out_dtype):
     return [out]
 
 
-def run_quadratic_dot(row_passes, samples, out_dtype):
+def run_quadratic_dot(row_passes, samples, out_dtype, strata=1):
     """The samples' `dot` with the block's part added."""
     row_passes.quadratic_dot(
-        samples.products, samples.options, samples.lse, samples.row_weights, samples.dot
+        samples.products, samples.options, samples.lse, samples.row_weights, samples.dot, strata
     )
     return [samples.dot]
 
 
-def run_quadratic_grad_logits(row_passes, samples, out_dtype):
+def run_quadratic_grad_logits(row_passes, samples, out_dtype, strata=1):
     out = buffer_for(samples.products, out_dtype)
-    row_passes.quadratic_grad_logits(*samples, out)
+    row_passes.quadratic_grad_logits(*samples, out, strata)
     return [out]
 
 
@@ -293,6 +294,13 @@ def test_quadratic_grad_logits_is_as_good_as_torch(shape, options, out):
     assert_all_as_good(*three_ways(run_quadratic_grad_logits, some_samples(*shape, options), out))
 
 
+@pytest.mark.parametrize(("num_samples", "strata"), [(4, 2), (12, 4), (16, 8)])
+def test_quadratic_passes_compare_samples_of_different_groups(num_samples, strata):
+    for run in (run_quadratic_dot, run_quadratic_grad_logits):
+        samples = some_samples(num_samples, 3, 70, "plain")
+        assert_all_as_good(*three_ways(functools.partial(run, strata=strata), samples))
+
+
 @pytest.mark.parametrize("options", ["plain", "soft-capped"])
 def test_rows_without_upstream_gradients_give_zeros_whatever_their_logits(options):
     rows, samples = some_rows(3, 70, options, 1e4), some_samples(3, 3, 70, options, 1e4)
@@ -420,7 +428,7 @@ def by_the_head(row_passes, inputs, geometry, options):
     result = head_blocks.linear_quadratic(
         head, hidden, labels, inputs.row_weights, want_grad_hidden=True
     )
-    saved = hidden, labels, inputs.row_weights, result.lse, result.dot
+    saved = hidden, labels, inputs.row_weights, 1, result.lse, result.dot
     grads = head_gradients.linear_quadratic_backward(head, upstream, *saved, wanted)
     return [result.values, result.grad_hidden * upstream[:, None], *grads]
 

@@ -50,6 +50,21 @@ def test_swaps_stay_within_their_document():
     torch.testing.assert_close(log_probs, naive_log_probs(lm, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_the_label_after_the_last_editable_token_is_predicted_at_that_token():
+    lm, ids = edited_lm(kinds=("swap",), rate=1.0), some_tokens().clamp_min(3)
+    prompt = torch.arange(11) < 4
+    edits = edits_of(lm, ids, 8, editable=prompt.expand_as(ids))
+    assert (edits.source[..., 3:] == torch.arange(3, 11)).all()
+    assert (edits.ids[..., 3] == ids[:, 3]).all()
+
+
+def test_edits_replace_and_insert_by_default_and_so_keep_every_token_before_its_label():
+    assert EditConfig().kinds == ("replace", "insert")
+    ids = some_tokens().clamp_min(3)
+    edits = edits_of(edited_lm(kinds=EditConfig().kinds, rate=0.9), ids, 8)
+    assert (edits.source.diff(dim=-1) > 0).all() and (edits.source[..., 0] <= 1).all()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_edits_never_exceed_the_position_limit(architecture):
     inputs = packed()
@@ -199,8 +214,8 @@ def test_more_edits_make_real_text_less_likely(data_dir):
     text = (data_dir / "extra_tinystories" / "sample.txt").read_text()[:1500]
     ids = tokenizer(text, return_tensors="pt").input_ids
     nll = [
-        float(edit(base, EditConfig(rate=rate)).eval().score(ids, num_samples=8, seed=0).nll)
-        for rate in (0.0, 0.05, 0.3)
+        float(edit(base, config).eval().score(ids, num_samples=8, seed=0).nll)
+        for config in (EditConfig(rate=rate, kinds=KINDS) for rate in (0.0, 0.05, 0.3))
     ]
     assert nll == sorted(nll) and nll[2] > nll[0] + 0.3
 

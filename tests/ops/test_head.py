@@ -178,6 +178,28 @@ def test_row_weights_are_constants_of_the_quadratic_estimator(frozen):
     assert weights.grad is None
 
 
+@pytest.mark.usefixtures("blocks", "implementation")
+@pytest.mark.parametrize("strata", [2, 4])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_the_quadratic_estimator_compares_samples_of_different_groups(frozen, strata):
+    hidden, *inputs = head_inputs("quadratic", dtype=torch.float32, frozen=frozen)
+    hidden = torch.randn(8, *hidden.shape[1:]).requires_grad_()
+    ours = value_and_gradients(ops.linear_quadratic, hidden, *inputs, strata=strata)
+    leaves = [hidden, *inputs[:2]]
+    exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    right = value_and_gradients(reference.linear_quadratic, *exact, inputs[2], strata=strata)
+    for mine, truth in zip(ours, right, strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-6)
+
+
+def test_the_quadratic_estimator_rejects_samples_that_are_not_two_whole_groups():
+    hidden, weight, _, target = head_inputs("quadratic")
+    for count, strata in ((4, 4), (6, 4)):
+        with pytest.raises(ValueError, match="two or more groups of strata=4 samples"):
+            samples = hidden[:1].expand(count, -1, -1)
+            ops.linear_quadratic(samples, weight, target, strata=strata)
+
+
 @pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 def test_the_log_probs_of_the_quadratic_op_are_differentiable_too(frozen):
@@ -346,7 +368,7 @@ def test_no_tensor_is_larger_than_the_weight_and_a_frozen_head_makes_none_of_its
         result = run(head, hidden, labels, *rows, want_grad_hidden=frozen, **metrics)
         assert largest.elements < vocab * dim
         if not frozen:
-            saved = (result.lse,) if kind == "logprob" else (*rows, result.lse, result.dot)
+            saved = (result.lse,) if kind == "logprob" else (*rows, 1, result.lse, result.dot)
             backward = getattr(head_gradients, HEADS[kind] + "_backward")
             backward(
                 head,

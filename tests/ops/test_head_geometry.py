@@ -130,7 +130,7 @@ def run(kind, costs, *, dim=4096, vocab=128256, rows=8192, labels=None, frozen, 
     forward = getattr(head_blocks, HEADS[kind])
     result = forward(head, hidden, labels, *arguments, want_grad_hidden=frozen, **metrics)
     if not frozen:
-        saved = (result.lse,) if kind == "logprob" else (None, result.lse, result.dot)
+        saved = (result.lse,) if kind == "logprob" else (None, 1, result.lse, result.dot)
         grad = torch.empty(tokens, device="meta")
         wanted = Wanted(hidden=True, weight=True, bias=False)
         backward = getattr(head_gradients, HEADS[kind] + "_backward")

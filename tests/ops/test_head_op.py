@@ -51,7 +51,7 @@ def test_the_registration_passes_opcheck(kind, frozen, layout):
     call = HeadCall(hidden, weight, target, bias, cast, labelled, 0.7, 5.0, 143, -100)
     row_weights = torch.rand(M, 9, dtype=torch.float64) if layout == "dense" else None
     want_entropy = layout == "dense"
-    others = (frozen, want_entropy) if kind == "logprob" else (row_weights, frozen)
+    others = (frozen, want_entropy) if kind == "logprob" else (row_weights, 1, frozen)
     torch.library.opcheck(getattr(torch.ops.fastperturb, HEADS[kind]).default, (*call, *others))
 
 

@@ -38,9 +38,14 @@ def grad_logits(
 
 
 def quadratic_dot(
-    products: Tensor, options: LogitOptions, lse: Tensor, row_weights: Tensor, dot_others: Tensor
+    products: Tensor,
+    options: LogitOptions,
+    lse: Tensor,
+    row_weights: Tensor,
+    dot_others: Tensor,
+    strata: int = 1,
 ) -> None:
-    _cpp.head_quadratic_dot(products, *_plain(options), lse, row_weights, dot_others)
+    _cpp.head_quadratic_dot(products, *_plain(options), lse, row_weights, strata, dot_others)
 
 
 def quadratic_grad_logits(
@@ -52,8 +57,9 @@ def quadratic_grad_logits(
     dot: Tensor,
     upstream: Tensor,
     out: Tensor,
+    strata: int = 1,
 ) -> None:
-    rows = target, lse, row_weights, dot, upstream
+    rows = target, lse, row_weights, dot, upstream, strata
     _cpp.head_quadratic_grad_logits(products, *_plain(options), *rows)
 
 

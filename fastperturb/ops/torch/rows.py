@@ -109,10 +109,11 @@ def quadratic_dot(
     lse: Tensor,  # [2, M, n]
     row_weights: Tensor,  # [M, n]
     dot_others: Tensor,  # [M, n]
+    strata: int = 1,
 ) -> None:
-    """dot_others += the block's part of <p_k, S - r_k p_k>, S = sum_k r_k p_k."""
+    """dot_others += the block's part of <p_k, S - S_k>: S = sum_k r_k p_k, S_k its group's part."""
     p = _softmax(_logits(products, options)[0], lse)
-    dot_others += (p * _others(p, row_weights)).sum(-1)
+    dot_others += (p * _others(p, row_weights, strata)).sum(-1)
 
 
 def quadratic_grad_logits(
@@ -124,12 +125,14 @@ def quadratic_grad_logits(
     dot: Tensor,  # [M, n]
     upstream: Tensor,  # [n]
     out: Tensor,  # [M, n, v]
+    strata: int = 1,
 ) -> None:
     """out = upstream * scale * slope * p_k * (g_k - dot_k)."""
     M = len(products)
     logits, slope = _logits(products, options)
     p = _softmax(logits, lse)
-    g = _others(p, row_weights).mul_(row_weights[..., None]).mul_(-2 / (M * (M - 1)))
+    g = _others(p, row_weights, strata).mul_(row_weights[..., None])
+    g.mul_(-2 / (M * (M - strata)))
     _add_at_target(g, target, options.start, 2 / M * row_weights)
     grad = p * (g - dot[..., None]) * (options.scale * upstream)[:, None]
     _store(out, grad if slope is None else grad * slope, options)
@@ -158,10 +161,14 @@ def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(logits - lse[0, ..., None] - lse[1, ..., None])
 
 
-def _others(p: Tensor, row_weights: Tensor) -> Tensor:
-    """S - r_k p_k."""
+def _others(p: Tensor, row_weights: Tensor, strata: int) -> Tensor:
+    """S - S_k."""
     weighted = p * row_weights[..., None]
-    return weighted.sum(0) - weighted
+    total = weighted.sum(0)
+    if strata == 1:
+        return total - weighted
+    groups = weighted.unflatten(0, (-1, strata)).sum(1)
+    return (total - groups).repeat_interleave(strata, dim=0)
 
 
 def _in_block(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,7 @@ class Passes:
                 self._seed.to(ids.device),
                 samples,
                 rows=torch.zeros_like(ids[:, 0]),
+                ids=ids,
                 positions=positions,
                 strata=self._strata,
                 perturb_mask=None if mask is None else mask[:, -ids.shape[1] :].bool(),
