@@ -7,8 +7,9 @@ For each variant, over the repeats:
     variance_piece          variance of a piece's mean value about its own expectation
     variance_U, variance_W  trace of the covariance of the gradient of the values' sum, for the
                             transform and for the base's weights
-    squared_bias_U, _W      squared distance of the gradient's expectation from the reference's
-                            gradient; the repeats' own noise is subtracted
+    signal_U, _W            squared length of the gradient's expectation
+    squared_bias_U, _W      squared distance of that expectation from the reference's gradient; the
+                            repeats' own noise is subtracted from both
 
 The expected value of quadratic is 2 p(y) - |p|^2, that of the others log p(y).
 """
@@ -25,9 +26,13 @@ from torch import Tensor
 from bench.sampling import texts
 from bench.sampling.texts import Model
 from fastperturb import ops
+from fastperturb.config import PerturbConfig
 from fastperturb.estimators import combine
 
 SAMPLES = (4, 8, 16, 32)
+# Equations that one stratified group suffices for, and those that compare groups.
+ONE_GROUP = ("iwae", "jensen")
+UNITS_COMPARED = ("jvi_clip", "quadratic")
 # The reference: samples in groups of the largest size, with seeds that no variant has.
 REFERENCE, REFERENCE_STRATA, REFERENCE_SEED = 4096, 256, 1 << 40
 GRADIENT_REFERENCE = 512
@@ -63,9 +68,11 @@ class Draw:
     equations: tuple[str, ...]
 
     @property
-    def joint_law(self) -> dict[str, Any]:
-        strata = self.num_samples if self.sampling == "stratified" else 1
-        return {"antithetic": self.sampling == "antithetic", "strata": strata}
+    def strata(self) -> int:
+        config = PerturbConfig(
+            sampling=self.sampling, num_samples=self.num_samples, estimator=self.equations[0]
+        )
+        return config.strata()
 
     def variant(self, equation: str) -> Variant:
         return Variant(equation, self.sampling, self.num_samples)
@@ -73,11 +80,17 @@ class Draw:
 
 def draws(repeat: int) -> list[Draw]:
     """Return the draws of one repeat. The most samples cost half the time: every second repeat."""
-    return [
-        Draw(sampling, M, ("iwae", "jensen"))
-        for M in (SAMPLES[:-1] if repeat % 2 else SAMPLES)
-        for sampling in ("independent", "antithetic", "stratified")
-    ]
+    chosen = []
+    for M in SAMPLES[:-1] if repeat % 2 else SAMPLES:
+        compared = UNITS_COMPARED if M in (8, 16) else ()
+        chosen += [
+            Draw("independent", M, ONE_GROUP + compared),
+            Draw("antithetic", M, ONE_GROUP),
+            Draw("stratified", M, ONE_GROUP),
+        ]
+        if compared:
+            chosen.append(Draw("stratified", M, compared))  # in two groups
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -134,19 +147,19 @@ class Sums:
         repeats = len(errors)
         mean = self.gradient / repeats
         variance = (self.squared_gradient / repeats - mean.square()) * (repeats / (repeats - 1))
-        squared_bias = (mean - reference).square() - variance / repeats
-        parts = {"U": slice(split), "W": slice(split, None)}
+        entries = {
+            "variance": variance,
+            "signal": mean.square() - variance / repeats,
+            "squared_bias": (mean - reference).square() - variance / repeats,
+        }
         return {
             "repeats": repeats,
             "bias": errors.mean().item(),
             "mse_token": errors.square().mean().item(),
             "mse_piece": pieces.square().mean().item(),
             "variance_piece": pieces.var(0).mean().item(),
-            **{f"variance_{name}": variance[part].sum().item() for name, part in parts.items()},
-            **{
-                f"squared_bias_{name}": squared_bias[part].sum().item()
-                for name, part in parts.items()
-            },
+            **{f"{name}_U": values[:split].sum().item() for name, values in entries.items()},
+            **{f"{name}_W": values[split:].sum().item() for name, values in entries.items()},
         }
 
 
@@ -168,9 +181,12 @@ def measure(unit: Unit, model: Model, ids: Tensor, reference: Reference) -> dict
     for repeat in range(REPEATS):
         for draw in draws(repeat):
             seed = 1000 * unit.number + repeat
-            hidden = model.hidden(ids, seed, draw.num_samples, **draw.joint_law)
+            antithetic = draw.sampling == "antithetic"
+            hidden = model.hidden(
+                ids, seed, draw.num_samples, antithetic=antithetic, strata=draw.strata
+            )
             for equation in draw.equations:
-                value = estimate(model, hidden, ids, equation)
+                value = estimate(model, hidden, ids, equation, draw.strata)
                 keep = equation != draw.equations[-1]
                 gradient = flat_gradient(value.sum(), parameters, keep=keep)
                 error = value.detach().double() - reference.target(equation)
@@ -188,13 +204,13 @@ def measure(unit: Unit, model: Model, ids: Tensor, reference: Reference) -> dict
     }
 
 
-def estimate(model: Model, hidden: Tensor, ids: Tensor, equation: str) -> Tensor:
+def estimate(model: Model, hidden: Tensor, ids: Tensor, equation: str, strata: int) -> Tensor:
     """Return the equation's value of every label [B, T - 1]."""
     if equation == "quadratic":
         labels = ids[:, 1:].flatten()
-        value = ops.linear_quadratic(hidden.flatten(1, 2), model.head, labels)
+        value = ops.linear_quadratic(hidden.flatten(1, 2), model.head, labels, strata=strata)
         return value.view(ids[:, 1:].shape)
-    return combine(model.log_probs(hidden, ids), equation)[0]
+    return combine(model.log_probs(hidden, ids), equation, strata=strata)[0]
 
 
 def model_of(unit: Unit) -> Model:

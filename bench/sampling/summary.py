@@ -6,10 +6,9 @@ the baseline's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from fastperturb.report.bootstrap import mean_ratio
 
@@ -38,9 +37,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         name: ratio([r[name] for r in theirs], [r[name] for r in ours])
                         for name in RATIOS
                     },
-                    "gradient_bias": {
-                        part: share(units, ours, part) for part in ("U", "W")
-                    },
+                    "gradient_noise": {part: noise(ours, part) for part in ("U", "W")},
+                    "gradient_bias": {part: share(units, ours, part) for part in ("U", "W")},
                 }
             )
     return summarised
@@ -68,10 +66,13 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[st
     return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
 
 
-def share(
-    units: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], part: str
-) -> float:
+def noise(ours: Sequence[dict[str, Any]], part: str) -> dict[str, float]:
+    """Return the gradient's variance relative to the squared length of its expectation."""
+    return ratio([row[f"variance_{part}"] for row in ours], [row[f"signal_{part}"] for row in ours])
+
+
+def share(units: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]], part: str) -> float:
     """Return the gradient's bias relative to the reference's gradient, as root mean squares."""
     squares = sum(row[f"squared_bias_{part}"] for row in ours)
     size = sum(unit[f"squared_gradient_{part}"] for unit in units)
-    return float(np.sqrt(max(squares, 0.0) / size))
+    return math.sqrt(max(squares, 0.0) / size)

@@ -31,10 +31,16 @@ def all_arms() -> list[Arm]:
 
 
 def by_samples() -> Iterator[Arm]:
-    for sampling in SAMPLINGS:
-        for M in (4, 8, 16):
-            method = learned("iwae", M, sampling=sampling)
-            yield Arm(experiment="sampling", line=f"iwae, {sampling}", x=M, method=method)
+    for estimator, samplings, samples in (
+        ("iwae", SAMPLINGS, (4, 8, 16)),
+        ("jvi_clip", ("independent", "stratified"), (4, 8)),
+        ("quadratic", ("independent", "stratified"), (4, 8)),
+    ):
+        for sampling in samplings:
+            for M in samples:
+                method = learned(estimator, M, sampling=sampling)
+                line = f"{estimator}, {sampling}"
+                yield Arm(experiment="sampling", line=line, x=M, method=method)
 
 
 def at_equal_flops() -> Iterator[Arm]:

@@ -259,14 +259,15 @@ def objective(
         level = telescope.sample(torch.rand(len(targets), generator=generator))  # (B,)
         return telescoped(model, telescope, level, prefixes, targets, noise_seed)
     samples = method.num_samples * len(targets)
+    strata = method.joint_law["strata"]
     hidden = model.hidden(prefixes, noise_seed, method.num_samples, **method.joint_law)
     if method.estimator == "quadratic":
-        return ops.linear_quadratic(hidden, model.head, targets), samples
-    log_probs = model.head_log_probs(hidden, targets)
-    if not method.quadratic:
-        return combine(log_probs, method.estimator)[0], samples
-    quadratic = ops.linear_quadratic(hidden, model.head, targets)
-    return combine(log_probs, method.estimator)[0] + method.quadratic * quadratic, samples
+        return ops.linear_quadratic(hidden, model.head, targets, strata=strata), samples
+    value, _ = combine(model.head_log_probs(hidden, targets), method.estimator, strata=strata)
+    if method.quadratic:
+        quadratic = ops.linear_quadratic(hidden, model.head, targets, strata=strata)
+        value = value + method.quadratic * quadratic
+    return value, samples
 
 
 def telescoped(
