@@ -1,9 +1,9 @@
 """The study of samplings: independent, antithetic and stratified samples under the same estimator.
 
 `python -m bench.synthetic --study sampling`. Every arm trains the demo's model with five seeds, in
-three experiments: at the demo's batch and steps, where M samples cost M passes a row; and twice at
-equal flops, where fewer samples have larger batches or more steps. Judged by KL(truth || marginal
-of 256 independent samples), whatever the sampling of the training.
+four experiments: at the demo's batch and steps and at a larger batch, where M samples cost M passes
+a row; and at equal flops, where fewer samples have larger batches or more steps. All are judged by
+KL(truth || marginal of 256 independent samples).
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from bench.synthetic.arms import SAMPLES, STEPS, Arm, learned
 from fastperturb.config import SAMPLINGS
 from fastperturb.demo.training import BATCH, Setting
 
+LARGE = 4 * BATCH
 # For each experiment: the title of its table, and the heading of x.
 HEADINGS = {
     "sampling": ("Samplings, the demo's batch and steps", "M"),
     "sampling_batch": ("Samplings at equal flops, by larger batches", "M"),
     "sampling_steps": ("Samplings at equal flops, by more steps", "M"),
+    "sampling_large": (f"Samplings, batches of {LARGE:,}", "M"),
 }
 
 
 def all_arms() -> list[Arm]:
     """Return every arm of the study, the most important first."""
-    return [*by_samples(), *at_equal_flops()]
+    return [*by_samples(), *at_equal_flops(), *large_batches()]
 
 
 def by_samples() -> Iterator[Arm]:
@@ -49,9 +51,24 @@ def at_equal_flops() -> Iterator[Arm]:
         for M in (4, 8):
             method = learned("iwae", M, sampling=sampling)
             more = SAMPLES // M
-            arm = Arm(experiment="sampling_steps", line=f"iwae, {sampling}", x=M, method=method)
-            yield replace(arm, steps=STEPS * more)
-            yield replace(arm, experiment="sampling_batch", setting=Setting(batch=BATCH * more))
+            arm = Arm(experiment="sampling_batch", line=f"iwae, {sampling}", x=M, method=method)
+            yield replace(arm, setting=Setting(batch=BATCH * more))
+            if sampling != "antithetic":
+                yield replace(arm, experiment="sampling_steps", steps=STEPS * more)
+
+
+def large_batches() -> Iterator[Arm]:
+    """Yield arms whose batch is large whatever M is: the noise of the steps matters less."""
+    for sampling in ("independent", "stratified"):
+        for M in (4, 8):
+            method = learned("iwae", M, sampling=sampling)
+            yield Arm(
+                experiment="sampling_large",
+                line=f"iwae, {sampling}",
+                x=M,
+                method=method,
+                setting=Setting(batch=LARGE),
+            )
 
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ _EXPERIMENTS = {
     "sampling": "as the demo",
     "sampling_batch": "equal flops, larger batches",
     "sampling_steps": "equal flops, more steps",
+    "sampling_large": "batches of 1,024",
 }
 
 
@@ -117,7 +118,9 @@ def ratios() -> str:
     for title, pairs in read(_SYNTHETIC)["comparisons"].items():
         for pair in pairs:
             if "stratified" in pair["ours"]:
-                cells = [interval(pair["ratio"][region], ".2f", middle="mean") for region in _REGIONS]
+                cells = [
+                    interval(pair["ratio"][region], ".2f", middle="mean") for region in _REGIONS
+                ]
                 rows.append([title, pair["ours"], pair["theirs"], *cells])
     header = ["experiment", "KL of", "over KL of", *(title for title, _ in _REGIONS.values())]
     return table(header, rows, _SYNTHETIC)

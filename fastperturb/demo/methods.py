@@ -14,7 +14,7 @@ from fastperturb.estimators import Telescope
 SWEEP = (0.07, 0.1, 0.15)
 
 
-class JointLaw(TypedDict):
+class JointLaw(TypedDict, total=False):
     """The options of `ops.perturb_embed` for the joint distribution of the samples."""
 
     antithetic: bool
@@ -78,9 +78,7 @@ class Method:
         )
 
 
-def _learned(
-    name: str, estimator: str, num_samples: int, sampling: str = "independent"
-) -> Method:
+def _learned(name: str, estimator: str, num_samples: int, sampling: str = "independent") -> Method:
     return Method(
         name=name,
         transform="lowrank",
