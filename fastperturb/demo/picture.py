@@ -45,7 +45,7 @@ NAMES = {
     "fixed": "fixed noise, best scale",
     "learned": "learned, iwae",
     "learned_iwae_m4": "learned, iwae",
-    "learned_stratified_m4": "learned, iwae, stratified",
+    "learned_stratified_m4": "learned, stratified",
     "learned_jvi_clip_m4": "learned, jvi_clip",
     "learned_quadratic_m2": "learned, quadratic",
     "learned_mlmc": "learned, mlmc",
