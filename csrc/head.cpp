@@ -156,11 +156,11 @@ template <class Body>
 inline void for_others(const Products& products, int64_t token, const float* row_weights, Vec S,
                        const Vec* p, int64_t strata, const Body& body) {
   for (int64_t first = 0; first < products.samples; first += strata) {
-    Vec own = {};
+    Vec others = S;
     for (int64_t m = first; m < first + strata; ++m) {
-      own += row_weights[m * products.tokens + token] * p[m];
+      others -= row_weights[m * products.tokens + token] * p[m];
     }
-    for (int64_t m = first; m < first + strata; ++m) body(m, S - own);
+    for (int64_t m = first; m < first + strata; ++m) body(m, others);
   }
 }
 

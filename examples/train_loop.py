@@ -35,7 +35,8 @@ def main(
             # A seed for each step makes a run repeatable; without one, torch's generator draws it.
             out = lm(**batch, seed=noise.fold_in(0, len(losses)))
             out.loss.backward()  # through the base and the transform, for all samples at once
-            torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+            for part in (lm.base, lm.transform):  # whose gradients differ in scale
+                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(out.loss.item())

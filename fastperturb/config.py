@@ -19,6 +19,8 @@ SAMPLINGS = ("independent", "antithetic", "stratified")
 # The numbers of samples that a stratified group can have.
 GROUP_SIZES = tuple(2**k for k in range(1, 9))
 
+# These run a random number of samples, few on average.
+TELESCOPES = ("sumo", "mlmc")
 # These combine samples as if they were independent. An antithetic pair is not; stratified groups
 # are, and these take them as their units.
 INDEPENDENT_SAMPLES = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
@@ -53,7 +55,8 @@ class PerturbConfig:
     """Probability that is averaged over the samples: of each token, or of the whole sequence."""
 
     estimator: str | Mapping[str, float] = "iwae"
-    """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several."""
+    """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several;
+    mlmc and sumo need hundreds of labels a step, for their gradients have heavy tails."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""

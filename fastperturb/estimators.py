@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from fastperturb.config import (
     ESTIMATORS,
     INDEPENDENT_SAMPLES,
+    TELESCOPES,
     check_backward_samples,
     check_groups,
     check_num_samples,
@@ -71,8 +72,8 @@ def combine(
     mask = _check_log_probs(log_probs, mask)
     num_samples, batch = log_probs.shape[:2]
     check_num_samples(estimator, num_samples)
-    if estimator in ("sumo", "mlmc"):
-        telescope = Telescope(estimator, num_samples)
+    if estimator in TELESCOPES:
+        telescope = Telescope(estimator, num_samples, strata)
         uniforms = torch.rand(batch, generator=generator, device=log_probs.device)
         return telescope.combine(log_probs, telescope.sample(uniforms), mask=mask)
     if estimator == "resample":
@@ -179,33 +180,49 @@ class Telescope:
     at `max_samples` (mlmc: at the largest power of two within it), so E[value] = E[L_max] and the
     bias of iwae with that many samples, about -Var(p) / (2 max_samples p^2), remains.
 
-    sumo: K samples with P(K >= k) = 1/k; value = sum_k (L_k - L_{k-1}) / P(K >= k).
-    mlmc: level n takes 2^n samples with P(n) ~ 2^(-3n/2);
+    sumo: K units with P(K >= k) = 1/k; value = sum_k (L_k - L_{k-1}) / P(K >= k).
+    mlmc: level n takes 2^n units with P(n) ~ 2^(-3n/2);
         value = mean l + (L(all) - (L(first half) + L(second half)) / 2) / P(n).
+
+    A unit is a sample, or a stratified group of `strata` samples, whose l is the log of their mean
+    probability: groups are independent of each other, and their samples are not.
     """
 
     estimator: str
     max_samples: int
+    strata: int = 1
 
     def __post_init__(self) -> None:
-        if self.estimator not in ("sumo", "mlmc"):
-            raise ValueError(f"estimator must be 'sumo' or 'mlmc', got {self.estimator!r}")
+        if self.estimator not in TELESCOPES:
+            raise ValueError(f"estimator must be one of {TELESCOPES}, got {self.estimator!r}")
         check_num_samples(self.estimator, self.max_samples)
+        if self.strata > 1:
+            check_groups(self.estimator, self.max_samples, self.strata)
+
+    @property
+    def max_units(self) -> int:
+        """The number of units that there can be at most."""
+        return self.max_samples // self.strata
+
+    @property
+    def level_units(self) -> list[int]:
+        """The number of units of each level, in rising order."""
+        if self.estimator == "sumo":
+            return list(range(1, self.max_units + 1))
+        return [2**level for level in range(self.max_units.bit_length())]
 
     @property
     def level_draws(self) -> list[int]:
         """The number of samples of each level, in rising order."""
-        if self.estimator == "sumo":
-            return list(range(1, self.max_samples + 1))
-        return [2**level for level in range(self.max_samples.bit_length())]
+        return [self.strata * units for units in self.level_units]
 
     @property
     def probabilities(self) -> list[float]:
         """The probability of each level."""
         if self.estimator == "sumo":
-            cap = self.max_samples
+            cap = self.max_units
             return [1 / (k * (k + 1)) for k in range(1, cap)] + [1 / cap]
-        shares = [2 ** (-1.5 * level) for level in range(len(self.level_draws))]
+        shares = [2 ** (-1.5 * level) for level in range(len(self.level_units))]
         return [share / sum(shares) for share in shares]
 
     @property
@@ -224,41 +241,70 @@ class Telescope:
         return torch.tensor(self.level_draws, device=level.device)[level]
 
     def combine(
-        self, log_probs: Tensor, level: Tensor, *, mask: Tensor | None = None
+        self, log_probs: Tensor, level: Tensor | int, *, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Combine as `estimators.combine` does; each row uses its level's first samples.
 
-        level: [] for the whole batch or [B]; log_probs need only reach the deepest one.
+        level: one for the whole batch, an int or [], or one a row, [B]; log_probs need only reach
+            the deepest one. An int spares a GPU a wait.
         """
         mask = _check_log_probs(log_probs, mask)
-        if level.shape not in (torch.Size(()), log_probs.shape[1:2]):
+        needed = self._needed(log_probs, level)
+        lowered = _lowered(log_probs)
+        weights = torch.zeros_like(lowered)
+        if isinstance(level, int):
+            value, weights[:needed] = self._at_level(lowered[:needed], level)
+            return _finish(log_probs, value, weights, mask)
+        value = torch.zeros_like(lowered[0])
+        level = level.expand(mask.shape[0]).reshape(-1, *[1] * (mask.ndim - 1))
+        for index, draws in enumerate(self.level_draws):
+            if draws > needed:
+                break
+            level_value, level_weights = self._at_level(lowered[:draws], index)
+            chosen = level == index
+            value = torch.where(chosen, level_value, value)
+            weights[:draws] = torch.where(chosen, level_weights, weights[:draws])
+        return _finish(log_probs, value, weights, mask)
+
+    def _needed(self, log_probs: Tensor, level: Tensor | int) -> int:
+        """Return the number of samples of the deepest level; raise if log_probs hold fewer."""
+        if isinstance(level, int):
+            needed = self.level_draws[level]
+        elif level.shape in (torch.Size(()), log_probs.shape[1:2]):
+            needed = int(self.draws(level).max()) if level.numel() else 0
+        else:
             raise ValueError(
                 f"level must be one int64 or one a row, [] or {list(log_probs.shape[1:2])}, "
                 f"got {list(level.shape)}"
             )
-        needed = int(self.draws(level).max()) if level.numel() else 0
         if log_probs.shape[0] < needed:
             raise ValueError(
                 f"log_probs must hold the {needed} samples of the deepest level, "
                 f"got {log_probs.shape[0]}"
             )
-        lowered = _lowered(log_probs)
-        level = level.expand(mask.shape[0]).reshape(-1, *[1] * (mask.ndim - 1))
-        value = torch.zeros_like(lowered[0])
-        weights = torch.zeros_like(lowered)
-        for index, (draws, probability) in enumerate(
-            zip(self.level_draws, self.probabilities, strict=True)
-        ):
-            if draws > needed:
-                break
-            term = _sumo
-            if self.estimator == "mlmc":
-                term = functools.partial(_mlmc, probability=probability)
-            level_value, level_weights = _at_peak(term, lowered[:draws])
-            chosen = level == index
-            value = torch.where(chosen, level_value, value)
-            weights[:draws] = torch.where(chosen, level_weights, weights[:draws])
-        return _finish(log_probs, value, weights, mask)
+        return needed
+
+    def _at_level(self, log_probs: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Return the value and weights of a level's samples."""
+        term = _sumo
+        if self.estimator == "mlmc":
+            term = functools.partial(_mlmc, probability=self.probabilities[level])
+        return _at_peak(functools.partial(_over_groups, term, self.strata), log_probs)
+
+
+def telescope_of(config: Any, num_samples: int | None = None) -> Telescope | None:
+    """Return the telescope of a PerturbConfig whose estimator is one, for `num_samples` at most."""
+    count = config.num_samples if num_samples is None else num_samples
+    name = next(iter(config.equations))
+    return Telescope(name, count, config.strata(count)) if name in TELESCOPES else None
+
+
+def expected_samples(config: Any, num_samples: int | None = None) -> float:
+    """Return the mean number of samples of a batch row, to which the cost of training is due."""
+    telescope = telescope_of(config, num_samples)
+    if telescope is not None:
+        return telescope.expected_draws
+    return config.num_samples if num_samples is None else num_samples
 
 
 def effective_samples(log_probs: Tensor) -> Tensor:

@@ -301,6 +301,62 @@ def test_a_telescope_is_unbiased_for_iwae_at_its_cap(estimator, cap):
     assert mean.item() == pytest.approx(target.item(), abs=1e-7)
 
 
+@pytest.mark.parametrize(("estimator", "units"), [("sumo", 3), ("mlmc", 4)])
+def test_a_telescope_of_groups_is_unbiased_for_iwae_over_them_all(estimator, units):
+    values = enumerated_log_probs(2)
+    # Groups of two samples that depend on each other: one of three pairs, each as likely.
+    pairs = torch.stack([values[[0, 3]], values[[1, 2]], values[[2, 2]]])
+    chosen = torch.tensor([*itertools.product(range(3), repeat=units)]).T  # (units, 3^units)
+    log_p = pairs[chosen].transpose(1, 2).flatten(0, 1).double()  # (samples, 3^units)
+    log_p.requires_grad_()
+    telescope = Telescope(estimator, 2 * units, strata=2)
+    mean, weights = 0, 0
+    for level, chance in enumerate(telescope.probabilities):
+        value, level_weights = telescope.combine(log_p, level)
+        own = torch.autograd.grad(value.sum(), log_p)[0]
+        torch.testing.assert_close(own, level_weights)
+        mean, weights = mean + chance * value.mean(), weights + chance * level_weights
+    target = log_mean_exp(log_p)
+    assert mean.item() == pytest.approx(target.mean().item(), abs=1e-9)
+    # Weights of the samples of a pair, summed over where that pair is drawn, whatever its place.
+    places = torch.arange(2 * units).view(-1, 2)
+
+    def by_pair(weights):
+        return torch.stack(
+            [weights[places][:, side][chosen == pair].sum() for pair in range(3) for side in (0, 1)]
+        )
+
+    torch.testing.assert_close(
+        by_pair(weights), by_pair(torch.autograd.grad(target.sum(), log_p)[0])
+    )
+
+
+@pytest.mark.parametrize("level", [1, torch.tensor(1), torch.tensor([1, 1])])
+def test_a_level_may_be_a_number_or_a_tensor(level):
+    log_p, telescope = draws(8, 2, 4), Telescope("mlmc", 8, strata=2)
+    value, weights = telescope.combine(log_p, level)
+    log_units = torch.stack([log_mean_exp(log_p[:2]), log_mean_exp(log_p[2:4])])
+    expected = mlmc(log_units, telescope.probabilities[1])
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(weights, torch.autograd.grad(expected.sum(), log_p)[0])
+
+
+@pytest.mark.parametrize("estimator", ["sumo", "mlmc"])
+def test_combine_draws_levels_of_groups(estimator):
+    log_p = draws(8, 50, 2)
+    options = {"generator": torch.Generator().manual_seed(0), "strata": 2}
+    _, weights = combine(log_p, estimator, **options)
+    taken = (weights != 0).any(-1).sum(0)
+    assert set(taken.tolist()) == set(Telescope(estimator, 8, strata=2).level_draws)
+
+
+def test_a_telescope_of_one_group_raises():
+    with pytest.raises(ValueError, match="two or more groups of strata=4 samples .* got 4"):
+        Telescope("sumo", 4, strata=4)
+    with pytest.raises(ValueError, match="two or more groups of strata=4 samples .* got 10"):
+        Telescope("mlmc", 10, strata=4)
+
+
 @pytest.mark.parametrize("estimator", ["sumo", "mlmc"])
 def test_telescopes_match_the_exact_marginal_within_their_standard_error(estimator):
     values = enumerated_log_probs(2) * 0.5

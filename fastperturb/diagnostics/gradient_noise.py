@@ -106,7 +106,7 @@ def gradient_noise(
     data = _data_variance(step, measures)
     draw_noise = measures.resampling.mean_square / (latents + data)
     return GradientNoise(
-        rows=_rows(measures, data, M, lm.config.chunk_size),
+        rows=_rows(lm, measures, data, M),
         data_noise=data / latents,
         draw_noise=draw_noise,
         backward_samples=estimators.default_backward_samples(M, None, draw_noise),
@@ -218,7 +218,7 @@ def _measure(
     return _Measures(compared, plans, moments, resampling, halves)
 
 
-def _rows(measures: _Measures, data: float, M: int, chunk_size: int | None) -> list[Row]:
+def _rows(lm: WrappedModel, measures: _Measures, data: float, M: int) -> list[Row]:
     """Return a row for each estimator, and for resample at each power of two up to M."""
     iwae = measures.iwae
 
@@ -232,12 +232,14 @@ def _rows(measures: _Measures, data: float, M: int, chunk_size: int | None) -> l
 
     rows = []
     for name, plan, moment in zip(measures.estimators, measures.plans, measures.moments):
-        signal, variance, cost = moment.signal, moment.variance, _cost(name, plan, M)
+        signal, variance = moment.signal, moment.variance
+        config = dataclasses.replace(lm.config, estimator=name, plan="auto")
+        cost = (6 if plan == "chunked" else 4) * estimators.expected_samples(config, M)
         gain = at_equal_flops(signal, variance, cost)
         rows.append(Row(name, None, signal, variance, plan, cost, gain))
     for kept in (2**k for k in range(M.bit_length())):
         variance = iwae.variance + measures.resampling.mean_square / kept
-        again = 6 if kept > (chunk_size or kept) else 4
+        again = 6 if kept > (lm.config.chunk_size or kept) else 4
         cost = 2 * M + again * kept
         gain = at_equal_flops(iwae.signal, variance, cost)
         rows.append(Row("resample", kept, iwae.signal, variance, "resample", cost, gain))
@@ -266,13 +268,6 @@ def _repeats(step: _Step, repeats: int, seed: int | Tensor | None) -> Iterator[t
         number = int(noise.drawn_seed(generator))
         order = torch.randperm(step.size, generator=generator)
         yield number, order[: (step.size + 1) // 2].to(step.inputs["labels"].device)
-
-
-def _cost(estimator: Estimator, plan: str, num_samples: int) -> float:
-    samples: float = num_samples
-    if estimator in ("sumo", "mlmc"):
-        samples = estimators.Telescope(str(estimator), num_samples).expected_draws
-    return samples * (6 if plan == "chunked" else 4)
 
 
 def _check(lm: WrappedModel, inputs: dict[str, Any], repeats: int) -> None:

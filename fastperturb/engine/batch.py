@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fastperturb.engine.head import IGNORED, LabelHead
 from fastperturb.engine.packed import PackedDocuments
 from fastperturb.engine.sampling import Sampling
 from fastperturb.engine.shared_prefix import SharedPrefix
+
+_PER_ROW = ("embeddings", "input_ids", "attention_mask", "perturb_mask", "positions", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,33 @@ class Batch:
     positions: Tensor | None  # [B, T], for the model and for the noise; None: 0, 1, ...
     labels: Tensor | None
     label_count: Tensor | None  # [], which divides the loss; None without labels
-    head: LabelHead | None  # None without labels
     sampling: Sampling
     exact: bool  # nothing is perturbed
     return_logits: bool
     marginal: str
-    prefix: SharedPrefix | None
-    documents: PackedDocuments | None  # for a trunk with flash kernels
+    pairs: int  # of a row and a sample, in the whole call
+    numbers: Tensor | None = None  # [B], of the rows among those of the call; None: all of them
+    head: LabelHead | None = None  # None without labels
+    prefix: SharedPrefix | None = None
+    documents: PackedDocuments | None = None  # for a trunk with flash kernels
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def of_rows(self, numbers: Tensor) -> Batch:
+        """Return the rows with these numbers [b], as a batch whose loss is their part of it."""
+        cut: dict[str, Any] = {"numbers": numbers}
+        for name in _PER_ROW:
+            value = getattr(self, name)
+            cut[name] = None if value is None else value.index_select(0, numbers)
+        rows = self.sampling.rows.index_select(0, numbers)
+        return replace(self, **cut, sampling=replace(self.sampling, rows=rows))
+
+    def at_level(self, level: int) -> Batch:
+        """Return the batch with the samples that this level of its telescope needs."""
+        assert self.sampling.telescope is not None
+        count = self.sampling.telescope.level_draws[level]
+        return replace(self, sampling=replace(self.sampling, count=count, level=level))
 
     def token_mask(self) -> Tensor:
         """Return which log-probs have a label [B, T-1]."""
@@ -53,7 +76,16 @@ class Batch:
     @torch.no_grad()
     def shift(self, shift_norms: Tensor) -> Tensor:
         """Return the mean of |T(e) - e| / |e| over samples and perturbed positions."""
-        length = self.embeddings.float().norm(dim=-1)
-        counted = length > 0 if self.perturb_mask is None else self.perturb_mask & (length > 0)
+        length, counted = self._perturbable()
         ratio = (shift_norms / self.sampling.count / length).where(counted, 0.0)
         return ratio.sum() / counted.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def shift_count(self) -> Tensor:
+        """Return the number of positions of which `shift` is the mean."""
+        return self._perturbable()[1].sum()
+
+    def _perturbable(self) -> tuple[Tensor, Tensor]:
+        """Return the embeddings' lengths, and the perturbed positions where they are not 0."""
+        length = self.embeddings.float().norm(dim=-1)
+        return length, length > 0 if self.perturb_mask is None else self.perturb_mask & (length > 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from fastperturb.engine import loss, plans
+from fastperturb.engine import levels, loss, plans
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
@@ -29,7 +29,8 @@ class PerturbedOutput(ModelOutput):
 
     loss: minus the sum of the estimator's value over the number of labelled tokens.
     log_marginal: log mean_m of the samples' probabilities, [B, T-1] (token marginal) or [B].
-    log_probs: each sample's log-prob of each label, [M, B, T-1], 0 where there is no label.
+    log_probs: each sample's log-prob of each label, [M, B, T-1], 0 where there is no label; of sumo
+        and mlmc M is the most samples that a row ran, and NaN those that another did not run.
     ess: effective samples, the mean over labelled tokens (or rows) of 1 / sum_m w[m]^2.
     shift: mean of |T(e) - e| / |e| over samples and perturbed positions.
     log_prob_variance: variance over samples, averaged over labelled tokens (or rows).
@@ -49,14 +50,14 @@ def run(lm: WrappedModel, **arguments: Any) -> PerturbedOutput:
     """Run M perturbed samples; `PerturbedLM.forward` describes the arguments."""
     if torch.compiler.is_compiling():
         torch._dynamo.skip_frame()
-    batch = lay_out(lm, **arguments)
-    output = _compute(lm, batch)
+    batches = lay_out(lm, **arguments)
+    output = PerturbedOutput(**levels.joined(batches, [_compute(lm, part) for part in batches]))
     assert output.shift is not None
     lm.perturbation.watch(lm, output.shift)
     return output
 
 
-def _compute(lm: WrappedModel, batch: Batch) -> PerturbedOutput:
+def _compute(lm: WrappedModel, batch: Batch) -> dict[str, Tensor]:
     """Run the samples and estimate the loss: the part of a call that is compiled, if any is."""
     scored, rerun = plans.execute(lm, batch, functools.partial(run_samples, lm, batch))
     output: dict[str, Tensor] = {}
@@ -64,8 +65,7 @@ def _compute(lm: WrappedModel, batch: Batch) -> PerturbedOutput:
         output = loss.estimate(batch, scored, rerun, lm.config)
     if scored.log_sum is not None:
         output["logits"] = scored.log_sum - math.log(batch.sampling.count)
-    shift = batch.shift(scored.shift_norms)
-    return PerturbedOutput(**output, shift=shift)
+    return {**output, "shift": batch.shift(scored.shift_norms)}
 
 
 def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:

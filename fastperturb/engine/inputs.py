@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from fastperturb import estimators, noise
-from fastperturb.engine import architectures, sharding, validate
-from fastperturb.engine.architectures import CausalLM, understand
+from fastperturb.engine import architectures, levels, sharding, validate
+from fastperturb.engine.architectures import understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.head import IGNORED, LabelHead
 from fastperturb.engine.packed import PackedDocuments, needs_lengths
@@ -33,8 +35,11 @@ def lay_out(
     seed: int | Tensor | None,
     num_items_in_batch: int | Tensor | None,
     return_logits: bool,
-) -> Batch:
-    """Validate the arguments of `PerturbedLM.forward` and return them as a Batch."""
+) -> list[Batch]:
+    """Validate the arguments of `PerturbedLM.forward` and return them as a Batch.
+
+    A telescope has several: one for the rows of each level.
+    """
     parts = understand(lm.base).at_temperature(lm.state.temperature)
     embeddings = _exact_embeddings(lm, parts.embed, input_ids, inputs_embeds)
     validate.like(embeddings, "attention_mask", attention_mask, validate.MASKS)
@@ -50,18 +55,11 @@ def lay_out(
         None if value is None else value.clone()
         for value in (attention_mask, position_ids, labels, perturb_mask, rows, input_ids)
     )
-    head = None if labels is None else LabelHead(parts, labels)
     marginal = lm.config.marginal
     attention_mask = documents_apart(attention_mask, position_ids, rows, marginal)
     sampling = _sampling(lm, embeddings, seed=seed, rows=rows, num_samples=num_samples)
     perturbed, positions = perturbed_positions(attention_mask, position_ids, perturb_mask)
-    documents = None
-    if positions is not None and needs_lengths(parts.trunk, attention_mask, positions):
-        documents = PackedDocuments(positions)
-    prefix = None
-    if perturb_mask is not None and perturbed is not None and position_ids is None:
-        prefix = _shared_prefix(lm, parts, embeddings, attention_mask, perturbed, sampling)
-    return Batch(
+    batch = Batch(
         parts=parts,
         embeddings=embeddings,
         input_ids=input_ids,
@@ -70,12 +68,26 @@ def lay_out(
         positions=positions,
         labels=labels,
         label_count=None if labels is None else _label_count(labels, num_items_in_batch),
-        head=head,
         sampling=sampling,
         exact=lm.is_exact,
         return_logits=return_logits,
         marginal=marginal,
-        prefix=prefix,
+        pairs=sampling.count * len(embeddings),
+    )
+    may_share = perturb_mask is not None and position_ids is None
+    return [_prepared(lm, part, may_share=may_share) for part in levels.split(lm, batch)]
+
+
+def _prepared(lm: WrappedModel, batch: Batch, *, may_share: bool) -> Batch:
+    """Return the batch with all that its samples, chunks and passes share."""
+    trunk, positions = batch.parts.trunk, batch.positions
+    documents = None
+    if positions is not None and needs_lengths(trunk, batch.attention_mask, positions):
+        documents = PackedDocuments(positions)
+    return dataclasses.replace(
+        batch,
+        head=None if batch.labels is None else LabelHead(batch.parts, batch.labels),
+        prefix=_shared_prefix(lm, batch) if may_share else None,
         documents=documents,
     )
 
@@ -135,38 +147,23 @@ def _sampling(
         return Sampling(seed=seed, rows=rows, count=1, strata=1, equations=equations)
     count = config.num_samples if num_samples is None else num_samples
     strata = config.strata(count)
-    telescope = level = None
-    first = next(iter(equations))
-    if first in ("sumo", "mlmc"):
-        telescope = estimators.Telescope(first, count)
-        # One level for the whole step: every row and micro-batch agrees on it, and every rank
-        # whose passes gather the shards of the others.
-        one_row = torch.zeros(1, dtype=torch.int64, device=device)
-        uniform = noise.auxiliary_uniforms(sharding.from_first(lm, seed), 1, one_row)
-        level = telescope.sample(uniform.reshape(()))
-        count = int(telescope.draws(level))
     return Sampling(
         seed=seed,
         rows=rows,
         count=count,
         strata=strata,
         equations=equations,
-        telescope=telescope,
-        level=level,
+        telescope=estimators.telescope_of(config, count),
     )
 
 
-def _shared_prefix(
-    lm: WrappedModel,
-    parts: CausalLM,
-    embeddings: Tensor,
-    attention_mask: Tensor | None,
-    perturb_mask: Tensor,
-    sampling: Sampling,
-) -> SharedPrefix | None:
+def _shared_prefix(lm: WrappedModel, batch: Batch) -> SharedPrefix | None:
     """Encode the leading exact positions, unless dropout would tie the samples there."""
     # Where parameters are sharded, all processes must run the trunk equally often.
     dropout = architectures.dropout_sources(lm.base)
-    if sampling.count == 1 or dropout or sharding.is_sharded(lm):
+    if batch.sampling.count == 1 or dropout or sharding.is_sharded(lm):
         return None
-    return SharedPrefix.encode(parts.trunk, embeddings, attention_mask, perturb_mask)
+    assert batch.perturb_mask is not None
+    return SharedPrefix.encode(
+        batch.parts.trunk, batch.embeddings, batch.attention_mask, batch.perturb_mask
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastperturb.engine import memory, sharding
 from fastperturb.engine.passes import Run
@@ -15,6 +16,20 @@ from fastperturb.engine.tracing import untraced
 
 # auto uses this share of the free memory, and takes a sample to need this many times its measure.
 _SHARE, _MARGIN = 0.7, 1.2
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a batch, and of the call that it is a part of."""
+
+    rows: int
+    samples: int
+    pairs: int  # of a row and a sample, in the whole call
+
+    @property
+    def alive(self) -> float:
+        """The samples of this many rows whose activations are alive by the end of the call."""
+        return self.pairs / self.rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Planner:
     """Plan `auto`: measures the bytes a sample keeps for the backward, and fits the free memory."""
 
     def __init__(self) -> None:
-        self._measured: dict[Hashable, int] = {}  # bytes a sample
+        self._measured: dict[Hashable, float] = {}  # bytes a sample of one row
         self._chosen: dict[Hashable, PlanReport] = {}
         self._most: int | None = None  # samples at a time, once memory ran out
 
@@ -50,17 +65,19 @@ class Planner:
         return size if self._most is None else min(size, self._most)
 
     @untraced  # what it measures changes the next call's choice
-    def choose(self, run: Run, samples: Tensor, kind: Hashable, owner: nn.Module) -> PlanReport:
+    def choose(
+        self, run: Run, size: Size, kind: Hashable, owner: nn.Module, device: torch.device
+    ) -> PlanReport:
         """Return `batched` if all samples fit, else `chunked` with the largest chunk that does.
 
-        kind: everything that a sample's activations depend on.
+        kind: everything that the activations of a sample of one row depend on.
         owner: the module whose weights are not activations.
 
         A kind of batch is measured once, by a forward of one sample, and keeps its plan: the same
         forward run again, in a checkpointed region of the caller's, must take the same.
         """
-        count = len(samples)
-        if count == 1:
+        count = size.samples
+        if size.pairs == size.rows:
             return PlanReport("batched", 1, "there is one sample")
         if not torch.is_grad_enabled():
             if self.limited(count) < count:
@@ -69,25 +86,32 @@ class Planner:
         if sharding.is_sharded(owner):
             # Ranks must gather the shards equally often, and their free memory may differ.
             return PlanReport("batched", count, "sharded parameters: set plan='chunked' if need be")
-        if (kind, count) not in self._chosen:
+        if (kind, size) not in self._chosen:
             if kind not in self._measured:
-                self._measured[kind] = memory.kept_bytes(run, samples[:1], owner)
-            free = memory.spare_bytes(owner, samples.device)
-            self._chosen[kind, count] = fitting(count, self._measured[kind], free)
-        chosen = self._chosen[kind, count]
-        size = self.limited(chosen.chunk_size)
-        if size < chosen.chunk_size:
+                first = torch.zeros(1, dtype=torch.int64, device=device)
+                self._measured[kind] = memory.kept_bytes(run, first, owner) / size.rows
+            free = memory.spare_bytes(owner, device)
+            per_sample = math.ceil(size.rows * self._measured[kind])
+            self._chosen[kind, size] = fitting(count, per_sample, free, alive=size.alive)
+        chosen = self._chosen[kind, size]
+        limit = self.limited(chosen.chunk_size)
+        if limit < chosen.chunk_size:
             reason = f"memory ran out with more; planned were {chosen.chunk_size}: {chosen.reason}"
-            return dataclasses.replace(chosen, plan="chunked", chunk_size=size, reason=reason)
+            return dataclasses.replace(chosen, plan="chunked", chunk_size=limit, reason=reason)
         return chosen
 
 
-def fitting(count: int, per_sample: int, free: int) -> PlanReport:
-    """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do."""
+def fitting(count: int, per_sample: int, free: int, *, alive: float | None = None) -> PlanReport:
+    """Return `batched` where `count` samples fit into `free` bytes, else even chunks that do.
+
+    alive: how many samples' activations there are with those of other batches; default `count`.
+    """
     fit = int(_SHARE * free / (_MARGIN * per_sample + 1))
     sizes = {"bytes_per_sample": per_sample, "free_bytes": free}
     facts = f"a sample keeps {memory.as_text(per_sample)} and {memory.as_text(free)} are free"
-    if fit >= count:
+    if alive is not None and alive > count:
+        facts += f" for {alive:.3g} of them, with those of other levels"
+    if fit >= (alive or count):
         return PlanReport("batched", count, f"all {count} samples fit: {facts}", **sizes)
     # Even chunks: the last one is no smaller than need be.
     chunks = -(-count // max(1, fit))

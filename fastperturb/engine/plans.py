@@ -28,7 +28,7 @@ from fastperturb import estimators
 from fastperturb.engine.architectures import reject_dropout
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.passes import Pass, Run, joined
-from fastperturb.engine.planner import PlanReport
+from fastperturb.engine.planner import PlanReport, Size
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.sample_split import SampleSplit
 from fastperturb.engine.tracing import untraced
@@ -50,7 +50,7 @@ def execute(lm: WrappedModel, batch: Batch, run: Run) -> tuple[Pass, Rerun | Non
     split = lm.state.split
     if _resamples(lm, batch):
         return _resample(lm, batch, run, samples)
-    report = _choose(lm, batch, run, samples[: split.largest_share(count)])
+    report = _choose(lm, batch, run, split.largest_share(count))
     lm.state.report = report
     size = None if report.plan == "batched" else report.chunk_size
     return run_split(run, samples, split, size), None
@@ -140,9 +140,9 @@ def _resample(
     return scored, Rerun(resampled, result)
 
 
-def _choose(lm: WrappedModel, batch: Batch, run: Run, samples: Tensor) -> PlanReport:
-    """Return `batched` or `chunked`: as configured, or as the planner measures."""
-    config, count = lm.config, len(samples)
+def _choose(lm: WrappedModel, batch: Batch, run: Run, count: int) -> PlanReport:
+    """Return `batched` or `chunked` for `count` samples: as configured, or as planned by memory."""
+    config, device = lm.config, batch.embeddings.device
     if config.plan == "batched":
         return PlanReport("batched", count, "as configured")
     if config.plan == "chunked" or config.chunk_size is not None:
@@ -150,10 +150,13 @@ def _choose(lm: WrappedModel, batch: Batch, run: Run, samples: Tensor) -> PlanRe
         return PlanReport("chunked", size, "as configured")
     prefix_length = batch.prefix and batch.prefix.hidden.shape[1]
     kind = (
-        *(batch.embeddings.shape, batch.embeddings.dtype, batch.return_logits),
+        *(batch.embeddings.shape[1:], batch.embeddings.dtype, batch.return_logits),
         *(batch.labels is None, prefix_length, lm.training, tuple(batch.sampling.equations)),
-        *(samples.device, torch.is_autocast_enabled(samples.device.type)),
+        *(device, torch.is_autocast_enabled(device.type)),
         sum(value.requires_grad for value in lm.parameters()),
         any(getattr(part, "gradient_checkpointing", False) for part in lm.base.modules()),
     )
-    return lm.state.planner.choose(run, samples, kind, lm)
+    # The parts of a call, one for each level of a telescope, are alive together until its backward.
+    pairs = lm.state.split.largest_share(batch.pairs)
+    size = Size(rows=len(batch), samples=count, pairs=max(pairs, count * len(batch)))
+    return lm.state.planner.choose(run, size, kind, lm, device)

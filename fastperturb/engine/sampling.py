@@ -17,11 +17,15 @@ class Sampling:
 
     seed: Tensor
     rows: Tensor  # [B] or [B, T], the row ids that key the noise
-    count: int  # M
+    count: int  # M; of a telescope's rows that have a level, the samples of that level
     strata: int  # samples in a stratified group; 1: independent samples
     equations: dict[str, float]  # the estimators and their weights in the loss
     telescope: estimators.Telescope | None = None
-    level: Tensor | None = None  # of the telescope
+    level: int | None = None  # of the telescope, once the batch is split by levels
+
+    def first_rows(self) -> Tensor:
+        """Return a row id for each batch row [B], of packed documents the first one's."""
+        return self.rows if self.rows.ndim == 1 else self.rows[:, 0]
 
     def takes_groups(self, estimator: str) -> bool:
         """Return True if the estimator's units are stratified groups of samples."""
@@ -42,5 +46,5 @@ class Sampling:
         return estimators.Resampled.of(log_probs, self._uniforms(config), mask=mask)
 
     def _uniforms(self, config: Any) -> Tensor:
-        first_rows = self.rows if self.rows.ndim == 1 else self.rows[:, 0]
-        return noise.auxiliary_uniforms(self.seed, self.backward_samples(config), first_rows)
+        count = self.backward_samples(config)
+        return noise.auxiliary_uniforms(self.seed, count, self.first_rows())

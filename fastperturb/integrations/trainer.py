@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 
 from fastperturb import noise
 from fastperturb.checkpoint.format import Checkpoint
+from fastperturb.config import TELESCOPES
 from fastperturb.engine.adapters import is_adapted
 from fastperturb.engine.batch import IGNORED
 from fastperturb.engine.positions import document_starts
 from fastperturb.model import PerturbedLM
 from fastperturb.train.evaluation import EVALUATION, perplexity
-from fastperturb.train.optimizer import TRANSFORM_RATE
+from fastperturb.train.optimizer import TRANSFORM_RATE, clip_gradients
 
 # The row id of a packed document: the number of its batch row, then its own in these low bits.
 _DOCUMENT_BITS = 16
@@ -62,6 +64,7 @@ class PerturbTrainer(transformers.Trainer):
         self.num_eval_samples = num_eval_samples
         super().__init__(model if model is None else _as_trainer_view(model), *args, **options)
         self._reject_unsupported()
+        self._warn_of_clipping()
         # Sums of ess, shift and 1 since the last log.
         self._log_sums = torch.zeros(3, device=self.args.device)
         self._eval_sums: list[Tensor] = []  # of the batches of an evaluation
@@ -97,6 +100,15 @@ class PerturbTrainer(transformers.Trainer):
         for name, (is_set, reason) in unsupported.items():
             if is_set:
                 raise ValueError(f"PerturbTrainer does not work with {name}, which {reason}")
+
+    def _warn_of_clipping(self) -> None:
+        limit, estimator = self.args.max_grad_norm, self.lm.config.estimator
+        if limit > 0 and estimator in TELESCOPES:
+            warnings.warn(
+                f"max_grad_norm={limit:g} clips the gradient of estimator={estimator!r}, which is "
+                "unbiased only without it: set it to 0 for that, with many labels a step",
+                stacklevel=3,
+            )
 
     # Training
 
@@ -153,6 +165,11 @@ class PerturbTrainer(transformers.Trainer):
             }
         )
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradients of the transform and of all else to max_grad_norm each."""
+        self.accelerator.unscale_gradients()
+        return clip_gradients(self.lm, self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what Trainer logs; ess and shift too, as means over the steps since the last log."""

@@ -209,7 +209,7 @@ def _cell(run: StudyRun, options: StudyOptions) -> dict[str, Any]:
 
 def _run_all(
     work: Callable[..., dict[str, Any]],
-    tasks: Sequence[tuple[StudyRun, int, tuple[Any, ...]]],  # run, cost, arguments of work
+    tasks: Sequence[tuple[StudyRun, float, tuple[Any, ...]]],  # run, cost, arguments of work
     options: StudyOptions,
     description: str,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, BaseException]]:

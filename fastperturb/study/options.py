@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from fastperturb import estimators
 from fastperturb.checkpoint.atomic import digest
 from fastperturb.config import suggestion
 from fastperturb.data.domains import DomainOptions
@@ -196,9 +198,11 @@ class StudyRun:
         return digest(defining_options(self.options))[:16]
 
     @property
-    def num_samples(self) -> int:
-        """Samples of the text that a step trains on."""
-        return 1 if self.options.has_one_sample else self.options.perturb.num_samples
+    def num_samples(self) -> float:
+        """Samples of the text that a step trains on, the mean number for sumo and mlmc."""
+        if self.options.has_one_sample:
+            return 1
+        return estimators.expected_samples(self.options.perturb)
 
 
 def defining_options(options: TrainOptions) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def _runs_of_seed(study: StudyOptions, seed: int) -> list[StudyRun]:
         )
     for num_samples in sorted({run.num_samples for run in method_runs} - {1}):
         options = _lengthened(baseline, num_samples)
-        name = f"{study.baseline}, compute x {num_samples}"
+        name = f"{study.baseline}, compute x {num_samples:.3g}"
         runs.append(
             StudyRun(method=name, options=options, control="equal_compute", of=study.baseline)
         )
@@ -238,13 +242,16 @@ def _runs_of_seed(study: StudyOptions, seed: int) -> list[StudyRun]:
     return runs
 
 
-def _lengthened(options: TrainOptions, factor: int) -> TrainOptions:
-    """Return options with `factor` times as many steps, evaluated as often."""
-    patience = None if options.early_stop is None else factor * options.early_stop
-    longer = dataclasses.replace(options, early_stop=patience)
+def _lengthened(options: TrainOptions, factor: float) -> TrainOptions:
+    """Return options with `factor` times as many steps, rounded up, evaluated as often."""
+
+    def times(count: int | None) -> int | None:
+        return None if count is None else math.ceil(factor * count)
+
+    longer = dataclasses.replace(options, early_stop=times(options.early_stop))
     if options.max_steps is None:
-        return dataclasses.replace(longer, epochs=factor * options.epochs)
-    return dataclasses.replace(longer, max_steps=factor * options.max_steps)
+        return dataclasses.replace(longer, epochs=math.ceil(factor * options.epochs))
+    return dataclasses.replace(longer, max_steps=times(options.max_steps))
 
 
 def _deterministic(options: TrainOptions) -> TrainOptions:

@@ -3,8 +3,9 @@
 torchrun or accelerate launch starts the processes, as a mesh ("dp", "mc"): batches are split over
 dp, and the Monte-Carlo samples of each batch over mc. DDP and FSDP2 average gradients over all
 processes. Every loss is divided by the labelled tokens of the global batch, so the backward pass
-begins with `loss * dp_size`. All processes of an mc group must get the same batch and seed. With
-sumo and mlmc, whose number of samples is random, all processes of a run must get the same seed.
+begins with `loss * dp_size`. All processes of an mc group must get the same batch and seed. sumo
+and mlmc give each row a number of samples of its own, in whatever process it is; under FSDP2, where
+all processes must run the model equally often, all rows of a step get the first process's.
 
 DDP and FSDP2 are torch's own. This module chooses the modules that FSDP2 shards: the layers of the
 trunk, then the wrapper, never the head alone, whose weight the wrapper reads. It turns the state of

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastperturb.config import TELESCOPES
 from fastperturb.engine import memory, planner, sharding
 from fastperturb.engine.planner import PlanReport
 from fastperturb.train.batches import autocast, micro_batches
@@ -104,9 +105,9 @@ def _run_whole(loop: Loop, **changes: Any) -> tuple[PlanReport, int]:
 
 def _at_once(config: Any) -> dict[str, Any]:
     """Return the changes to a config that make all samples run together."""
-    # sumo and mlmc run a random number of samples.
-    telescopes = {"sumo", "mlmc"} & config.equations.keys()
-    return {"plan": "batched"} | ({"estimator": "iwae"} if telescopes else {})
+    # Telescopes run a random number of samples; with iwae's, the estimate is of the most.
+    is_telescope = any(name in TELESCOPES for name in config.equations)
+    return {"plan": "batched"} | ({"estimator": "iwae"} if is_telescope else {})
 
 
 def _may_hold_all(config: Any) -> bool:

@@ -100,7 +100,7 @@ class Loop:
         """Update the parameters and return metrics; raise if the loss or gradient is not finite."""
         sums = distributed.sum_over_dp(self.world, self._gradients_within_memory(blocks))
         loss, nll, ess, shift = sums.tolist()
-        norm = clip_gradients(self.optimizer, self.options.max_grad_norm)
+        norm = float(clip_gradients(self.lm, self.options.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise failures.non_finite_step(self.step, loss, norm, blocks, self.last_saved)
         rates = {f"learning_rate_{g['name']}": g["lr"] for g in self.optimizer.param_groups}

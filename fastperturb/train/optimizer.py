@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from fastperturb.engine import sharding
@@ -56,8 +56,17 @@ def cosine_schedule(
     )
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
-    """Scale gradients down to a norm of at most `max_norm`; return the norm that they had."""
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm: Any = nn.utils.clip_grad_norm_(trained, math.inf if max_norm is None else max_norm)
-    return float(sharding.whole(norm))
+def clip_gradients(lm: PerturbedLM, max_norm: float | None) -> Tensor:
+    """Scale two gradients down to a norm of at most `max_norm` each; None only measures.
+
+    One is the transform's, the other that of all else: under a norm of both together, the larger
+    one would decide how far the other is scaled down. Returns the norm that both together had.
+    """
+    transform_ids = {id(parameter) for parameter in lm.transform.parameters()}
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in lm.parameters():
+        if parameter.grad is not None:
+            parts[id(parameter) in transform_ids].append(parameter)
+    limit = math.inf if max_norm is None else max_norm
+    norms = [nn.utils.clip_grad_norm_(part, limit) for part in parts.values() if part]
+    return torch.stack([sharding.whole(norm) for norm in norms]).norm()

@@ -156,6 +156,24 @@ def test_the_transform_has_a_learning_rate_and_weight_decay_of_its_own(tmp_path)
     assert (group["lr"], group["weight_decay"]) == (0.3, 0.2)
 
 
+def test_the_transform_and_all_else_are_clipped_apart(tmp_path):
+    trainer = trainer_of(tiny_lm(), tmp_path, max_grad_norm=0.01)
+    ids = examples(4)
+    batch = {name: torch.stack([row[name] for row in ids]) for name in ids[0]}
+    trainer.lm(**batch, seed=1).loss.backward()
+    whole = torch.cat([value.grad.flatten() for value in trainer.lm.parameters()]).norm()
+    torch.testing.assert_close(trainer._clip_grad_norm(trainer.model), whole)
+    for part in (trainer.lm.transform, trainer.lm.base):
+        norm = torch.cat([value.grad.flatten() for value in part.parameters()]).norm()
+        assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_clipping_a_telescope_warns(tmp_path):
+    with pytest.warns(UserWarning, match="'mlmc', which is unbiased only without it"):
+        trainer_of(tiny_lm(estimator="mlmc"), tmp_path)
+    trainer_of(tiny_lm(estimator="mlmc"), tmp_path, max_grad_norm=0.0)  # and this does not
+
+
 def test_a_frozen_transform_does_not_train(tmp_path):
     lm = tiny_lm()
     lm.transform.requires_grad_(False)

@@ -90,3 +90,19 @@ def test_a_wrapper_within_a_compiled_function_takes_seeds_that_are_tensors(only_
     for seed in range(STEPS):
         expected = 2 * lm(**inputs, seed=seed).loss
         torch.testing.assert_close(loss(torch.tensor(seed)), expected)
+
+
+@slow
+def test_the_levels_of_mlmc_compile_to_whole_graphs_with_the_loss_of_each_row(caplog):
+    torch._dynamo.reset()
+    counters.clear()
+    inputs = batch(6)
+    lm = perturbed(llama(), num_samples=8, latent_dim=4, estimator="mlmc", plan="batched")
+    expected = [lm(**inputs, seed=seed).loss.item() for seed in range(2 * STEPS)]
+    lm.compile(backend="aot_eager")
+    losses = [lm(**inputs, seed=seed).loss.item() for seed in range(2 * STEPS)]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not counters["graph_break"]
+    # Such as one of too many graphs.
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    torch._dynamo.reset()

@@ -37,6 +37,8 @@ WHOLE = [
     ("chunked", "iwae", {"chunk_size": 2}),
     ("resample", "iwae", {"backward_samples": 2}),
     ("auto", "quadratic", {}),
+    ("batched", "mlmc", {"num_samples": 16}),
+    ("chunked", "sumo", {"chunk_size": 2}),
 ]
 
 

@@ -1,8 +1,11 @@
 """The options of studies, and the runs that follow from them."""
 
+import math
+
 import pytest
 import tiny_run
 
+from fastperturb.estimators import Telescope
 from fastperturb.study.options import DEFAULT_METHODS, StudyOptions, planned_runs
 from fastperturb.train import TrainOptions
 
@@ -112,3 +115,16 @@ def test_the_default_methods_are_the_five_of_train():
         "discrete",
         "learned",
     ]
+
+
+def test_a_telescope_is_charged_the_samples_that_it_takes_on_average(folder):
+    methods = {
+        "exact": {"method": "exact"},
+        "mlmc": {"method": "learned", "perturb": {"estimator": "mlmc", "num_samples": 16}},
+    }
+    study = study_options(folder, methods=methods, train={"block_size": 256, "max_grad_norm": None})
+    planned = {run.method: run for run in planned_runs(study)}
+    samples = Telescope("mlmc", 16).expected_draws  # 1.83
+    assert planned["mlmc"].num_samples == pytest.approx(samples)
+    longer = planned["exact, compute x 1.83"].options
+    assert longer.max_steps == math.ceil(samples * planned["exact"].options.max_steps)

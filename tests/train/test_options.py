@@ -44,3 +44,29 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
 def test_an_invalid_option_is_named_in_the_error(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_run.options(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("estimator", ["sumo", "mlmc"])
+def test_clipping_the_gradient_of_a_telescope_warns(estimator, tmp_path):
+    telescope = PerturbConfig(estimator=estimator)
+    with pytest.warns(UserWarning, match=f"max_grad_norm=1 clips .*'{estimator}'.* unbiased only"):
+        tiny_run.options(tmp_path, perturb=telescope)
+    tiny_run.options(tmp_path, perturb=telescope, method="exact")  # has no telescope to clip
+    many = {"perturb": telescope, "block_size": 256}
+    assert tiny_run.options(tmp_path, **many, max_grad_norm=None).max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("marginal", "block_size", "few"),
+    [("token", 16, "64 labels"), ("sequence", 256, "4 sequences"), ("token", 256, None)],
+)
+def test_a_telescope_with_few_labels_a_step_warns_of_its_heavy_tail(
+    marginal, block_size, few, tmp_path
+):
+    perturb = PerturbConfig(estimator="sumo", num_samples=16, marginal=marginal)
+    options = {"perturb": perturb, "block_size": block_size, "batch_size": 4, "packing": "stream"}
+    if few is None:
+        tiny_run.options(tmp_path, **options, max_grad_norm=None)
+        return
+    with pytest.warns(UserWarning, match=f"'sumo' has a heavy tail, and a mean over {few} leaves"):
+        tiny_run.options(tmp_path, **options, max_grad_norm=None)
