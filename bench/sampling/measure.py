@@ -37,7 +37,8 @@ UNITS_COMPARED = ("jvi_clip", "quadratic")
 REFERENCE, REFERENCE_STRATA, REFERENCE_SEED = 4096, 256, 1 << 40
 GRADIENT_REFERENCE = 512
 AT_ONCE = 64
-REPEATS = 10
+# The values take more repeats than the gradients, which cost five times as much.
+REPEATS, GRADIENT_REPEATS = 25, 5
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,15 @@ class Sums:
 
     def __init__(self, size: int) -> None:
         self.errors: list[Tensor] = []  # [B, T - 1]
+        self.gradients = 0
         self.gradient = torch.zeros(size, dtype=torch.float64)
         self.squared_gradient = torch.zeros(size, dtype=torch.float64)
 
-    def add(self, error: Tensor, gradient: Tensor) -> None:
+    def add_error(self, error: Tensor) -> None:
         self.errors.append(error)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        self.gradients += 1
         self.gradient += gradient
         self.squared_gradient += gradient.square()
 
@@ -144,7 +149,7 @@ class Sums:
         """Return the variant's results; entries of the gradient up to `split` are U's."""
         errors = torch.stack(self.errors)
         pieces = errors.mean(-1)
-        repeats = len(errors)
+        repeats = self.gradients
         mean = self.gradient / repeats
         variance = (self.squared_gradient / repeats - mean.square()) * (repeats / (repeats - 1))
         entries = {
@@ -153,7 +158,8 @@ class Sums:
             "squared_bias": (mean - reference).square() - variance / repeats,
         }
         return {
-            "repeats": repeats,
+            "repeats": len(errors),
+            "gradients": repeats,
             "bias": errors.mean().item(),
             "mse_token": errors.square().mean().item(),
             "mse_piece": pieces.square().mean().item(),
@@ -179,18 +185,14 @@ def measure(unit: Unit, model: Model, ids: Tensor, reference: Reference) -> dict
     split = sum(parameter.numel() for parameter in model.transform.parameters())
     sums: dict[Variant, Sums] = {}
     for repeat in range(REPEATS):
-        for draw in draws(repeat):
-            seed = 1000 * unit.number + repeat
-            antithetic = draw.sampling == "antithetic"
-            hidden = model.hidden(
-                ids, seed, draw.num_samples, antithetic=antithetic, strata=draw.strata
-            )
-            for equation in draw.equations:
-                value = estimate(model, hidden, ids, equation, draw.strata)
-                keep = equation != draw.equations[-1]
-                gradient = flat_gradient(value.sum(), parameters, keep=keep)
-                error = value.detach().double() - reference.target(equation)
-                sums.setdefault(draw.variant(equation), Sums(size)).add(error, gradient)
+        with torch.set_grad_enabled(repeat < GRADIENT_REPEATS):
+            for draw in draws(repeat):
+                for equation, value in values_of(draw, model, ids, 1000 * unit.number + repeat):
+                    result = sums.setdefault(draw.variant(equation), Sums(size))
+                    result.add_error(value.detach().double() - reference.target(equation))
+                    if value.requires_grad:
+                        keep = equation != draw.equations[-1]
+                        result.add_gradient(flat_gradient(value.sum(), parameters, keep=keep))
     return {
         "unit": vars(unit),
         "tokens": ids[:, 1:].numel(),
@@ -204,13 +206,17 @@ def measure(unit: Unit, model: Model, ids: Tensor, reference: Reference) -> dict
     }
 
 
-def estimate(model: Model, hidden: Tensor, ids: Tensor, equation: str, strata: int) -> Tensor:
-    """Return the equation's value of every label [B, T - 1]."""
-    if equation == "quadratic":
-        labels = ids[:, 1:].flatten()
-        value = ops.linear_quadratic(hidden.flatten(1, 2), model.head, labels, strata=strata)
-        return value.view(ids[:, 1:].shape)
-    return combine(model.log_probs(hidden, ids), equation, strata=strata)[0]
+def values_of(draw: Draw, model: Model, ids: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield each equation with its value of every label [B, T - 1], from one pass."""
+    antithetic, strata = draw.sampling == "antithetic", draw.strata
+    hidden = model.hidden(ids, seed, draw.num_samples, antithetic=antithetic, strata=strata)
+    for equation in draw.equations:
+        if equation == "quadratic":
+            flat, labels = hidden.flatten(1, 2), ids[:, 1:]
+            value = ops.linear_quadratic(flat, model.head, labels.flatten(), strata=strata)
+            yield equation, value.view(labels.shape)
+        else:
+            yield equation, combine(model.log_probs(hidden, ids), equation, strata=strata)[0]
 
 
 def model_of(unit: Unit) -> Model:

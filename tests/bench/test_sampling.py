@@ -38,7 +38,8 @@ def test_sums_tell_the_variance_of_gradients_from_their_bias() -> None:
     for _ in range(4000):
         drawn = torch.randn(3, dtype=torch.float64, generator=generator)
         error = 0.1 + 0.2 * torch.randn(2, 50, dtype=torch.float64, generator=generator)
-        sums.add(error, truth + bias + spread * drawn)
+        sums.add_error(error)
+        sums.add_gradient(truth + bias + spread * drawn)
     row = sums.row(truth, split=1)
     assert row["bias"] == pytest.approx(0.1, abs=0.005)
     assert row["mse_token"] == pytest.approx(0.05, rel=0.02)
