@@ -22,10 +22,9 @@ _PLACES = (
     ("stratified", 16),
 )
 _EXPERIMENTS = {
-    "sampling": "as the demo",
-    "sampling_batch": "equal flops, larger batches",
-    "sampling_steps": "equal flops, more steps",
-    "sampling_large": "batches of 1,024",
+    "sampling": "batch 256",
+    "sampling_batch": "equal flops: batch 4,096 / M",
+    "sampling_large": "batch 1,024",
 }
 
 
