@@ -1,8 +1,8 @@
 """The study of samplings: independent, antithetic and stratified samples under the same estimator.
 
-`python -m bench.synthetic --study sampling`. Every arm trains the demo's model with five seeds for the
-demo's steps: with its batch, with a batch four times as large, and at equal flops, where fewer samples
-have larger batches. All are judged by KL(truth || marginal of 256 independent samples).
+`python -m bench.synthetic --study sampling`. Every arm trains the demo's model with five seeds for
+the demo's steps: with its batch, with a batch four times as large, and at equal flops, where fewer
+samples have larger batches. All are judged by KL(truth || marginal of 256 independent samples).
 """
 
 from __future__ import annotations
