@@ -1,4 +1,4 @@
-"""`python -m bench.sampling`: measure what is missing, and write results.json and table.md.
+"""`python -m bench.sampling`: measure what is missing, and write results.json.
 
 A run that was stopped continues: units.jsonl keeps the finished units.
 """
@@ -57,13 +57,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="batches of pieces a setting")
     parser.add_argument("--no-measuring", action="store_true", help="only report on what there is")
     options = parser.parse_args()
-    if not (texts.data_folder() / "models" / "stories260K-hf").exists():
+    measures = not options.no_measuring
+    if measures and not (texts.data_folder() / "models" / "stories260K-hf").exists():
         print(f"skipped: {texts.data_folder()} lacks the model and texts; set FASTPERTURB_DATA")
         return
     torch.set_num_threads(1)
     # A folder with files is welcome: it holds the units to continue from.
     folder = runs.open_output_dir(options.output_dir, overwrite=True)
-    if not options.no_measuring:
+    if measures:
         measure_missing(folder, options.batches)
     results = {
         "rows": summary.rows(finished(folder / "units.jsonl")),

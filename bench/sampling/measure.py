@@ -9,7 +9,8 @@ For each variant, over the repeats:
                             transform and for the base's weights
     signal_U, _W            squared length of the gradient's expectation
     squared_bias_U, _W      squared distance of that expectation from the reference's gradient; the
-                            repeats' own noise is subtracted from both
+                            repeats' own noise is subtracted from both, the reference's is not:
+                            for U it is as large as the bias at M = 16
 
 The expected value of quadratic is 2 p(y) - |p|^2, that of the others log p(y).
 """

@@ -18,10 +18,11 @@ from fastperturb.demo.training import BATCH, Setting
 LARGE = 4 * BATCH
 # For each experiment: the title of its table, and the heading of x.
 HEADINGS = {
-    "sampling": ("Samplings, the demo's batch and steps", "M"),
-    "sampling_batch": ("Samplings at equal flops, by larger batches", "M"),
-    "sampling_large": (f"Samplings, batches of {LARGE:,}", "M"),
+    "sampling": (f"Samplings, batch {BATCH:,}", "M"),
+    "sampling_batch": (f"Samplings, batch {BATCH * SAMPLES:,} / M", "M"),
+    "sampling_large": (f"Samplings, batch {LARGE:,}", "M"),
 }
+ESTIMATORS = f"Estimators, batch {BATCH:,}"
 
 
 def all_arms() -> list[Arm]:
@@ -70,17 +71,31 @@ def large_batches() -> Iterator[Arm]:
 
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return each other sampling against as many independent samples, and twice as many."""
+    """Return each other sampling against as many independent samples, and twice as many.
+
+    And each other estimator against iwae, all with stratified samples.
+    """
     pairs: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         estimator, sampling = row["line"].split(", ")
+        if sampling == "independent":
+            continue
         title, _ = HEADINGS[row["experiment"]]
-        if sampling != "independent":
-            pairs.setdefault(title, []).extend(
-                summary.compare(row, rival)
-                for rival in rows
-                if (rival["experiment"], rival["line"])
-                == (row["experiment"], f"{estimator}, independent")
-                and rival["x"] in (row["x"], 2 * row["x"])
+        rivals = [(f"{estimator}, independent", M) for M in (row["x"], 2 * row["x"])]
+        pairs.setdefault(title, []).extend(against(row, rivals, rows))
+        if estimator != "iwae":
+            pairs.setdefault(ESTIMATORS, []).extend(
+                against(row, [("iwae, stratified", row["x"])], rows)
             )
     return pairs
+
+
+def against(
+    row: dict[str, Any], rivals: Sequence[tuple[str, float]], rows: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the comparisons of a row with those of its experiment in these places."""
+    return [
+        summary.compare(row, other)
+        for other in rows
+        if other["experiment"] == row["experiment"] and (other["line"], other["x"]) in rivals
+    ]

@@ -23,7 +23,7 @@ _PLACES = (
 )
 _EXPERIMENTS = {
     "sampling": "batch 256",
-    "sampling_batch": "equal flops: batch 4,096 / M",
+    "sampling_batch": "batch 4,096 / M",
     "sampling_large": "batch 1,024",
 }
 
@@ -71,24 +71,23 @@ def settings() -> str:
 
 
 def equations() -> str:
-    """Return the estimators at 8 and 16 samples: biases, and noise relative to the signal."""
+    """Return the estimators at 8 and 16 samples: bias, and gradient variance over the signal."""
     rows = []
-    for row in _rows(text="wikipedia", scope="token", transform="initial"):
+    for row in _rows(scope="token", text="wikipedia"):
         if row["num_samples"] not in (8, 16) or row["sampling"] == "antithetic":
             continue
-        exact = row["equation"] == "quadratic"
+        if row["equation"] == "jensen":
+            continue
         rows.append(
             [
+                row["transform"],
                 f"`{row['equation']}`",
-                row["sampling"],
-                str(row["num_samples"]),
+                f"{row['sampling']}, {row['num_samples']}",
                 interval(row["bias"], "+.4f"),
-                "0" if exact else f"{row['gradient_bias']['U']:.2f}",
-                ratio(row["gradient_noise"]["U"]["estimate"]),
-                ratio(row["gradient_noise"]["W"]["estimate"]),
+                *(ratio(row["gradient_noise"][part]["estimate"]) for part in ("U", "W")),
             ]
         )
-    header = ["estimator", "samples", "M", "bias of the value", "bias of the gradient, U"]
+    header = ["transform", "estimator", "samples", "bias of the value"]
     return table([*header, "gradient variance / signal, U", "W"], rows, _TEXT)
 
 
@@ -112,16 +111,15 @@ def synthetic() -> str:
 
 
 def ratios() -> str:
-    """Return the ratios of KL on the same seeds: stratified samples over independent ones."""
+    """Return the ratios of KL on the same seeds: stratified samples over others."""
     rows = []
     for title, pairs in read(_SYNTHETIC)["comparisons"].items():
         for pair in pairs:
             if "stratified" in pair["ours"]:
-                cells = [
-                    interval(pair["ratio"][region], ".2f", middle="mean") for region in _REGIONS
-                ]
-                rows.append([title, pair["ours"], pair["theirs"], *cells])
-    header = ["experiment", "KL of", "over KL of", *(title for title, _ in _REGIONS.values())]
+                cells = [interval(pair["ratio"][name], ".2f", middle="mean") for name in _REGIONS]
+                names = (pair[side].removeprefix("learned, ") for side in ("ours", "theirs"))
+                rows.append([title.partition(", ")[2], *names, *cells])
+    header = ["training", "KL of", "over KL of", *(title for title, _ in _REGIONS.values())]
     return table(header, rows, _SYNTHETIC)
 
 
