@@ -1,5 +1,6 @@
 """perturb_embed against naive torch and against the memory traffic that it cannot avoid.
 
+    stratified our own version with its M samples in one stratified group
     naive      noise of size [M, B, T, R], the transform as its formula, autograd
     compiled   the same under torch.compile
     floor      write the output once, read its upstream gradient once: no version is faster
@@ -79,8 +80,8 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
     leaves = list(transform.parameters())
     seed = torch.tensor(7, device=device)
 
-    def ours() -> Tensor:
-        return ops.perturb_embed(embeddings, None, transform, seed, case.M)
+    def ours(strata: int = 1) -> Tensor:
+        return ops.perturb_embed(embeddings, None, transform, seed, case.M, strata=strata)
 
     def ours_with_shift() -> tuple[Tensor, Tensor]:
         return ops.perturb_embed(embeddings, None, transform, seed, case.M, return_shift=True)
@@ -115,6 +116,11 @@ def variants(case: Case, device: torch.device) -> list[Variant]:
             chosen = by(name)(run) if name in ("triton", "cpp", "torch") else run
             opaque, replay = name in ("torch", "compiled"), name == "triton" and mode == "forward"
             timed.append(Variant(name, mode, chosen, opaque=opaque, replay=replay))
+    def stratified() -> Tensor:
+        return ours(strata=case.M)
+
+    timed.append(Variant("stratified", "forward", torch.no_grad()(stratified)))
+    timed.append(Variant("stratified", "full", _full(stratified, leaves, upstream)))
     out = torch.empty_like(upstream)
     for mode in ("forward", "shift"):
         timed.append(Variant("floor", mode, lambda: torch.empty_like(upstream).fill_(1.0)))

@@ -15,6 +15,7 @@ SCOPES = ("token", "sequence")
 MARGINALS = ("token", "sequence")
 ESTIMATORS = ("jensen", "iwae", "jvi", "jvi_clip", "resample", "sumo", "mlmc", "quadratic")
 PLANS = ("auto", "batched", "chunked", "resample")
+PROPOSALS = ("prior", "gradient")
 SAMPLINGS = ("independent", "antithetic", "stratified")
 # The numbers of samples that a stratified group can have.
 GROUP_SIZES = tuple(2**k for k in range(1, 9))
@@ -56,7 +57,7 @@ class PerturbConfig:
 
     estimator: str | Mapping[str, float] = "iwae"
     """Estimator: iwae, jensen, jvi_clip, mlmc, quadratic, resample, sumo, or weights of several;
-    mlmc and sumo need hundreds of labels a step, for their gradients have heavy tails."""
+    mlmc and sumo need a thousand labels a step, for their gradients have heavy tails."""
 
     num_samples: int = 8
     """Number M of Monte-Carlo samples of z for every sequence."""
@@ -75,6 +76,12 @@ class PerturbConfig:
 
     group_size: int | None = None
     """Number of samples in a stratified group; None means the largest that num_samples allows."""
+
+    proposal: str = "prior"
+    """Where latents are drawn: prior, or gradient, around where the labels are likely, weighted."""
+
+    proposal_steps: int = 4
+    """Number of gradient steps to that place, each a forward and backward of one sample."""
 
     antithetic: bool | None = None
     """Old spelling of sampling: True is antithetic, False is independent."""
@@ -97,7 +104,7 @@ class PerturbConfig:
             object.__setattr__(self, "estimator", dict(self.estimator))
         else:
             _require_choice("estimator", self.estimator, ESTIMATORS)
-        for name in ("latent_dim", "hidden_dim", "num_samples"):
+        for name in ("latent_dim", "hidden_dim", "num_samples", "proposal_steps"):
             _require_count(name, getattr(self, name))
         if self.chunk_size is not None:
             _require_count("chunk_size", self.chunk_size, or_none=True)
@@ -105,6 +112,7 @@ class PerturbConfig:
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
         self._check_sampling()
+        self._check_proposal()
         _require_scale("init_scale", self.init_scale, positive=True)
         _require_scale("min_scale", self.min_scale, positive=False)
         if "quadratic" in self.equations and self.marginal == "sequence":
@@ -152,6 +160,22 @@ class PerturbConfig:
                 f"group_size={self.group_size} is of sampling='stratified', got "
                 f"sampling={self.sampling!r}"
             )
+
+    def _check_proposal(self) -> None:
+        if self.proposal == "prior":
+            return
+        reason = None
+        if self.latent != "gaussian":
+            reason = f"moves a gaussian latent, got latent={self.latent!r}"
+        elif self.deterministic:
+            reason = "draws samples, and deterministic=True has only one"
+        elif "quadratic" in self.equations:
+            reason = (
+                "weighs log-probs, and the quadratic estimator takes whole distributions, got "
+                f"estimator={self.estimator!r}"
+            )
+        if reason:
+            raise ValueError(f"proposal={self.proposal!r} {reason}; use proposal='prior'")
 
     @property
     def draws_pairs(self) -> bool:
@@ -228,6 +252,7 @@ _CHOICES = {
     "scope": SCOPES,
     "marginal": MARGINALS,
     "plan": PLANS,
+    "proposal": PROPOSALS,
 }
 
 

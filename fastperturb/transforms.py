@@ -59,6 +59,7 @@ class Transform(nn.Module):
     parameter_names: tuple[str, ...]
     outer: tuple[str, ...]
     latent_parameter: int  # the index of the parameter that has a row for each entry of the latent
+    rotated: tuple[str, ...] = ()  # those that z enters through, as z @ parameter, and no other way
 
     embed_rms: Tensor
 
@@ -133,6 +134,7 @@ class LowRank(Transform):
     family, formula = "lowrank", staticmethod(lowrank)
     parameter_names = outer = ("U",)
     latent_parameter = 0
+    rotated = ("U",)
     U: Tensor
 
     def _initial(self) -> Sequence[Tensor]:
@@ -144,6 +146,7 @@ class Gated(Transform):
     parameter_names = ("U", "A", "C")
     outer = ("U",)
     latent_parameter = 0
+    rotated = ("U",)
     U: Tensor
     A: Tensor
     C: Tensor
@@ -165,6 +168,7 @@ class Affine(Transform):
     family, formula = "affine", staticmethod(affine)
     parameter_names = outer = ("Ua", "Ub")
     latent_parameter = 0
+    rotated = ("Ua", "Ub")
     Ua: Tensor
     Ub: Tensor
 
@@ -177,6 +181,7 @@ class MLP(Transform):
     parameter_names = ("A", "B", "b", "C")
     outer = ("C",)
     latent_parameter = 1
+    rotated = ("B",)
     A: Tensor
     B: Tensor
     b: Tensor

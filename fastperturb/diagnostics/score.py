@@ -19,6 +19,7 @@ size open gets 8 groups here, or as many of 4 and 2 as there can be.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,9 @@ from fastperturb.engine.architectures import reject_dropout
 from fastperturb.engine.batch import IGNORED
 from fastperturb.engine.positions import document_starts
 from fastperturb.engine.protocol import WrappedModel
+
+# With fewer effective samples than these the Monte-Carlo error is too small.
+_FEW = 10
 
 
 class Curve(NamedTuple):
@@ -97,12 +101,31 @@ def score(
         chunk_size = lm.samples_at_once()
     group_size, drawn = _groups(lm, sampling["num_samples"])
     changes = {"estimator": "iwae", "plan": "chunked", "chunk_size": chunk_size, **drawn}
+    if lm.config.marginal == "token" and lm.config.proposal != "prior":
+        changes["proposal"] = "prior"  # one that knows a row's labels only adds noise to each token
     with lm.at_temperature(temperature), lm.overriding(**changes):
-        log_probs = lm(**inputs | {"labels": labels, **sampling}).log_probs
+        output = lm(**inputs | {"labels": labels, **sampling})
+    log_probs = output.log_probs
+    if output.log_weights is not None:
+        log_probs = log_probs + output.log_weights
     rows = sampling["rows"]
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
-    return summarise(log_probs, labels, rows, marginal=lm.config.marginal, group_size=group_size)
+    result = summarise(log_probs, labels, rows, marginal=lm.config.marginal, group_size=group_size)
+    if lm.config.marginal == "sequence" and len(log_probs) >= _FEW:
+        _warn_of_few_effective_samples(result)
+    return result
+
+
+def _warn_of_few_effective_samples(score: Score) -> None:
+    labelled = score.ess > 0
+    if labelled.any() and score.ess[labelled].mean() < _FEW:
+        warnings.warn(
+            f"on average fewer than {_FEW} effective samples have a sequence's probability (ess): "
+            "the marginal comes out too low, and its error too small; use proposal='gradient', "
+            "more proposal_steps or more samples",
+            stacklevel=5,
+        )
 
 
 def _groups(lm: WrappedModel, num_samples: int | None) -> tuple[int, dict[str, Any]]:

@@ -14,7 +14,10 @@ from fastperturb.engine.packed import PackedDocuments
 from fastperturb.engine.sampling import Sampling
 from fastperturb.engine.shared_prefix import SharedPrefix
 
-_PER_ROW = ("embeddings", "input_ids", "attention_mask", "perturb_mask", "positions", "labels")
+_PER_ROW = (
+    *("embeddings", "input_ids", "attention_mask", "perturb_mask", "positions", "labels"),
+    "latent_mean",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Batch:
     return_logits: bool
     marginal: str
     pairs: int  # of a row and a sample, in the whole call
+    latent_mean: Tensor | None = None  # [B, T, R], where a proposal draws; None: the prior
     numbers: Tensor | None = None  # [B], of the rows among those of the call; None: all of them
     head: LabelHead | None = None  # None without labels
     prefix: SharedPrefix | None = None

@@ -14,6 +14,7 @@ from fastperturb.engine import validate
 from fastperturb.engine.architectures import FLOATS, CausalLM, embedding_rms
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.positions import real_positions
+from fastperturb.engine.proposal import STD
 from fastperturb.engine.protocol import Perturbation, WrappedModel
 from fastperturb.engine.sequences import Sequences
 from fastperturb.engine.trunk import TrunkInputs, repeated
@@ -70,6 +71,8 @@ class Continuous(Perturbation):
             "positions": batch.positions,
             "antithetic": lm.config.draws_pairs,
             "strata": batch.sampling.strata,
+            "latent_mean": batch.latent_mean,
+            "latent_std": 1.0 if batch.latent_mean is None else STD[lm.transform.scope],
             "perturb_mask": batch.perturb_mask,
         }
         noise = _held(lm, batch.embeddings, batch.input_ids, noise)

@@ -65,6 +65,7 @@ class EditConfig:
 
     draws_pairs: ClassVar[bool] = False  # an edit has no mirror image
     deterministic: ClassVar[bool] = False
+    proposal: ClassVar[str] = "prior"  # an edit has no latent to move
 
     def __post_init__(self) -> None:
         estimation = self._estimation()

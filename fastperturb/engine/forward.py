@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from fastperturb.engine import levels, loss, plans
+from fastperturb.engine import levels, loss, plans, proposal
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
@@ -29,6 +29,7 @@ class PerturbedOutput(ModelOutput):
 
     loss: minus the sum of the estimator's value over the number of labelled tokens.
     log_marginal: log mean_m of the samples' probabilities, [B, T-1] (token marginal) or [B].
+    log_weights: of samples that a proposal drew, to be added to log_probs before they are combined.
     log_probs: each sample's log-prob of each label, [M, B, T-1], 0 where there is no label; of sumo
         and mlmc M is the most samples that a row ran, and NaN those that another did not run.
     ess: effective samples, the mean over labelled tokens (or rows) of 1 / sum_m w[m]^2.
@@ -40,6 +41,7 @@ class PerturbedOutput(ModelOutput):
     loss: Tensor | None = None
     log_marginal: Tensor | None = None
     log_probs: Tensor | None = None
+    log_weights: Tensor | None = None
     ess: Tensor | None = None
     shift: Tensor | None = None
     log_prob_variance: Tensor | None = None
@@ -81,7 +83,10 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
     if batch.return_logits:
         log_sum = _log_sum(hidden, batch.parts.head.weight, batch.parts.head_options)
     kept = hidden if "quadratic" in equations else None
-    return Pass(shift_norms(inputs, batch.embeddings), log_probs, kept, log_sum)
+    weights = None
+    if batch.latent_mean is not None:
+        weights = proposal.log_weights(lm, batch, samples)
+    return Pass(shift_norms(inputs, batch.embeddings), log_probs, kept, weights, log_sum)
 
 
 def _exact(batch: Batch, samples: Tensor) -> TrunkInputs:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastperturb import estimators, noise
-from fastperturb.engine import architectures, levels, sharding, validate
+from fastperturb.engine import architectures, levels, proposal, sharding, validate
 from fastperturb.engine.architectures import understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.head import IGNORED, LabelHead
@@ -75,6 +75,10 @@ def lay_out(
         pairs=sampling.count * len(embeddings),
     )
     may_share = perturb_mask is not None and position_ids is None
+    if lm.config.proposal == "gradient" and not lm.is_exact:
+        proposal.check(lm, batch)
+        mean = proposal.fitted_mean(lm, _prepared(lm, batch, may_share=may_share))
+        batch = dataclasses.replace(batch, latent_mean=mean)
     return [_prepared(lm, part, may_share=may_share) for part in levels.split(lm, batch)]
 
 

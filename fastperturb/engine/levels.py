@@ -66,7 +66,7 @@ def joined(parts: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, Te
     for name in outputs[0].keys() - result.keys():
         values = [output[name] for output in outputs]
         dim = 0
-        if name == "log_probs":
+        if name in ("log_probs", "log_weights"):
             dim, most = 1, max(len(value) for value in values)
             values = [_extended(value, most) for value in values]
         result[name] = torch.cat(values, dim).index_select(dim, order)

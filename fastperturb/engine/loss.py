@@ -32,6 +32,9 @@ def estimate(
         if log_probs is None:
             log_probs = quadratic_log_probs
     assert log_probs is not None
+    raw_log_probs = log_probs
+    if scored.log_weights is not None:
+        log_probs = scored.weighted_log_probs()
     combined = {
         name: ops.combine(log_probs, mask, name, marginal=batch.marginal)
         for name in sampling.equations
@@ -60,8 +63,9 @@ def estimate(
     return {
         "loss": -total.to(log_probs.dtype) / batch.label_count,
         "log_marginal": iwae.log_marginal,
-        "log_probs": log_probs,
-        "log_prob_variance": _variance(event_log_probs, labelled),
+        "log_probs": raw_log_probs,
+        **({} if scored.log_weights is None else {"log_weights": scored.log_weights}),
+        "log_prob_variance": _variance(batch.marginal_log_probs(raw_log_probs), labelled),
         "ess": iwae.effective_samples.sum() / labelled.sum().clamp_min(1),
     }
 

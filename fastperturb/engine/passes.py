@@ -16,7 +16,13 @@ class Pass(NamedTuple):
     shift_norms: Tensor  # [B, T], the sum over these samples of |T(e) - e|
     log_probs: Tensor | None = None  # [m, B, T-1]
     hidden: Tensor | None = None  # [m, B, T, D], for the quadratic estimator
+    log_weights: Tensor | None = None  # [m, B, T-1], of a proposal, to be added to log_probs
     log_sum: Tensor | None = None  # [B, T, V], log of the summed probabilities, on request
+
+    def weighted_log_probs(self) -> Tensor:
+        """Return the log-probs [m, B, T-1] with the weights of a proposal."""
+        assert self.log_probs is not None
+        return self.log_probs if self.log_weights is None else self.log_probs + self.log_weights
 
 
 # Runs the samples with these numbers, [m] or [m, B].
@@ -34,5 +40,6 @@ def joined(parts: list[Pass]) -> Pass:
         functools.reduce(torch.add, [part.shift_norms for part in parts]),
         over(torch.cat, "log_probs"),
         over(torch.cat, "hidden"),
+        over(torch.cat, "log_weights"),
         over(lambda values: functools.reduce(torch.logaddexp, values), "log_sum"),
     )

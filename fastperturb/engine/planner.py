@@ -41,9 +41,13 @@ class PlanReport:
     reason: str
     bytes_per_sample: int | None = None  # of activations kept for the backward, where measured
     free_bytes: int | None = None
+    proposal_steps: int = 0  # forward and backward passes of one sample before, for the proposal
 
     def __str__(self) -> str:
-        return f"plan {self.plan!r}, {self.chunk_size} samples at a time: {self.reason}"
+        text = f"plan {self.plan!r}, {self.chunk_size} samples at a time: {self.reason}"
+        if self.proposal_steps:
+            text += f"; {self.proposal_steps} passes of one sample before, for the proposal"
+        return text
 
 
 class Planner:

@@ -18,6 +18,7 @@ are torch.utils.checkpoint's, whose first pass skips the head's second GEMM.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ def execute(lm: WrappedModel, batch: Batch, run: Run) -> tuple[Pass, Rerun | Non
     if _resamples(lm, batch):
         return _resample(lm, batch, run, samples)
     report = _choose(lm, batch, run, split.largest_share(count))
-    lm.state.report = report
+    lm.state.report = _with_proposal(report, batch, lm)
     size = None if report.plan == "batched" else report.chunk_size
     return run_split(run, samples, split, size), None
 
@@ -130,14 +131,19 @@ def _resample(
     size = config.chunk_size or state.planner.limited(share)
     size = min(size, state.split.largest_share(count))
     reason = f"{count} samples scored without gradient, {kept} of them run again with it"
-    state.report = PlanReport("resample", size, reason)
+    state.report = _with_proposal(PlanReport("resample", size, reason), batch, lm)
     with torch.no_grad():
         scored = run_split(run, samples, state.split, size)
-    assert scored.log_probs is not None
-    log_probs = batch.marginal_log_probs(scored.log_probs)
+    log_probs = batch.marginal_log_probs(scored.weighted_log_probs())
     resampled = sampling.resample(log_probs, batch.marginal_mask(), config)
     result = run_split(run, resampled.drawn, state.split, size if size < share else None)
     return scored, Rerun(resampled, result)
+
+
+def _with_proposal(report: PlanReport, batch: Batch, lm: WrappedModel) -> PlanReport:
+    """Return the report with the passes of the proposal, if there is one."""
+    steps = 0 if batch.latent_mean is None else lm.config.proposal_steps
+    return dataclasses.replace(report, proposal_steps=steps)
 
 
 def _choose(lm: WrappedModel, batch: Batch, run: Run, count: int) -> PlanReport:

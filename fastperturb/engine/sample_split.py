@@ -79,6 +79,7 @@ class SampleSplit:
                 torch.zeros_like(idle.shift_norms),
                 None if idle.log_probs is None else idle.log_probs[:0],
                 None if idle.hidden is None else idle.hidden[:0],
+                None if idle.log_weights is None else idle.log_weights[:0],
                 None if idle.log_sum is None else torch.full_like(idle.log_sum, -torch.inf),
             )
 
@@ -99,6 +100,7 @@ class SampleSplit:
             shift_norms,
             gather(own.log_probs, count),
             gather(own.hidden, count),
+            gather(own.log_weights, count),
             None if log_sums is None else log_sums.logsumexp(0),
         )
 

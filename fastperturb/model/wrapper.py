@@ -201,7 +201,8 @@ class PerturbedLM(WrappedModel):
 
         inputs: a call's arguments, with labels. repeats: how many seeds.
         estimators: to compare with iwae and resample, which are always measured; default the
-            config's and jvi_clip.
+            config's, and jvi_clip where it can use the samples. Each has samples as the config
+            draws them for it: stratified, one group for iwae is two for jvi_clip.
         parameters: the gradient is that of the "transform" or of all "trainable" ones.
         seed: of the seeds; default torch's generator, which is left as it was.
         """

@@ -234,6 +234,11 @@ class TrainOptions(DataOptions):
             return
         if self.edit_rate > 1:
             raise ValueError(f"edit_rate must be a probability, at most 1, got {self.edit_rate}")
+        if self.method == "discrete" and perturb.proposal != "prior":
+            raise ValueError(
+                f"perturb.proposal={perturb.proposal!r} moves a latent z, and an edit has none: "
+                "leave it unset"
+            )
         if self.method == "discrete" and perturb.sampling not in (None, "independent"):
             raise ValueError(
                 f"perturb.sampling={perturb.sampling!r} is of a latent z, and an edit has none: "
@@ -323,7 +328,7 @@ class TrainOptions(DataOptions):
 
 
 # With 64 labels a step, unclipped, 5 (sumo) and 10 (mlmc) of 30 trainings of the synthetic language
-# diverged at M = 16, and with 256 labels 0 and 3.
+# diverged at M = 16, with 256 labels 0 and 3, and with 1024 none of mlmc.
 _FEW_LABELS = 1024
 
 

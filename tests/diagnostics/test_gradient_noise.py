@@ -282,3 +282,21 @@ def test_bad_gradient_noise_argument_is_rejected_by_name():
     with pytest.raises(ValueError, match="dropout is active in .*attention_dropout=0.1"):
         perturbed(base).train().gradient_noise(**inputs)
     assert math.isfinite(perturbed(base).eval().gradient_noise(**inputs, repeats=2).draw_noise)
+
+
+def test_estimators_of_stratified_groups_are_compared_where_there_are_two():
+    lm = perturbed(sampling="stratified")
+    compared = {
+        num_samples: [
+            row.estimator
+            for row in lm.gradient_noise(**batch(), repeats=2, num_samples=num_samples).rows
+            if row.backward_samples is None
+        ]
+        for num_samples in (2, 4)
+    }
+    assert compared == {2: ["iwae"], 4: ["iwae", "jvi_clip"]}
+    wanted = ["quadratic", "jensen", {"iwae": 0.5, "jvi_clip": 0.5}]
+    rows = lm.gradient_noise(**batch(), repeats=2, estimators=wanted).rows
+    assert [row.estimator for row in rows[:4]] == ["iwae", *wanted]
+    with pytest.raises(ValueError, match="at least 4 for 2 groups"):
+        lm.gradient_noise(**batch(), repeats=2, num_samples=2, estimators=["quadratic"])

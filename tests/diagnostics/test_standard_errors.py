@@ -7,6 +7,7 @@ from batches import IGNORED, row_of
 from oracles import without_shared_prefix
 
 from fastperturb import PerturbConfig, noise, wrap
+from fastperturb.diagnostics.standard_errors import _inverse, _rotations, _without
 
 VOCAB, DIM = 12, 3
 TRUTH = torch.tensor([[0.4, 0.84, -0.72]], dtype=torch.float64)
@@ -276,6 +277,76 @@ def test_directions_without_information_are_left_out_with_a_warning():
         result = at(lm, TRUTH).standard_errors([rows_of(x, y)], bread="outer")
     assert torch.linalg.matrix_rank(result.covariance) == 2
     assert result.errors["U"].isinf().any()
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_a_direction_that_the_base_ignores_leaves_no_finite_error_at_any_width(width):
+    """A layer norm takes the mean out of every embedding, and so out of U."""
+    base = tiny.gpt2(vocab_size=31, n_embd=width)
+    lm = wrap(base, PerturbConfig(latent_dim=1, num_samples=2, init_scale=0.6))
+    ids = torch.randint(31, (3 * width, 4))
+    with pytest.warns(UserWarning, match=f"about 1 of {width} directions"):
+        result = lm.standard_errors([{"input_ids": ids, "labels": ids}], bread="outer", seed=1)
+    assert result.errors["U"].isinf().all()
+    contrast = torch.zeros(width, dtype=torch.float64)
+    contrast[:2] = torch.tensor([1.0, -1.0])
+    assert contrast @ result.covariance @ contrast > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "rotated"),
+    [
+        ({"latent_dim": 2}, {"U"}),
+        ({"latent_dim": 2, "transform": "affine"}, {"Ua", "Ub"}),
+        ({"latent_dim": 2, "transform": "mlp", "hidden_dim": 4}, {"B"}),
+        ({"latent_dim": 1}, set()),
+        ({"latent_dim": 2, "latent": "rademacher"}, set()),
+        ({"transform": "diagonal"}, set()),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:the information about 1 of")
+def test_errors_of_parameters_that_rotate_gaussian_latents_are_infinite(options, rotated):
+    lm = wrap(one_layer(), PerturbConfig(num_samples=4, init_scale=0.6, **options))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in lm.transform.parameters():
+            value += 0.3 * torch.randn_like(value)
+    directions = _rotations(lm, dict(lm.transform.named_parameters()))
+    assert len(directions) == (1 if rotated else 0)
+    sizes = [value.numel() for value in lm.transform.parameters()]
+    names = [name for name, _ in lm.transform.named_parameters()]
+    random = torch.randn(sum(sizes), sum(sizes), dtype=torch.float64)
+    full = random @ random.T + torch.eye(sum(sizes))
+    _, unidentified = _inverse(_without(directions, full), 1e-5)
+    parts = dict(zip(names, unidentified.split(sizes), strict=True))
+    assert {name for name, part in parts.items() if part.any()} == rotated
+    for name in rotated:
+        assert parts[name].all()
+
+
+def test_a_rotation_of_gaussian_latents_is_a_direction_of_the_parameters():
+    lm = wrap(one_layer(), PerturbConfig(transform="affine", latent_dim=3))
+    parameters = dict(lm.transform.named_parameters())
+    directions = _rotations(lm, parameters)
+    turn = torch.zeros(3, 3, dtype=torch.float64)
+    turn[0, 2], turn[2, 0] = 1.0, -1.0
+    turned = torch.cat([(turn @ value.double()).flatten() for value in parameters.values()])
+    torch.testing.assert_close(directions[1], turned.detach())
+    assert len(_rotations(lm, {"Ub": parameters["Ub"]})) == 0  # Ua is held
+
+
+def test_held_samples_do_not_identify_a_rotation():
+    lm = wrap(one_layer(), PerturbConfig(latent_dim=2, num_samples=4, init_scale=0.6))
+    ids = torch.randint(31, (100, 4))
+    with pytest.warns(UserWarning, match="about 1 of 8 directions"):
+        result = lm.standard_errors([{"input_ids": ids, "labels": ids}], bread="outer", seed=1)
+    assert result.errors["U"].isinf().all()
+    # The shift's covariance U^T U has errors.
+    U = lm.transform.U.detach().double()
+    slope = torch.zeros_like(U)
+    slope[:, 0] = 2 * U[:, 0]
+    assert slope.flatten() @ result.covariance @ slope.flatten() > 0
 
 
 def test_newton_step_is_large_away_from_a_solution():

@@ -1,5 +1,6 @@
 """Plans: the same loss and gradients however the samples go through the trunk."""
 
+import math
 import subprocess
 import sys
 
@@ -54,6 +55,36 @@ def test_chunked_plan_has_the_loss_and_gradients_of_batched(estimator, marginal,
     parts = planned(base, "chunked", estimator, marginal=marginal, chunk_size=size)
     assert_same(loss_and_gradients(parts), loss_and_gradients(whole))
     assert parts.plan_report().plan == "chunked" and parts.plan_report().chunk_size <= size
+
+
+@pytest.mark.parametrize("size", [1, 3])  # neither cuts at the end of a group
+@pytest.mark.parametrize("estimator", ["iwae", "jvi_clip", "quadratic"])
+def test_chunked_plan_cuts_stratified_groups_without_a_change(estimator, size):
+    base, drawn = adapted(), {"sampling": "stratified", "num_samples": 8, "group_size": 4}
+    whole = planned(base, "batched", estimator, **drawn)
+    parts = planned(base, "chunked", estimator, chunk_size=size, **drawn)
+    assert_same(loss_and_gradients(parts), loss_and_gradients(whole))
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_losses_take_stratified_groups_as_their_units(group_size):
+    drawn = {"sampling": "stratified", "num_samples": 8, "group_size": group_size}
+    inputs = batch()
+    mask = labelled(inputs)
+    lm = planned(llama(), "batched", "jvi_clip", **drawn)
+    out = lm(**inputs, seed=5)
+    groups = out.log_probs.unflatten(0, (-1, group_size)).logsumexp(1) - math.log(group_size)
+    value, _ = estimators.combine(groups, "jvi_clip", mask=mask)
+    torch.testing.assert_close(out.loss, -value.sum() / mask.sum())
+    with lm.overriding(estimator="quadratic"):
+        out = lm(**inputs, seed=5)
+        logits = oracles.sample_logits(lm, inputs, seed=5, num_samples=8)
+    p = logits.softmax(-1)[:, :, :-1]  # (M, B, T-1, V)
+    means = p.unflatten(0, (-1, group_size)).mean(1)
+    count = len(means)
+    pairs = means.sum(0).square() - means.square().sum(0)
+    value = 2 * out.log_probs.exp().mean(0) - pairs.sum(-1) / (count * (count - 1))
+    torch.testing.assert_close(out.loss, -value.where(mask, 0.0).sum() / mask.sum())
 
 
 def test_chunked_plan_serves_full_training_antithetic_samples_and_logits():

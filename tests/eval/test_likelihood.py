@@ -69,6 +69,18 @@ def summed_by_document(domain, values):  # values [B, T-1], 0 where there is no 
     return sums
 
 
+@pytest.mark.parametrize("marginal", ["token", "sequence"])
+def test_stratified_models_are_measured_by_groups(folder, domain, marginal):
+    lm = perturbed(folder, sampling="stratified", marginal=marginal)
+    measured = measure(lm, domain, **SETTINGS | {"num_samples": 16, "marginal": marginal})
+    assert measured.num_samples == 16 and measured.standard_error > 0
+    assert measured.curve["num_samples"] == [2, 4, 8, 16]  # eight groups of two
+    assert measured.curve["nll"][-1] == pytest.approx(measured.nll)
+    with lm.overriding(group_size=2):
+        same = measure(lm, domain, **SETTINGS | {"num_samples": 16, "marginal": marginal})
+    assert same.nll_sums == measured.nll_sums
+
+
 def test_an_exact_model_gives_the_loss_of_the_plain_model_for_each_document(folder, domain):
     lm = perturbed(folder)
     with lm.exact():

@@ -31,6 +31,11 @@ SPLIT = [
     ("chunked", "sumo", {"chunk_size": 1}),
     ("batched", "mlmc", {"num_samples": 8}),
     ("chunked", "mlmc", {"num_samples": 8, "chunk_size": 1}),
+    ("chunked", "iwae", {"sampling": "stratified", "num_samples": 8, "chunk_size": 3}),
+    ("chunked", "jvi_clip", {"sampling": "stratified", "num_samples": 8, "chunk_size": 3}),
+    ("batched", "quadratic", {"sampling": "stratified", "num_samples": 8}),
+    ("chunked", "iwae", {"proposal": "gradient", "chunk_size": 2}),
+    ("resample", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
 ]
 WHOLE = [
     ("batched", "iwae", {}),
@@ -39,6 +44,7 @@ WHOLE = [
     ("auto", "quadratic", {}),
     ("batched", "mlmc", {"num_samples": 16}),
     ("chunked", "sumo", {"chunk_size": 2}),
+    ("batched", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
 ]
 
 
