@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from docs.tables.cells import interval, ratio, read, spread, table
+from docs.tables.cells import interval, read, spread, table
 
 FILES = _TEXT, _SYNTHETIC = "sampling/results.json", "synthetic_sampling/results.json"
 _REGIONS = {
@@ -84,7 +84,7 @@ def equations() -> str:
                 f"`{row['equation']}`",
                 f"{row['sampling']}, {row['num_samples']}",
                 interval(row["bias"], "+.4f"),
-                *(ratio(row["gradient_noise"][part]["estimate"]) for part in ("U", "W")),
+                *(f"{row['gradient_noise'][part]['estimate']:.2g}" for part in ("U", "W")),
             ]
         )
     header = ["transform", "estimator", "samples", "bias of the value"]
