@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.synthetic import arms, baselines, outcomes, pictures, summary, table
+from bench.synthetic import arms, baselines, outcomes, pictures, sampling, summary, table
 from fastperturb import ops
 from fastperturb.demo import jobs, language, training
 from fastperturb.demo.training import Setting
@@ -216,6 +216,30 @@ def test_the_committed_table_is_made_from_the_committed_results(results: dict[st
 def test_the_committed_results_are_those_of_the_arms(results: dict[str, Any]) -> None:
     places = [(row["experiment"], row["line"], row["x"]) for row in results["rows"]]
     assert places == [(arm.experiment, arm.line, arm.x) for arm in arms.all_arms()]
+
+
+def test_the_study_of_samplings_is_committed_as_its_arms_make_it() -> None:
+    folder = RESULTS.with_name("synthetic_sampling")
+    results = json.loads((folder / "results.json").read_text())
+    assert (folder / "table.md").read_text() == table.render(results)
+    places = [(row["experiment"], row["line"], row["x"]) for row in results["rows"]]
+    assert places == [(arm.experiment, arm.line, arm.x) for arm in sampling.all_arms()]
+
+
+def test_stratified_arms_train_on_samples_in_groups() -> None:
+    data = training.make_data(0, Setting(pairs=100))
+    assert data.prefixes is not None and data.targets is not None
+    torch.manual_seed(0)
+    method = arms.learned("quadratic", 8, sampling="stratified")
+    model = training.Model(data.world.embeddings, method)
+    data.generator.manual_seed(7)
+    value, _ = training.objective(model, method, data.prefixes, data.targets, data.generator)
+    data.generator.manual_seed(7)
+    seed = torch.randint(2**62, (), generator=data.generator)
+    hidden = model.hidden(data.prefixes, seed, 8, strata=4)
+    torch.testing.assert_close(
+        value, ops.linear_quadratic(hidden, model.head, data.targets, strata=4)
+    )
 
 
 def test_cross_entropies_stand_above_the_truths_entropy_by_the_kl(results: dict[str, Any]) -> None:
