@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from bench.synthetic import bias, coverage, outcomes, pictures, summary, table
+from bench.synthetic import bias, coverage, outcomes, pictures, sampling, summary, table
 from bench.synthetic.arms import SEEDS, all_arms
 from bench.synthetic.baselines import baselines
 from fastperturb import runs
 from fastperturb.demo.training import BATCH
 
 
-def run(folder: Path, *, workers: int, train: bool) -> None:
-    arms = all_arms()
+def run(folder: Path, *, study: str, workers: int, train: bool) -> None:
+    arms = all_arms() if study == "estimators" else sampling.all_arms()
     if train:
         outcomes.train(arms, SEEDS, folder / "outcomes.jsonl", workers=workers)
     rows = summary.rows(arms, outcomes.read(folder / "outcomes.jsonl"))
@@ -29,17 +29,20 @@ def run(folder: Path, *, workers: int, train: bool) -> None:
             summary.baseline_row(setting, [baselines(seed, setting) for seed in SEEDS])
             for setting in settings
         ],
-        "comparisons": summary.comparisons(rows),
-        "bias": bias.rows(),
-        "coverage": replicated(folder / "coverage.jsonl"),
         "seeds": list(SEEDS),
         **runs.provenance(),
         "device": f"{runs.cpu_model()}, processes of one thread",
     }
+    if study == "estimators":
+        results["comparisons"] = summary.comparisons(rows)
+        results["bias"] = bias.rows()
+        results["coverage"] = replicated(folder / "coverage.jsonl")
+        pictures.draw_all(results, folder)
+    else:
+        results["comparisons"] = sampling.comparisons(rows)
     runs.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(table.render(results), encoding="utf-8")
-    pictures.draw_all(results, folder)
-    print(f"wrote results.json, table.md and pictures to {folder}")
+    print(f"wrote the results to {folder}")
 
 
 def replicated(path: Path) -> list[dict[str, object]]:
@@ -59,10 +62,11 @@ def replicated(path: Path) -> list[dict[str, object]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/synthetic"))
+    parser.add_argument("--study", choices=("estimators", "sampling"), default="estimators")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no-training", action="store_true", help="only report on what is trained")
     options = parser.parse_args()
     torch.set_num_threads(1)
     # A folder with files is welcome: it holds the outcomes to continue from.
     folder = runs.open_output_dir(options.output_dir, overwrite=True)
-    run(folder, workers=options.workers, train=not options.no_training)
+    run(folder, study=options.study, workers=options.workers, train=not options.no_training)

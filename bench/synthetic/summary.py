@@ -121,6 +121,9 @@ def name_of(row: dict[str, Any]) -> str:
     estimator = method["estimator"]
     if method["quadratic"]:
         estimator = f"{estimator} + {method['quadratic']:g} quadratic"
+    # Results that are older than the option lack it.
+    if method.get("sampling", "independent") != "independent":
+        estimator = f"{estimator}, {method['sampling']}"
     scale = f" {method['scale']:g}" if method["name"] == "fixed" else ""
     return f"{method['name']}{scale}, {estimator}, M = {method['num_samples']}"
 

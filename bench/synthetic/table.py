@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bench.synthetic import sampling
 from bench.synthetic.summary import TITLES
 from fastperturb.demo.language import NOISE_SD, REGIONS
 
@@ -19,6 +20,7 @@ HEADINGS = {
     "held_draws": ("Trunk held at the truth: samples and estimators", "M"),
     "held_noise": ("Trunk held at the truth: the truth's noise", "true sd"),
     "held_size": ("Trunk held at the truth: training pairs", "pairs"),
+    **sampling.HEADINGS,
 }
 COMPARISONS = {"few draws": "few samples"}  # keys of results, where the title says it otherwise
 
@@ -38,8 +40,10 @@ def render(results: dict[str, Any]) -> str:
             parts += [f"## {title}", trained(chosen, results["baselines"], x)]
     for title, pairs in results["comparisons"].items():
         parts += [f"## KL ratios: {COMPARISONS.get(title, title)}", compared(pairs)]
-    parts += ["## Bias, by finite sums", bias(results["bias"])]
-    parts += ["## Coverage of 95% intervals", coverage(results["coverage"])]
+    if "bias" in results:
+        parts += ["## Bias, by finite sums", bias(results["bias"])]
+    if "coverage" in results:
+        parts += ["## Coverage of 95% intervals", coverage(results["coverage"])]
     return "\n\n".join(parts) + "\n"
 
 

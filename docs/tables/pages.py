@@ -6,10 +6,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from docs.tables import predicted, ranks, speed, studies, synthetic
+from docs.tables import predicted, ranks, sampling, speed, studies, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLES = {**speed.TABLES, **predicted.TABLES, **synthetic.TABLES, **studies.TABLES, **ranks.TABLES}
+TABLES = {
+    **speed.TABLES,
+    **predicted.TABLES,
+    **synthetic.TABLES,
+    **sampling.TABLES,
+    **studies.TABLES,
+    **ranks.TABLES,
+}
 
 _TABLE = re.compile(
     r"(?P<start><!-- table: (?P<name>.*?) -->\n).*?(?P<end>^<!-- end -->$)", re.M | re.S

@@ -19,6 +19,7 @@ _DEMO_NAMES = {
     "fixed": "fixed noise, best scale, `iwae`",
     "learned": "learned, `iwae`",
     "learned_iwae_m4": "learned, `iwae`, too few samples",
+    "learned_stratified_m4": "learned, `iwae`, stratified samples",
     "learned_jvi_clip_m4": "learned, `jvi_clip`",
     "learned_quadratic_m2": "learned, `quadratic`",
     "learned_mlmc": "learned, `mlmc`",

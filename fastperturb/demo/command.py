@@ -13,6 +13,7 @@ three seeds, 1300 steps:
     fixed, best scale 0.1      16        0.105     0.31     0.67   0.10 / 0.10
     learned                    16        0.048     0.21     0.48   0.15 / 0.03
     learned_iwae_m4             4        0.078     0.74     1.77   0.05 / 0.02
+    learned_stratified_m4       4        0.054     0.38     0.86   0.16 / 0.03
     learned_jvi_clip_m4         4        0.056     0.35     0.69   0.13 / 0.04
     learned_quadratic_m2        2        0.062     0.36     1.00   0.27 / 0.04
     learned_mlmc              1.8        0.068     0.31     0.83   0.21 / 0.02
@@ -24,8 +25,8 @@ What it shows:
 * Fixed noise at its best scale comes close outside, but is worse in support, where it blurs the
   precise axis. Learned noise hardly shifts that axis and is better everywhere.
 * With few samples and a biased estimator the noise collapses: with iwae at M = 4 it shrinks to a
-  fifth of the truth's. At no more cost jvi_clip keeps most of it. quadratic (two samples) and mlmc
-  (1.8 on average) keep it too, because they are unbiased or nearly so.
+  fifth of the truth's. At no more cost stratified samples and jvi_clip keep half of it. quadratic
+  (two samples) and mlmc (1.8 on average) keep more, because they are unbiased or nearly so.
 * The learned noise is smaller than the truth's 0.3: the net can amplify any direction, so only the
   direction is identified. quadratic comes closest in scale and is worst in the tails, because it
   weighs each label by its probability.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from fastperturb.config import PerturbConfig
 from fastperturb.estimators import Telescope
@@ -11,6 +12,13 @@ from fastperturb.estimators import Telescope
 # noise has 0.3 along one axis. The demo reports the scale that is best out of support, which only
 # the known truth can tell: this favours fixed noise.
 SWEEP = (0.07, 0.1, 0.15)
+
+
+class JointLaw(TypedDict, total=False):
+    """The options of `ops.perturb_embed` for the joint distribution of the samples."""
+
+    antithetic: bool
+    strata: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,7 @@ class Method:
     num_samples: int = 16
     scale: float = 0.2  # standard deviation per embedding dimension; if learned, the initial one
     latent_dim: int = 4
+    sampling: str = "independent"
 
     @property
     def learned(self) -> bool:
@@ -48,6 +57,14 @@ class Method:
             return self.estimator
         return {self.estimator: 1.0, "quadratic": self.quadratic}
 
+    @property
+    def joint_law(self) -> JointLaw:
+        """The joint distribution of the samples of a training step."""
+        if self.transform is None:
+            return {"antithetic": False, "strata": 1}
+        config = self.config(1.0)
+        return {"antithetic": config.draws_pairs, "strata": config.strata()}
+
     def config(self, embed_rms: float) -> PerturbConfig:
         """Return the library's configuration, whose scales are relative to the embeddings."""
         assert self.transform is not None, "an exact prefix has no perturbation to configure"
@@ -57,11 +74,18 @@ class Method:
             estimator=self.config_estimator,
             num_samples=self.num_samples,
             init_scale=self.scale / embed_rms,
+            sampling=self.sampling,
         )
 
 
-def _learned(name: str, estimator: str, num_samples: int) -> Method:
-    return Method(name=name, transform="lowrank", estimator=estimator, num_samples=num_samples)
+def _learned(name: str, estimator: str, num_samples: int, sampling: str = "independent") -> Method:
+    return Method(
+        name=name,
+        transform="lowrank",
+        estimator=estimator,
+        num_samples=num_samples,
+        sampling=sampling,
+    )
 
 
 METHODS = {
@@ -72,6 +96,7 @@ METHODS = {
         Method(name="fixed", transform="diagonal"),
         _learned("learned", "iwae", 16),
         _learned("learned_iwae_m4", "iwae", 4),
+        _learned("learned_stratified_m4", "iwae", 4, "stratified"),
         _learned("learned_jvi_clip_m4", "jvi_clip", 4),
         _learned("learned_quadratic_m2", "quadratic", 2),
         _learned("learned_mlmc", "mlmc", 16),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastperturb import ops
 from fastperturb.demo import language
 from fastperturb.demo.language import Language
-from fastperturb.demo.methods import Method
+from fastperturb.demo.methods import JointLaw, Method
 from fastperturb.estimators import Telescope, combine
 from fastperturb.transforms import make_transform
 
@@ -96,12 +97,19 @@ class Model(nn.Module):
         noise_seed: Tensor | int,
         samples: Tensor | int,
         rows: Tensor | None = None,
+        **joint_law: Unpack[JointLaw],
     ) -> Tensor:  # [M, B, D + 1]
         if self.transform is None:
             perturbed = self.embeddings[prefixes][None]
         else:
             perturbed = ops.perturb_embed(
-                prefixes, self.embeddings, self.transform, noise_seed, samples, rows=rows
+                prefixes,
+                self.embeddings,
+                self.transform,
+                noise_seed,
+                samples,
+                rows=rows,
+                **joint_law,
             )
         point = self.net(perturbed.flatten(2))  # (M, B, D)
         return self.log_sharpness.exp() * torch.cat([2 * point, torch.ones_like(point[..., :1])], 2)
@@ -251,16 +259,15 @@ def objective(
         level = telescope.sample(torch.rand(len(targets), generator=generator))  # (B,)
         return telescoped(model, telescope, level, prefixes, targets, noise_seed)
     samples = method.num_samples * len(targets)
+    strata = method.joint_law["strata"]
+    hidden = model.hidden(prefixes, noise_seed, method.num_samples, **method.joint_law)
     if method.estimator == "quadratic":
-        hidden = model.hidden(prefixes, noise_seed, method.num_samples)
-        return ops.linear_quadratic(hidden, model.head, targets), samples
-    if not method.quadratic:
-        log_probs = model.log_probs(prefixes, targets, noise_seed, method.num_samples)
-        return combine(log_probs, method.estimator)[0], samples
-    hidden = model.hidden(prefixes, noise_seed, method.num_samples)
-    log_probs = model.head_log_probs(hidden, targets)
-    quadratic = ops.linear_quadratic(hidden, model.head, targets)
-    return combine(log_probs, method.estimator)[0] + method.quadratic * quadratic, samples
+        return ops.linear_quadratic(hidden, model.head, targets, strata=strata), samples
+    value, _ = combine(model.head_log_probs(hidden, targets), method.estimator, strata=strata)
+    if method.quadratic:
+        quadratic = ops.linear_quadratic(hidden, model.head, targets, strata=strata)
+        value = value + method.quadratic * quadratic
+    return value, samples
 
 
 def telescoped(
