@@ -72,7 +72,7 @@ class PerturbConfig:
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
     sampling: str | None = None
-    """Joint law of samples: independent, antithetic (z, -z), stratified; None: see the estimators."""
+    """Joint law of samples: independent, antithetic, stratified; None: stratified if that helps."""
 
     group_size: int | None = None
     """Number of samples in a stratified group; None means the largest that num_samples allows."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from docs.tables import predicted, ranks, sampling, speed, studies, synthetic
+from docs.tables import predicted, proposal, ranks, sampling, speed, studies, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
@@ -14,6 +14,7 @@ TABLES = {
     **predicted.TABLES,
     **synthetic.TABLES,
     **sampling.TABLES,
+    **proposal.TABLES,
     **studies.TABLES,
     **ranks.TABLES,
 }
