@@ -62,13 +62,20 @@ def test_no_number_of_samples_and_no_long_row_spills(samples, columns):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("samples", "strata"), [("8", "4"), ("32", "2"), ("32", "16")])
+def test_samples_in_groups_do_not_spill(samples, strata):
+    groups = ["--samples", samples, "--strata", strata]
+    check(compiled("--cc", "80", "90", "100", *groups), warps_per_sm=8)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--dtype", "float32"], ["--columns", "16593"]], ids=str)
 def test_fp32_and_odd_widths_spill_at_most_a_few_scalars(options):
     """The assembler spills some of online_softmax to fit 2048 threads of 32 registers."""
     check(compiled("--cc", "80", "90", "100", "--heads", "plain", "everything", *options), stack=32)
 
 
-def launches(dtype, v, samples, everything, padding, cc):
+def launches(dtype, v, samples, strata, everything, padding, cc):
     """The launches of the passes over a block of v columns, and of finishing its rows."""
 
     def empty(*shape, dtype=torch.float32):
@@ -91,16 +98,16 @@ def launches(dtype, v, samples, everything, padding, cc):
         results = LogProbs.empty(hidden, torch.float32, entropy=everything, grad_hidden=True)
         head_rows.finish_logprob(options, target, running, weight, empty(n, D), lift, results)
         head_rows.grad_logits(products, options, target, row, row, out_of(products))
-        head_rows.quadratic_dot(sample_products, options, sample_row, sample_row, sample_row)
+        rows = [sample_row] * 3
+        head_rows.quadratic_dot(sample_products, options, *rows, strata)
         head_rows.quadratic_grad_logits(
             sample_products,
             options,
             target,
-            sample_row,
-            sample_row,
-            sample_row,
+            *rows,
             row,
             out_of(sample_products),
+            strata,
         )
     return recorded
 
@@ -112,11 +119,13 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--columns", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--strata", type=int, default=1)
     parser.add_argument("--padding", type=int, default=0)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     for head, cc in itertools.product(options.heads, options.cc):
-        sizes = options.columns, options.samples, head == "everything", options.padding
+        samples = options.samples, options.strata
+        sizes = options.columns, *samples, head == "everything", options.padding
         for launched in launches(dtype, *sizes, cc):
             tile = [launched.arguments.get(name, 1) for name in ("BM", "BV")]
             ahead_of_time.print_resources(launched, cc, head=head, tile=tile)
