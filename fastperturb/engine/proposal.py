@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastperturb import noise
+from fastperturb.engine import sharding
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.positions import document_starts
 from fastperturb.engine.protocol import WrappedModel
@@ -63,6 +64,7 @@ def fitted_mean(lm: WrappedModel, batch: Batch) -> Tensor:
     step = reach
     for _ in range(lm.config.proposal_steps):
         log_prob, gradient = _gradient(lm, batch, mean, owner)
+        sharding.gather_root(lm)
         value = log_prob - mean.double().square().sum((1, 2)) / 2
         gradient = gradient - mean
         fell = value < best

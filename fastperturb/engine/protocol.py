@@ -141,10 +141,13 @@ class WrappedModel(nn.Module):
 
         ids: the tokens [B, T] of the embeddings, which key the latents of `deterministic`.
         antithetic: whether samples come in pairs; default as the config says.
-        strata: number of samples in a stratified group; default as the config says of its own
-            num_samples.
+        strata: number of samples in a stratified group; default as the config says of M samples, or
+            where `samples` are numbers, which may be a part of M, of its own num_samples.
         The other arguments are those of `ops.perturb_embed`.
         """
+        if strata is None:
+            counted = isinstance(samples, int)
+            strata = self.config.strata_of_mean(samples) if counted else self.config.strata()
         return self.perturbation.perturb(
             self,
             embeddings,
@@ -154,7 +157,7 @@ class WrappedModel(nn.Module):
             rows=rows,
             positions=positions,
             antithetic=self.config.draws_pairs if antithetic is None else antithetic,
-            strata=self.config.strata() if strata is None else strata,
+            strata=strata,
             perturb_mask=perturb_mask,
         )
 

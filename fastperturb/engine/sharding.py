@@ -55,6 +55,15 @@ def reshard(module: nn.Module) -> None:
                 unit.reshard()
 
 
+def gather_root(module: nn.Module) -> None:
+    """Gather FSDP2's root again, inside its forward: a backward through the trunk lets go of it."""
+    if is_sharded(module):
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
 @contextlib.contextmanager
 def made_whole(module: nn.Module, *, here: bool) -> Iterator[None]:
     """Make all parameters whole, on the CPU, in the processes with `here` set, for the body.
