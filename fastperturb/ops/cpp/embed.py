@@ -9,6 +9,10 @@ writing the output and reading its gradient. Where both stay in cache that floor
 lower and lowrank takes 2.4 of it, since its products alone, 4 M N R D flops in all, need about
 as long as the floor at this CPU's peak. Diagonal is bound by Philox and Box-Muller, gated by
 torch's GEMMs around the kernels, mlp by 4 times lowrank's flops.
+
+Forward and backward with 8 stratified samples take 1.07 of the time of independent ones for
+lowrank, 1.04 for affine, 1.01 for gated and mlp, and 2.0 for diagonal, which draws D latents a
+token: a quantile takes a logarithm and a root of its own where Box-Muller shares them between two.
 """
 
 from __future__ import annotations
