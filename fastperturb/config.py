@@ -72,7 +72,8 @@ class PerturbConfig:
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
     sampling: str | None = None
-    """Joint law of samples: independent, antithetic, stratified; None: stratified if that helps."""
+    """Joint law of samples: independent, antithetic (pairs z, -z) or stratified (in groups). None:
+    stratified under jensen, iwae and resample if num_samples is even, else independent."""
 
     group_size: int | None = None
     """Number of samples in a stratified group; None means the largest that num_samples allows."""
