@@ -403,5 +403,6 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
             assert entry.keys() == expected.keys()
             for name in entry.keys() & {"loss", "eval_loss", "eval_perplexity"}:
                 assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
+            # Means of the parts' means: rows have unequal numbers of labels, and ess varies by row.
             for name in entry.keys() & {"ess", "shift", "eval_ess", "eval_shift"}:
-                assert entry[name] == pytest.approx(expected[name], rel=2e-2), name  # of means
+                assert entry[name] == pytest.approx(expected[name], rel=5e-2), name
