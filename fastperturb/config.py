@@ -25,8 +25,6 @@ TELESCOPES = ("sumo", "mlmc")
 # These combine samples as if they were independent. An antithetic pair is not; stratified groups
 # are, and these take them as their units.
 INDEPENDENT_SAMPLES = ("quadratic", "jvi", "jvi_clip", "sumo", "mlmc")
-# Under these, samples are stratified where the config leaves it open and their number has a group.
-STRATIFIED_BY_DEFAULT = ("jensen", "iwae", "resample")
 # These can be mixed in one loss: their values come from all samples of one pass.
 MIXABLE = ("jensen", "iwae", "jvi", "jvi_clip", "quadratic")
 # These compare samples with each other: one sample leaves nothing to compare.
@@ -71,9 +69,8 @@ class PerturbConfig:
     min_scale: float = 0.0
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
-    sampling: str | None = None
-    """Joint law of samples: independent, antithetic (pairs z, -z) or stratified (in groups). None:
-    stratified under jensen, iwae and resample if num_samples is even, else independent."""
+    sampling: str = "independent"
+    """Joint law of the samples: independent, antithetic (pairs z, -z) or stratified (in groups)."""
 
     group_size: int | None = None
     """Number of samples in a stratified group; None means the largest that num_samples allows."""
@@ -84,8 +81,8 @@ class PerturbConfig:
     proposal_steps: int = 4
     """Number of gradient steps to that place, each a forward and backward of one sample."""
 
-    antithetic: bool | None = None
-    """Old spelling of sampling: True is antithetic, False is independent."""
+    antithetic: bool | None = False
+    """Old spelling of sampling: True is antithetic."""
 
     deterministic: bool = False
     """Make z a fixed function of the token's id (with scope sequence: one z for all tokens): a
@@ -131,20 +128,17 @@ class PerturbConfig:
         self.strata()
 
     def _check_sampling(self) -> None:
-        if self.antithetic is not None:
-            if not isinstance(self.antithetic, bool):
-                raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
-            spelled = "antithetic" if self.antithetic else "independent"
-            if self.sampling is None:
-                object.__setattr__(self, "sampling", spelled)
-            elif self.antithetic != (self.sampling == "antithetic"):
-                raise ValueError(
-                    f"antithetic={self.antithetic} is the old spelling of sampling={spelled!r}, "
-                    f"got sampling={self.sampling!r} as well: leave antithetic unset"
-                )
-            object.__setattr__(self, "antithetic", None)
-        if self.sampling is not None:
-            _require_choice("sampling", self.sampling, SAMPLINGS)
+        _require_choice("sampling", self.sampling, SAMPLINGS)
+        if not isinstance(self.antithetic, bool | None):
+            raise TypeError(f"antithetic must be True or False, got {self.antithetic!r}")
+        if self.antithetic and self.sampling == "stratified":
+            raise ValueError(
+                "antithetic=True is the old spelling of sampling='antithetic', got "
+                "sampling='stratified' as well: leave antithetic unset"
+            )
+        object.__setattr__(self, "antithetic", bool(self.antithetic))
+        if self.antithetic:
+            object.__setattr__(self, "sampling", "antithetic")
         if self.sampling in ("antithetic", "stratified") and self.deterministic:
             raise ValueError(
                 f"sampling={self.sampling!r} draws samples that differ, and deterministic=True has "
@@ -189,14 +183,10 @@ class PerturbConfig:
         num_samples: of the call, default the config's. Raises where the estimators cannot use it.
         """
         count = self.num_samples if num_samples is None else num_samples
-        names = tuple(self.equations)
-        min_groups = 2 if any(name in INDEPENDENT_SAMPLES for name in names) else 1
-        size = 1
-        if self.sampling is not None or all(name in STRATIFIED_BY_DEFAULT for name in names):
-            size = self.strata_of_mean(count, min_groups)
-        for name in names:
+        for name in self.equations:
             check_num_samples(name, count, antithetic=self.draws_pairs)
-        return size
+        compares_units = any(name in INDEPENDENT_SAMPLES for name in self.equations)
+        return self.strata_of_mean(count, 2 if compares_units else 1)
 
     def strata_of_mean(self, num_samples: int, min_groups: int = 1) -> int:
         """Return `strata` for samples that are averaged, whatever the estimators are.
@@ -204,14 +194,12 @@ class PerturbConfig:
         min_groups: how many groups there must be; what compares independent units needs two.
         """
         check_num_samples("iwae", num_samples, antithetic=self.draws_pairs)
-        if self.sampling == "stratified":
-            size = self.group_size or largest_group(num_samples, min_groups)
-            if size == 1 or num_samples % size or num_samples // size < min_groups:
-                raise ValueError(_no_group(num_samples, min_groups, self.group_size))
-            return size
-        if self.sampling is None and not self.deterministic:
-            return largest_group(num_samples, min_groups)
-        return 1
+        if self.sampling != "stratified":
+            return 1
+        size = self.group_size or largest_group(num_samples, min_groups)
+        if size == 1 or num_samples % size or num_samples // size < min_groups:
+            raise ValueError(_no_group(num_samples, min_groups, self.group_size))
+        return size
 
     def strata_of_errors(self, num_samples: int) -> int:
         """Return `strata` for a mean that comes with a Monte-Carlo error, which compares groups.
@@ -221,12 +209,9 @@ class PerturbConfig:
         """
         if self.group_size is not None:
             return self.strata_of_mean(num_samples, 2)
-        if self.draws_pairs:
+        if self.sampling != "stratified":
             return self.strata_of_mean(num_samples)
-        is_stratified = self.sampling == "stratified" or (
-            self.sampling is None and not self.deterministic
-        )
-        sizes = (largest_group(num_samples, groups) for groups in (8, 4, 2) if is_stratified)
+        sizes = (largest_group(num_samples, groups) for groups in (8, 4, 2))
         return next((size for size in sizes if size > 1), 1)
 
     @property

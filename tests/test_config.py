@@ -152,15 +152,21 @@ def test_a_sampling_that_cannot_be_is_named_with_what_to_change(options, message
 
 
 def test_antithetic_is_the_old_spelling_of_a_sampling():
-    assert PerturbConfig(antithetic=True) == PerturbConfig(sampling="antithetic")
-    # Configs that were saved before there was a choice say antithetic=False.
-    old = {"transform": "lowrank", "antithetic": False}
-    assert PerturbConfig.from_dict(old) == PerturbConfig(sampling="independent")
+    old, new = PerturbConfig(antithetic=True), PerturbConfig(sampling="antithetic")
+    assert old.sampling == new.sampling == "antithetic" and old.draws_pairs and new.draws_pairs
+    assert PerturbConfig.from_dict(old.to_dict()) == old
+    for old in ({"antithetic": False}, {"antithetic": None}, {}):
+        assert PerturbConfig.from_dict(old) == PerturbConfig(sampling="independent")
+    assert PerturbConfig().antithetic is False
     with pytest.raises(TypeError, match="antithetic must be True or False"):
         PerturbConfig(antithetic="yes")
 
 
 def test_the_sampling_of_a_config_can_be_replaced():
-    pairs = PerturbConfig(antithetic=True)
-    assert dataclasses.replace(pairs, sampling="stratified").strata() == 8
+    plain = PerturbConfig()
+    assert dataclasses.replace(plain, sampling="antithetic").draws_pairs
+    assert dataclasses.replace(plain, sampling="stratified").strata() == 8
+    pairs = dataclasses.replace(plain, sampling="antithetic")
     assert not dataclasses.replace(pairs, sampling="independent").draws_pairs
+    with pytest.raises(ValueError, match="leave antithetic unset"):
+        dataclasses.replace(PerturbConfig(antithetic=True), sampling="stratified")

@@ -106,14 +106,21 @@ def parse(options_class: type, argv: list[str], *, prog: str) -> Any:
 
 
 def _respelled(flags: list[str]) -> list[str]:
-    """Spell the old --perturb.antithetic, which takes no value, as --perturb.sampling."""
+    """Spell the old --perturb.antithetic, which takes no value, as --perturb.sampling.
+
+    A sampling that is given wins over the old spelling in a file of options.
+    """
     respelled = []
     for flag, value in zip(flags, [*flags[1:], ""]):
         old = re.fullmatch(r"(--(?:.+\.)?perturb\.)(no-)?antithetic", flag)
-        if old is None or value in ("True", "False", "None"):
-            respelled.append(flag)
+        new = re.fullmatch(r"(--(?:.+\.)?perturb\.)sampling(?:=.*)?", flag)
+        if old is not None and value not in ("True", "False", "None"):
+            sampling = "independent" if old[2] else "antithetic"
+            respelled += [f"{old[1]}sampling", sampling, f"{old[1]}antithetic", "False"]
+        elif new is not None:
+            respelled += [f"{new[1]}antithetic", "False", flag]
         else:
-            respelled += [f"{old[1]}sampling", "independent" if old[2] else "antithetic"]
+            respelled.append(flag)
     return respelled
 
 

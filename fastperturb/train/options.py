@@ -239,7 +239,7 @@ class TrainOptions(DataOptions):
                 f"perturb.proposal={perturb.proposal!r} moves a latent z, and an edit has none: "
                 "leave it unset"
             )
-        if self.method == "discrete" and perturb.sampling not in (None, "independent"):
+        if self.method == "discrete" and perturb.sampling != "independent":
             raise ValueError(
                 f"perturb.sampling={perturb.sampling!r} is of a latent z, and an edit has none: "
                 "leave it unset"
