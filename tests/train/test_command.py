@@ -60,7 +60,7 @@ def test_early_stopping_keeps_the_best_model_and_the_last(folder, tmp_path):
         eval_every=1,
         early_stop=2,
         max_steps=40,
-        learning_rate=1.0,  # nothing gets better
+        learning_rate=3.0,  # nothing gets better
     )
     assert command(options) == 0
     results = json.loads((tmp_path / "results.json").read_text())
