@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import tiny
 
 from fastperturb import PerturbConfig
 
@@ -170,3 +171,12 @@ def test_the_sampling_of_a_config_can_be_replaced():
     assert not dataclasses.replace(pairs, sampling="independent").draws_pairs
     with pytest.raises(ValueError, match="leave antithetic unset"):
         dataclasses.replace(PerturbConfig(antithetic=True), sampling="stratified")
+
+
+def test_a_model_takes_another_sampling_for_a_while_whatever_its_spelling():
+    lm = tiny.perturbed(tiny.llama(), antithetic=True)
+    with lm.overriding(sampling="independent"):
+        assert not lm.config.draws_pairs
+    with lm.overriding(sampling="stratified"):
+        assert lm.config.strata() == 8
+    assert lm.config.draws_pairs

@@ -109,6 +109,8 @@ class WrappedModel(nn.Module):
     @contextlib.contextmanager
     def overriding(self, **changes: Any) -> Iterator[None]:
         """Replace these keys of the config within the body."""
+        if "sampling" in changes:
+            changes = {"antithetic": False, **changes}  # its old spelling, which would win
         before, self.config = self.config, dataclasses.replace(self.config, **changes)
         try:
             yield

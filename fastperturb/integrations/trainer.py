@@ -218,6 +218,8 @@ class PerturbTrainer(transformers.Trainer):
         _set_rows(inputs, self._global_index(len(self._eval_sums)) * self.args.eval_batch_size)
         seed = noise.fold_in(self.args.seed, EVALUATION)
         plan = {"estimator": "iwae", "plan": "chunked", "chunk_size": self.lm.samples_at_once()}
+        if self.lm.config.proposal != "prior" and self.lm.config.marginal == "token":
+            plan["proposal"] = "prior"  # as `lm.score` does
         with torch.no_grad(), self.lm.overriding(**plan):
             outputs = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)  # [B]
