@@ -137,7 +137,8 @@ def _groups(lm: WrappedModel, num_samples: int | None) -> tuple[int, dict[str, A
     if lm.config.draws_pairs:
         return 2, {}
     if size > 1:
-        return size, {"sampling": "stratified", "group_size": size, "num_samples": count}
+        samples = {"num_samples": count, "backward_samples": None}
+        return size, {"sampling": "stratified", "group_size": size, **samples}
     return 1, {"sampling": "independent", "group_size": None}
 
 

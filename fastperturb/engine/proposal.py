@@ -44,6 +44,11 @@ def check(lm: WrappedModel, batch: Batch) -> None:
             "proposal='gradient' draws latents by the labels, and the call has none: give labels, "
             "or use proposal='prior'"
         )
+    if batch.return_logits:
+        raise ValueError(
+            "return_logits=True with proposal='gradient' would return logits that know the labels: "
+            "use proposal='prior'"
+        )
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "proposal='gradient' takes gradients, which torch.inference_mode() rules out: use "
@@ -119,13 +124,16 @@ def log_weights(lm: WrappedModel, batch: Batch, samples: Tensor) -> Tensor:
         ratio = ratio * perturbed
     else:
         # A latent's weight counts from its first perturbed position on.
-        starts = _changes(owner)
-        is_first = perturbed & (_running(perturbed[None].float(), starts)[0] == 1)
+        runs = _changes(owner)
+        is_first = perturbed & (_running(perturbed[None].float(), runs)[0] == 1)
+        starts = starts & runs  # a label sees the latents of its whole document
         ratio = ratio.gather(2, owner.expand(count, -1, -1)) * is_first
     running = _running(ratio, starts)[..., :-1]  # label t + 1 depends on positions up to t
     if batch.marginal == "token":
         return running
     mask = batch.token_mask()
+    if not mask.shape[1]:  # rows of one token have no label
+        return running
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=device)).argmax(1)
     total = running.gather(2, last[None, :, None].expand(count, -1, 1))
     at_first = torch.zeros_like(running)

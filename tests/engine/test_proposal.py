@@ -219,6 +219,8 @@ def test_a_call_that_has_no_proposal_is_named(tmp_path):
     lm = proposing()
     with pytest.raises(ValueError, match="draws latents by the labels, and the call has none"):
         lm(batch()["input_ids"])
+    with pytest.raises(ValueError, match="logits that know the labels"):
+        lm(**batch(), return_logits=True)
     with pytest.raises(ValueError, match="inference_mode"), torch.inference_mode():
         lm(**batch())
     with pytest.raises(ValueError, match="standard errors are of samples from the prior"):
