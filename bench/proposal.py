@@ -68,7 +68,7 @@ def truth(lm: PerturbedLM, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tempered(weights: Tensor, least: int = 64) -> Tensor:
-    """Return the weights times the largest power of 1/2 that leaves `least` effective samples."""
+    """Return the weights times the largest power of 2/3 that leaves `least` effective samples."""
     factor = torch.ones_like(weights[0])
     for _ in range(20):
         effective = 1 / (factor * weights).softmax(0).square().sum(0)

@@ -245,19 +245,11 @@ class Sampler {
       return;
     }
     for (int64_t start = 0; start < counters_; start += LANES) {
-      const float* sign = &sign_[start];
       Words words;
       Latents latents;
       draw_words(start, words);
       to_latents<distribution>(words, latents);
-      float* z = noise_ + 4 * start;
-#pragma omp simd
-      for (int i = 0; i < LANES; ++i) {
-        z[4 * i] = latents[0][i] * sign[i];
-        z[4 * i + 1] = latents[1][i] * sign[i];
-        z[4 * i + 2] = latents[2][i] * sign[i];
-        z[4 * i + 3] = latents[3][i] * sign[i];
-      }
+      keep(start, latents);
     }
   }
 
@@ -287,14 +279,20 @@ class Sampler {
               stratified_latent<distribution>(stratum[i], words[lane][i], strata.count, share);
         }
       }
-      float* z = noise_ + 4 * start;
+      keep(start, latents);
+    }
+  }
+
+  // Writes the latents of LANES counters, with their samples' signs, in the order of r.
+  void keep(int64_t start, const Latents& latents) {
+    const float* sign = &sign_[start];
+    float* z = noise_ + 4 * start;
 #pragma omp simd
-      for (int i = 0; i < LANES; ++i) {
-        z[4 * i] = latents[0][i];
-        z[4 * i + 1] = latents[1][i];
-        z[4 * i + 2] = latents[2][i];
-        z[4 * i + 3] = latents[3][i];
-      }
+    for (int i = 0; i < LANES; ++i) {
+      z[4 * i] = latents[0][i] * sign[i];
+      z[4 * i + 1] = latents[1][i] * sign[i];
+      z[4 * i + 2] = latents[2][i] * sign[i];
+      z[4 * i + 3] = latents[3][i] * sign[i];
     }
   }
 

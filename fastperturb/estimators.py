@@ -373,12 +373,18 @@ def _over_groups(
 ) -> tuple[Tensor, Tensor]:
     """Return an equation's value and weights with stratified groups as its units.
 
-    A group's log-prob is log mean exp of its samples'. Groups are independent; their samples are
-    not.
+    Groups are independent; their samples are not.
     """
-    groups = log_probs.unflatten(0, (-1, strata))  # (units, G, ...)
-    value, weights = equation(groups.logsumexp(1) - math.log(strata))
-    return value, (weights.unsqueeze(1) * groups.softmax(1)).flatten(0, 1)
+    value, weights = equation(of_groups(log_probs, strata))
+    shares = log_probs.unflatten(0, (-1, strata)).softmax(1)  # (units, G, ...)
+    return value, (weights.unsqueeze(1) * shares).flatten(0, 1)
+
+
+def of_groups(log_probs: Tensor, size: int) -> Tensor:
+    """Return log mean exp of each group of `size` consecutive samples' log-probs [M, ...]."""
+    if size == 1:
+        return log_probs
+    return log_probs.unflatten(0, (-1, size)).logsumexp(1) - math.log(size)
 
 
 def _log_mean_exp(log_probs: Tensor) -> Tensor:

@@ -67,12 +67,12 @@ class Layout:
         roles: dict[str, Any] = dict(zip(ROLES[call.family], values, strict=True))
         self.U, self.V = roles["U"], roles.get("V")
         self.A, self.b, self.C = roles.get("A"), roles.get("b"), roles.get("C")
-        self.R = self.D if call.family == "diagonal" else self.U.shape[0]
+        self.R = call.latent_dim
         self.H = 1
         if self.C is not None:
             self.C, self.H = self.C.to(table.dtype), self.C.shape[0]
 
-        mean = self._mean(call)
+        mean = call.dense_mean()
         self.rho = call.embed_rms
         self.source = {
             "table_ptr": self.table,
@@ -100,15 +100,6 @@ class Layout:
             "SCOPE": call.scope,
             "NOISE": (call.latent, call.antithetic, call.strata, launch.has_fast_maths()),
         }
-
-    def _mean(self, call: EmbedCall) -> Tensor | None:
-        """Return the means of the latents, dense in R, or None for noise as it is."""
-        mean = call.latent_mean
-        if mean is not None:
-            return mean if mean.stride(-1) == 1 else mean.contiguous()
-        if call.latent_std == 1.0:
-            return None
-        return self.fp32(self.R).zero_().expand(self.B, self.T, self.R)
 
     def sums(self, *, per_sample: bool) -> Sums:
         return Sums(self.M, self.B, self.T) if per_sample else Sums(1, 1, self.N)

@@ -88,9 +88,7 @@ def diagonal_forward_kernel(
             b_z, b_pair, b_sign = tiles.latent_of_pair(
                 tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
             )
-            b_latent = b_z * b_sign[:, None]
-            if mean_ptr is not None:
-                b_latent = tiles.mean_tile(tokens, mean_ptr, b_d, D) + std * b_latent
+            b_latent = tiles.moved(tokens, b_z * b_sign[:, None], mean_ptr, std, b_d, D)
             b_shift = b_latent * b_s[None, :]
         else:
             b_shift = b_s[None, :] * tiles.latent_of_sequence(tokens, z_ptr, b_d, D)
@@ -174,9 +172,7 @@ def diagonal_backward_kernel(
                 b_z, b_pair, b_sign = tiles.latent_of_pair(
                     tokens, b_sample_ptr, block_d * BD, b_z, b_pair, NOISE
                 )
-                b_latent = b_z * b_sign[:, None]
-                if mean_ptr is not None:
-                    b_latent = tiles.mean_tile(tokens, mean_ptr, b_d, D) + std * b_latent
+                b_latent = tiles.moved(tokens, b_z * b_sign[:, None], mean_ptr, std, b_d, D)
                 b_grad_s += b_g * b_latent
             else:
                 b_grad_s += b_g * tiles.latent_of_sequence(tokens, sequence_ptr, b_d, D)

@@ -127,17 +127,21 @@ def latent_tile(
         STRATA,
         FAST,
     )
-    if mean_ptr is not None:
-        b_z = mean_tile(tokens, mean_ptr, first + tl.arange(0, BR), R) + std * b_z
-    return b_z
+    return moved(tokens, b_z, mean_ptr, std, first + tl.arange(0, BR), R)
 
 
 @triton.jit
-def mean_tile(tokens, mean_ptr, b_r, R: tl.constexpr):
-    """The means [BT, BR] of the latents, 0 for tokens that keep their embedding."""
-    b_mask = tokens.b_perturbed[:, None] & (b_r < R)[None, :]
-    pointers = mean_ptr + tokens.b_mean_offset[:, None] + b_r[None, :]
-    return tl.load(pointers, mask=b_mask, other=0.0)
+def moved(tokens, b_z, mean_ptr, std, b_r, R: tl.constexpr):
+    """The mean plus std times the noise [BT, BR], where there are means.
+
+    Tokens that keep their embedding have a mean of 0.
+    """
+    if mean_ptr is None:
+        return b_z
+    else:
+        b_mask = tokens.b_perturbed[:, None] & (b_r < R)[None, :]
+        pointers = mean_ptr + tokens.b_mean_offset[:, None] + b_r[None, :]
+        return tl.load(pointers, mask=b_mask, other=0.0) + std * b_z
 
 
 @triton.jit

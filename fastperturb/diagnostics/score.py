@@ -100,9 +100,7 @@ def score(
     if chunk_size is None:
         chunk_size = lm.samples_at_once()
     group_size, drawn = _groups(lm, sampling["num_samples"])
-    changes = {"estimator": "iwae", "plan": "chunked", "chunk_size": chunk_size, **drawn}
-    if lm.config.marginal == "token" and lm.config.proposal != "prior":
-        changes["proposal"] = "prior"  # one that knows a row's labels only adds noise to each token
+    changes = without_gradient(lm, chunk_size) | drawn
     with lm.at_temperature(temperature), lm.overriding(**changes):
         output = lm(**inputs | {"labels": labels, **sampling})
     log_probs = output.log_probs
@@ -115,6 +113,14 @@ def score(
     if lm.config.marginal == "sequence" and len(log_probs) >= _FEW:
         _warn_of_few_effective_samples(result)
     return result
+
+
+def without_gradient(lm: WrappedModel, chunk_size: int) -> dict[str, Any]:
+    """Return the keys of the config under which samples are scored, so many at a time."""
+    changes: dict[str, Any] = {"estimator": "iwae", "plan": "chunked", "chunk_size": chunk_size}
+    if lm.config.marginal == "token" and lm.config.proposal != "prior":
+        changes["proposal"] = "prior"  # one that knows a row's labels only adds noise to each token
+    return changes
 
 
 def _warn_of_few_effective_samples(score: Score) -> None:
@@ -176,10 +182,7 @@ def summarise(
         # In fp32 a sum of thousands is rounded by more than the samples differ.
         events = log_probs.sum(-1, keepdim=True, dtype=torch.float64)
         mask, owners = mask.any(-1, keepdim=True), owners[:, :1]
-    independent = events
-    if group_size > 1:
-        groups = events.unflatten(0, (-1, group_size))
-        independent = groups.logsumexp(1) - math.log(group_size)
+    independent = estimators.of_groups(events, group_size)
     log_marginal, jackknife = _marginals(independent, mask)
     influence = (independent.softmax(0) - 1 / len(independent)).where(mask, 0.0)
     per_row = _sum_by(owners, influence.double())

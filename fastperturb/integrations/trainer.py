@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastperturb import noise
 from fastperturb.checkpoint.format import Checkpoint
 from fastperturb.config import TELESCOPES
+from fastperturb.diagnostics.score import without_gradient
 from fastperturb.engine.adapters import is_adapted
 from fastperturb.engine.batch import IGNORED
 from fastperturb.engine.positions import document_starts
@@ -217,10 +218,8 @@ class PerturbTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         _set_rows(inputs, self._global_index(len(self._eval_sums)) * self.args.eval_batch_size)
         seed = noise.fold_in(self.args.seed, EVALUATION)
-        plan = {"estimator": "iwae", "plan": "chunked", "chunk_size": self.lm.samples_at_once()}
-        if self.lm.config.proposal != "prior" and self.lm.config.marginal == "token":
-            plan["proposal"] = "prior"  # as `lm.score` does
-        with torch.no_grad(), self.lm.overriding(**plan):
+        changes = without_gradient(self.lm, self.lm.samples_at_once())
+        with torch.no_grad(), self.lm.overriding(**changes):
             outputs = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)  # [B]
         nll = -outputs.log_marginal.reshape(len(tokens), -1).sum(1)

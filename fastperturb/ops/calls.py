@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastperturb.transforms import FAMILIES
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -51,6 +53,21 @@ class EmbedCall(NamedTuple):
     def projection_width(self) -> int | None:
         """Return H of the projection (e / rho) A [N, H], or None for a family without A."""
         return self.parameters[-1].shape[0] if self.family in ("gated", "mlp") else None
+
+    @property
+    def latent_dim(self) -> int:
+        """Return R, the number of entries of a latent."""
+        return self.parameters[FAMILIES[self.family].latent_parameter].shape[0]
+
+    def dense_mean(self) -> Tensor | None:
+        """Return the means [B, T, R] with dense rows for kernels; None where z is the noise."""
+        mean = self.latent_mean
+        if mean is not None:
+            return mean if mean.stride(-1) == 1 else mean.contiguous()
+        if self.latent_std == 1.0:
+            return None
+        zeros = torch.zeros(self.latent_dim, device=self.table.device)
+        return zeros.expand(*self.positions.shape, -1)
 
 
 class Embedded(NamedTuple):

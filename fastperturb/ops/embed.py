@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ from fastperturb.ops.calls import EmbedCall, schema
 from fastperturb.transforms import Transform
 
 
+class EmbedOptions(TypedDict, total=False):
+    """The options that perturb_embed and its per-sample gradients take."""
+
+    rows: Tensor | None
+    positions: Tensor | None
+    antithetic: bool
+    strata: int
+    latent_mean: Tensor | None
+    latent_std: float
+    perturb_mask: Tensor | None
+
+
 @overload
 def perturb_embed(
     ids: Tensor,
@@ -29,14 +41,8 @@ def perturb_embed(
     seed: int | Tensor,
     samples: int | Tensor,
     *,
-    rows: Tensor | None = None,
-    positions: Tensor | None = None,
-    antithetic: bool = False,
-    strata: int = 1,
-    latent_mean: Tensor | None = None,
-    latent_std: float = 1.0,
-    perturb_mask: Tensor | None = None,
     return_shift: Literal[False] = False,
+    **options: Unpack[EmbedOptions],
 ) -> Tensor: ...
 
 
@@ -48,14 +54,8 @@ def perturb_embed(
     seed: int | Tensor,
     samples: int | Tensor,
     *,
-    rows: Tensor | None = None,
-    positions: Tensor | None = None,
-    antithetic: bool = False,
-    strata: int = 1,
-    latent_mean: Tensor | None = None,
-    latent_std: float = 1.0,
-    perturb_mask: Tensor | None = None,
     return_shift: Literal[True],
+    **options: Unpack[EmbedOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -116,34 +116,15 @@ def perturb_embed_per_sample_grad(
     transform: Transform,
     seed: int | Tensor,
     samples: int | Tensor,
-    *,
-    rows: Tensor | None = None,
-    positions: Tensor | None = None,
-    antithetic: bool = False,
-    strata: int = 1,
-    latent_mean: Tensor | None = None,
-    latent_std: float = 1.0,
-    perturb_mask: Tensor | None = None,
+    **options: Unpack[EmbedOptions],
 ) -> dict[str, Tensor]:
     """Return every parameter's gradient from each sample and batch row alone, {name: [M, B, ...]}.
 
-    grad: the upstream gradient [M, B, T, D] of `perturb_embed` with the same arguments. The sums
-    over M and B are its parameter gradients; the parts are the estimating equation's psi.
+    grad: the upstream gradient [M, B, T, D] of `perturb_embed` with the same arguments, which are
+    documented there. The sums over M and B are its parameter gradients; the parts are the
+    estimating equation's psi.
     """
-    call = _call(
-        ids,
-        table,
-        transform,
-        seed,
-        samples,
-        rows=rows,
-        positions=positions,
-        antithetic=antithetic,
-        strata=strata,
-        latent_mean=latent_mean,
-        latent_std=latent_std,
-        perturb_mask=perturb_mask,
-    )
+    call = _call(ids, table, transform, seed, samples, **options)
     shape = (*call.samples.shape, call.positions.shape[1], call.table.shape[-1])
     if grad.shape != shape or not grad.is_floating_point() or grad.device != call.table.device:
         raise ValueError(
@@ -178,13 +159,13 @@ def _call(
     seed: int | Tensor,
     samples: int | Tensor,
     *,
-    rows: Tensor | None,
-    positions: Tensor | None,
-    antithetic: bool,
-    strata: int,
-    latent_mean: Tensor | None,
-    latent_std: float,
-    perturb_mask: Tensor | None,
+    rows: Tensor | None = None,
+    positions: Tensor | None = None,
+    antithetic: bool = False,
+    strata: int = 1,
+    latent_mean: Tensor | None = None,
+    latent_std: float = 1.0,
+    perturb_mask: Tensor | None = None,
 ) -> EmbedCall:
     """Validate the arguments and lay them out for the op."""
     embeddings = _check_embeddings(ids, table, transform)

@@ -1,5 +1,7 @@
 """The gradient proposal: exact by quadrature, the same under every plan, rejected by name."""
 
+from unittest import mock
+
 import pytest
 import tiny
 import tiny_run
@@ -81,19 +83,15 @@ def test_more_steps_end_where_the_labels_are_more_likely():
 
 def _mean(lm, inputs):
     """Return mu [B, T, R] of a call."""
-    caught = []
-    original = proposal.fitted_mean
+    means = []
 
-    def catch(*arguments):
-        caught.append(original(*arguments))
-        return caught[-1]
+    def fitted_mean(*arguments, fit=proposal.fitted_mean):
+        means.append(fit(*arguments))
+        return means[-1]
 
-    proposal.fitted_mean = catch
-    try:
+    with mock.patch.object(proposal, "fitted_mean", fitted_mean):
         lm(**inputs, seed=5)
-    finally:
-        proposal.fitted_mean = original
-    return caught[0]
+    return means[0]
 
 
 @pytest.mark.parametrize("estimator", ["iwae", "jvi_clip", "resample", "mlmc"])
@@ -101,7 +99,7 @@ def _mean(lm, inputs):
 def test_plans_and_chunks_have_one_loss_and_one_gradient(scope, estimator):
     base = llama()
     first = proposing(base)
-    found = []
+    results = []
     for plan, size in (("batched", None), ("chunked", 1), ("chunked", 3)):
         if estimator == "resample":
             plan = "auto"
@@ -116,12 +114,12 @@ def test_plans_and_chunks_have_one_loss_and_one_gradient(scope, estimator):
         lm.transform.load_state_dict(first.transform.state_dict())
         out = lm(**batch(length=6), seed=5)
         out.loss.backward()
-        found.append((out.loss.detach(), lm.transform.U.grad))
+        results.append((out.loss.detach(), lm.transform.U.grad))
         assert base.lm_head.weight.grad is not None
         base.zero_grad()
-    for loss, gradient in found[1:]:
-        torch.testing.assert_close(loss, found[0][0])
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-4, atol=1e-6)
+    for loss, gradient in results[1:]:
+        torch.testing.assert_close(loss, results[0][0])
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["token", "sequence"])
@@ -135,12 +133,8 @@ def test_packed_documents_have_the_weights_of_documents_alone(scope):
     mean = torch.randn(2, 5, 3) if scope == "token" else torch.randn(2, 1, 3).expand(-1, 5, -1)
 
     def weights(inputs, mean):
-        original = proposal.fitted_mean
-        proposal.fitted_mean = lambda *arguments: mean
-        try:
+        with mock.patch.object(proposal, "fitted_mean", lambda *arguments: mean):
             return lm(**inputs, seed=5)
-        finally:
-            proposal.fitted_mean = original
 
     alone = weights({"input_ids": ids, "labels": labels}, mean)
     packed = weights(

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastperturb.ops.calls import EmbedCall, Embedded
-from fastperturb.transforms import FAMILIES
 
 
 def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
@@ -110,7 +109,7 @@ class _Inputs:
             call.embed_rms.float(),
             call.family,
             (call.latent, call.scope == "sequence", call.antithetic, call.strata),
-            _mean(call),
+            call.dense_mean(),
             call.latent_std,
         )
 
@@ -153,17 +152,6 @@ class _Inputs:
         weights = self.weights(backward=backward)
         tensors = (self.source, self.ids, self.mask, *self.numbers, weights, per_token)
         return (*tensors, self.family, *self.options, self.mean, self.deviation)
-
-
-def _mean(call: EmbedCall) -> Tensor | None:
-    """Return the mean of the latents as the kernels read it: None for noise as it is."""
-    mean = call.latent_mean
-    if mean is not None:
-        return mean if mean.stride(-1) == 1 else mean.contiguous()
-    if call.latent_std == 1.0:
-        return None
-    latent_dim = call.parameters[FAMILIES[call.family].latent_parameter].shape[0]
-    return torch.zeros(latent_dim).expand(*call.positions.shape, -1)
 
 
 def _gradients(

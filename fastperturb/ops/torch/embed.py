@@ -99,7 +99,7 @@ def _latent(call: EmbedCall) -> Tensor:
         call.samples,
         call.rows,
         call.positions,
-        latent_dim=call.parameters[FAMILIES[call.family].latent_parameter].shape[0],
+        latent_dim=call.latent_dim,
         latent=call.latent,
         scope=call.scope,
         antithetic=call.antithetic,
