@@ -68,6 +68,28 @@ def test_the_weighted_mean_over_the_proposal_is_the_marginal(scope, marginal, mo
     torch.testing.assert_close(events["gradient"], events["prior"], rtol=0, atol=1e-4)
 
 
+def test_a_label_that_sees_two_latents_has_the_weights_of_both(monkeypatch):
+    """Row ids change inside one document, so its later labels depend on the latents of both ids."""
+    lm = proposing(scope="sequence")
+    inputs = {**batch(length=5, size=1), "rows": torch.tensor([[0, 0, 1, 1, 1]])}
+    line = torch.linspace(-7, 7, 141, dtype=torch.float64)
+    points = torch.cartesian_prod(line, line)  # of ids 0 and 1
+    log_chances = (-points.square() / 2).sum(-1).log_softmax(0)
+
+    def noise(seed, m, b, t, **options):
+        return points[m[:, 0]][:, b[0]].float()[:, None, :, None]
+
+    monkeypatch.setattr("fastperturb.noise.draw_latent", noise)
+    marginals = []
+    for name in ("gradient", "prior"):
+        with lm.overriding(proposal=name), dispatch.only("torch"), torch.no_grad():
+            output = lm(**inputs, num_samples=len(points), seed=5)
+        weights = 0.0 if output.log_weights is None else output.log_weights.double()
+        log_probs = output.log_probs.double() + weights + log_chances[:, None, None]
+        marginals.append(log_probs.logsumexp(0))
+    torch.testing.assert_close(*marginals, rtol=0, atol=2e-4)  # fp32 log-probs, a coarse grid
+
+
 def test_more_steps_end_where_the_labels_are_more_likely():
     lm = proposing(scope="sequence", marginal="sequence", latent_dim=8)
     values = []
