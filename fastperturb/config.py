@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,19 +71,23 @@ class PerturbConfig:
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
     sampling: str = "independent"
-    """Joint law of the samples: independent, antithetic (pairs z, -z) or stratified (in groups)."""
+    """How samples are drawn together: independent, antithetic (pairs z, -z), or stratified, in
+    groups spread evenly over the latent's distribution: the most accurate for the same cost."""
 
     group_size: int | None = None
     """Number of samples in a stratified group; None means the largest that num_samples allows."""
 
     proposal: str = "prior"
-    """Where latents are drawn: prior, or gradient, around where the labels are likely, weighted."""
+    """Distribution that latents are drawn from: prior, the latent's own; or gradient, a normal one
+    around where a row's labels are likely, with weights that leave the marginal exact. It serves
+    marginal='sequence', whose samples otherwise hardly matter but for one or two."""
 
     proposal_steps: int = 4
-    """Number of gradient steps to that place, each a forward and backward of one sample."""
+    """Number of gradient steps by which proposal='gradient' finds that place in every batch; each
+    costs what a sample costs."""
 
     antithetic: bool | None = False
-    """Old spelling of sampling: True is antithetic."""
+    """Old spelling: while it is True, sampling is antithetic; set sampling instead."""
 
     deterministic: bool = False
     """Make z a fixed function of the token's id (with scope sequence: one z for all tokens): a
@@ -146,19 +151,37 @@ class PerturbConfig:
             )
         if self.group_size is None:
             return
-        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
+        if self.group_size not in GROUP_SIZES or type(self.group_size) is not int:
             raise ValueError(
                 f"group_size must be one of {GROUP_SIZES} or None, got {self.group_size!r}"
             )
         if self.sampling != "stratified":
             raise ValueError(
-                f"group_size={self.group_size} is of sampling='stratified', got "
-                f"sampling={self.sampling!r}"
+                f"group_size={self.group_size} is the size of stratified groups, got "
+                f"sampling={self.sampling!r}: set sampling='stratified', or leave group_size unset"
             )
 
     def _check_proposal(self) -> None:
-        if self.proposal == "prior":
-            return
+        if self.proposal != "prior" and (reason := self._reason_against_proposals()):
+            raise ValueError(f"proposal={self.proposal!r} {reason}; use proposal='prior'")
+
+    def warn_of_proposal(self, *, stacklevel: int) -> None:
+        """Warn of training by a proposal that gains nothing for its cost."""
+        if self.proposal != "prior" and self.marginal == "token":
+            warnings.warn(
+                f"proposal={self.proposal!r} moves latents to where a whole row is likely, which "
+                "helps the probability of the row and not of each token, at the cost of "
+                f"proposal_steps={self.proposal_steps} samples: use marginal='sequence', or "
+                "proposal='prior'",
+                stacklevel=stacklevel,
+            )
+
+    @property
+    def can_propose(self) -> bool:
+        """True if proposal='gradient' is possible with all else as it is."""
+        return self._reason_against_proposals() is None
+
+    def _reason_against_proposals(self) -> str | None:
         reason = None
         if self.latent != "gaussian":
             reason = f"moves a gaussian latent, got latent={self.latent!r}"
@@ -169,8 +192,7 @@ class PerturbConfig:
                 "weighs log-probs, and the quadratic estimator takes whole distributions, got "
                 f"estimator={self.estimator!r}"
             )
-        if reason:
-            raise ValueError(f"proposal={self.proposal!r} {reason}; use proposal='prior'")
+        return reason
 
     @property
     def draws_pairs(self) -> bool:
@@ -205,14 +227,14 @@ class PerturbConfig:
         """Return `strata` for a mean that comes with a Monte-Carlo error, which compares groups.
 
         There are 8 groups or more, or as many of 4 and 2 as samples allow; where they allow
-        neither, samples are independent.
+        neither, samples are independent. A group is no larger than group_size.
         """
-        if self.group_size is not None:
-            return self.strata_of_mean(num_samples, 2)
         if self.sampling != "stratified":
             return self.strata_of_mean(num_samples)
+        check_num_samples("iwae", num_samples)
         sizes = (largest_group(num_samples, groups) for groups in (8, 4, 2))
-        return next((size for size in sizes if size > 1), 1)
+        size = next((size for size in sizes if size > 1), 1)
+        return min(size, self.group_size or size)
 
     @property
     def equations(self) -> dict[str, float]:

@@ -300,11 +300,18 @@ def telescope_of(config: Any, num_samples: int | None = None) -> Telescope | Non
 
 
 def expected_samples(config: Any, num_samples: int | None = None) -> float:
-    """Return the mean number of samples of a batch row, to which the cost of training is due."""
+    """Return the mean number of samples of a batch row, to which the cost of training is due.
+
+    A step of a proposal costs what a sample costs, and counts as one.
+    """
     telescope = telescope_of(config, num_samples)
-    if telescope is not None:
-        return telescope.expected_draws
-    return config.num_samples if num_samples is None else num_samples
+    count = config.num_samples if num_samples is None else num_samples
+    return (telescope.expected_draws if telescope else count) + proposal_steps(config)
+
+
+def proposal_steps(config: Any) -> int:
+    """Return the number of passes of one sample before those of a call, for its proposal."""
+    return 0 if config.proposal == "prior" else config.proposal_steps
 
 
 def effective_samples(log_probs: Tensor) -> Tensor:

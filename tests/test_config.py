@@ -140,9 +140,10 @@ def test_a_group_size_that_is_given_is_kept_for_calls_with_other_numbers_of_samp
         ({"num_samples": 2, "estimator": "quadratic"}, "at least 4 for 2 groups.*got 2"),
         ({"group_size": 8, "estimator": "jvi_clip"}, "at least 16 for 2 groups.*got 8"),
         ({"group_size": 3}, "group_size must be one of .*got 3"),
+        ({"group_size": 4.0}, "group_size must be one of .*got 4.0"),
         ({"group_size": 512}, "group_size must be one of .*got 512"),
         ({"deterministic": True}, "deterministic=True has only one"),
-        ({"sampling": "independent", "group_size": 4}, "group_size=4 is of sampling='stratified'"),
+        ({"sampling": "independent", "group_size": 4}, "set sampling='stratified', or leave group"),
         ({"sampling": "strata"}, "sampling must be one of .*did you mean 'stratified'"),
         ({"antithetic": True}, "antithetic=True is the old spelling of sampling='antithetic'"),
     ],
@@ -180,3 +181,8 @@ def test_a_model_takes_another_sampling_for_a_while_whatever_its_spelling():
     with lm.overriding(sampling="stratified"):
         assert lm.config.strata() == 8
     assert lm.config.draws_pairs
+    with (
+        pytest.raises(ValueError, match="no key 'sampler' .did you mean 'sampling'"),
+        lm.overriding(sampler="stratified"),
+    ):
+        pass

@@ -9,6 +9,7 @@ import importlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,17 @@ def parse(options_class: type, argv: list[str], *, prog: str) -> Any:
     known, flags = parser.parse_known_args(argv)
     # In the description because tyro never sees the flag.
     about = "--config FILE.yaml sets options by name from a file; flags given here win."
+    default = None
+    if known.config is not None:
+        with warnings.catch_warnings():  # those of the final options are enough
+            warnings.simplefilter("ignore")
+            default = option_files.load(known.config, options_class)
     return tyro.cli(
         options_class,
         prog=prog,
         description=f"{options_class.__doc__} {about}",
         args=_respelled(flags),
-        default=None if known.config is None else option_files.load(known.config, options_class),
+        default=default,
     )
 
 

@@ -13,7 +13,8 @@ backward, and with the examples. Over a few seeds, on one batch, traces of varia
 and the batch's own signal is |E g|^2 = |mean g|^2 - tr Var g / repeats. A step of resample costs
 2M + 4K and has a variance of latents + data + resampling / K; their product is least at
 K = sqrt(c M / 2), c = resampling / (latents + data). While all samples weigh alike, resampling is
-about M - 1 latents: resample pays where the data's part is even larger.
+about M - 1 latents: resample pays where the data's part is even larger. Each of a proposal's P
+steps costs 4 more, in every estimator's step, and M is M + 2P in the best K.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class GradientNoise:
 
     data_noise: the data's part of the variance, in units of iwae's latents; 0 if B = 1.
     draw_noise: c, the variance that `resample` adds with K = 1, in units of latents plus data.
-    backward_samples: the best K for `resample` at equal flops, sqrt(c M / 2).
+    backward_samples: the best K for `resample` at equal flops, sqrt(c M / 2) without a proposal.
     """
 
     rows: list[Row]
@@ -105,11 +106,12 @@ def gradient_noise(
         )
     data = _data_variance(step, measures)
     draw_noise = measures.resampling.mean_square / (latents + data)
+    scored = M + 2 * estimators.proposal_steps(lm.config)
     return GradientNoise(
         rows=_rows(lm, measures, data, M),
         data_noise=data / latents,
         draw_noise=draw_noise,
-        backward_samples=estimators.default_backward_samples(M, None, draw_noise),
+        backward_samples=estimators.default_backward_samples(M, None, draw_noise * scored / M),
     )
 
 
@@ -220,7 +222,7 @@ def _measure(
 
 def _rows(lm: WrappedModel, measures: _Measures, data: float, M: int) -> list[Row]:
     """Return a row for each estimator, and for resample at each power of two up to M."""
-    iwae = measures.iwae
+    iwae, steps = measures.iwae, estimators.proposal_steps(lm.config)
 
     def at_equal_flops(signal: float, variance: float, cost: float) -> float:
         # A signal of 0 is hidden by the noise, so how it compares with iwae's is not known.
@@ -228,19 +230,20 @@ def _rows(lm: WrappedModel, measures: _Measures, data: float, M: int) -> list[Ro
         if signal and iwae.signal:
             scale = iwae.signal / signal
         total = variance * scale + data
-        return (iwae.variance + data) / total * 4 * M / cost if total else math.inf
+        return (iwae.variance + data) / total * 4 * (M + steps) / cost if total else math.inf
 
     rows = []
     for name, plan, moment in zip(measures.estimators, measures.plans, measures.moments):
         signal, variance = moment.signal, moment.variance
         config = dataclasses.replace(lm.config, estimator=name, plan="auto")
-        cost = (6 if plan == "chunked" else 4) * estimators.expected_samples(config, M)
+        samples = estimators.expected_samples(config, M) - steps
+        cost = (6 if plan == "chunked" else 4) * samples + 4 * steps
         gain = at_equal_flops(signal, variance, cost)
         rows.append(Row(name, None, signal, variance, plan, cost, gain))
     for kept in (2**k for k in range(M.bit_length())):
         variance = iwae.variance + measures.resampling.mean_square / kept
         again = 6 if kept > (lm.config.chunk_size or kept) else 4
-        cost = 2 * M + again * kept
+        cost = 2 * M + again * kept + 4 * steps
         gain = at_equal_flops(iwae.signal, variance, cost)
         rows.append(Row("resample", kept, iwae.signal, variance, "resample", cost, gain))
     return rows

@@ -99,8 +99,8 @@ def score(
         labels = _own_labels(*(inputs[k] for k in ("input_ids", "attention_mask", "position_ids")))
     if chunk_size is None:
         chunk_size = lm.samples_at_once()
-    group_size, drawn = _groups(lm, sampling["num_samples"])
-    changes = without_gradient(lm, chunk_size) | drawn
+    num_samples = sampling["num_samples"]
+    group_size, changes = _groups(lm, num_samples)[0], for_scoring(lm, num_samples, chunk_size)
     with lm.at_temperature(temperature), lm.overriding(**changes):
         output = lm(**inputs | {"labels": labels, **sampling})
     log_probs = output.log_probs
@@ -110,28 +110,36 @@ def score(
     if rows is None:
         rows = torch.arange(len(labels), device=labels.device)
     result = summarise(log_probs, labels, rows, marginal=lm.config.marginal, group_size=group_size)
-    if lm.config.marginal == "sequence" and len(log_probs) >= _FEW:
-        _warn_of_few_effective_samples(result)
+    if lm.config.marginal == "sequence" and len(log_probs) > 1:
+        _warn_of_few_effective_samples(lm.config, result, len(log_probs))
     return result
 
 
-def without_gradient(lm: WrappedModel, chunk_size: int) -> dict[str, Any]:
+def for_scoring(lm: WrappedModel, num_samples: int | None, chunk_size: int) -> dict[str, Any]:
     """Return the keys of the config under which samples are scored, so many at a time."""
     changes: dict[str, Any] = {"estimator": "iwae", "plan": "chunked", "chunk_size": chunk_size}
     if lm.config.marginal == "token" and lm.config.proposal != "prior":
         changes["proposal"] = "prior"  # one that knows a row's labels only adds noise to each token
-    return changes
+    return changes | _groups(lm, num_samples)[1]
 
 
-def _warn_of_few_effective_samples(score: Score) -> None:
+def _warn_of_few_effective_samples(config: Any, score: Score, num_samples: int) -> None:
     labelled = score.ess > 0
-    if labelled.any() and score.ess[labelled].mean() < _FEW:
-        warnings.warn(
-            f"on average fewer than {_FEW} effective samples have a sequence's probability (ess): "
-            "the marginal comes out too low, and its error too small; use proposal='gradient', "
-            "more proposal_steps or more samples",
-            stacklevel=5,
-        )
+    if not labelled.any():
+        return
+    ess = score.ess[labelled].mean().item()
+    if ess >= min(_FEW, num_samples / 2):
+        return
+    remedy = "use more samples"
+    if config.proposal != "prior":
+        remedy = "use more proposal_steps or more samples"
+    elif isinstance(config, PerturbConfig) and config.can_propose:
+        remedy = "use proposal='gradient' or more samples"
+    warnings.warn(
+        f"on average {ess:.1f} of {num_samples} samples have a sequence's probability (ess): the "
+        f"marginal comes out too low, and its error too small; {remedy}",
+        stacklevel=5,
+    )
 
 
 def _groups(lm: WrappedModel, num_samples: int | None) -> tuple[int, dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastperturb.config import check_keys
 from fastperturb.engine.architectures import CausalLM, understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.sample_split import SampleSplit
@@ -109,6 +110,7 @@ class WrappedModel(nn.Module):
     @contextlib.contextmanager
     def overriding(self, **changes: Any) -> Iterator[None]:
         """Replace these keys of the config within the body."""
+        check_keys(type(self.config), changes)
         if "sampling" in changes:
             changes = {"antithetic": False, **changes}  # its old spelling, which would win
         before, self.config = self.config, dataclasses.replace(self.config, **changes)

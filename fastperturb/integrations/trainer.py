@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from fastperturb import noise
 from fastperturb.checkpoint.format import Checkpoint
-from fastperturb.config import TELESCOPES
-from fastperturb.diagnostics.score import without_gradient
+from fastperturb.config import TELESCOPES, PerturbConfig
+from fastperturb.diagnostics.score import for_scoring
 from fastperturb.engine.adapters import is_adapted
 from fastperturb.engine.batch import IGNORED
 from fastperturb.engine.positions import document_starts
@@ -66,6 +66,8 @@ class PerturbTrainer(transformers.Trainer):
         super().__init__(model if model is None else _as_trainer_view(model), *args, **options)
         self._reject_unsupported()
         self._warn_of_clipping()
+        if isinstance(self.lm.config, PerturbConfig):
+            self.lm.config.warn_of_proposal(stacklevel=3)
         # Sums of ess, shift and 1 since the last log.
         self._log_sums = torch.zeros(3, device=self.args.device)
         self._eval_sums: list[Tensor] = []  # of the batches of an evaluation
@@ -218,7 +220,7 @@ class PerturbTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         _set_rows(inputs, self._global_index(len(self._eval_sums)) * self.args.eval_batch_size)
         seed = noise.fold_in(self.args.seed, EVALUATION)
-        changes = without_gradient(self.lm, self.lm.samples_at_once())
+        changes = for_scoring(self.lm, self.num_eval_samples, self.lm.samples_at_once())
         with torch.no_grad(), self.lm.overriding(**changes):
             outputs = model(**{"seed": seed, **inputs}, num_samples=self.num_eval_samples)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1)  # [B]

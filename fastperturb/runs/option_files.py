@@ -58,14 +58,31 @@ def from_mapping(content: Any, options_class: type, where: str) -> Any:
         if name in values:
             raise ValueError(f"{where}: option {key!r} is given twice; remove one of them")
         values[name] = _value(value, hints[name], f"{where}: {key}")
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            values[name] = tyro.MISSING  # a flag may set it
+    missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
+    if missing:  # flags may set them, and only the whole can be validated
+        return _unvalidated(options_class, values | dict.fromkeys(missing, tyro.MISSING))
     try:
         return options_class(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _unvalidated(options_class: type, values: dict[str, Any]) -> Any:
+    """Return an instance with these values and the others' defaults, as none is made to be used."""
+    options = object.__new__(options_class)
+    for field in dataclasses.fields(options_class):
+        if field.name in values:
+            value = values[field.name]
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = field.default
+        object.__setattr__(options, field.name, value)
+    return options
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:

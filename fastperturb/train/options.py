@@ -206,6 +206,8 @@ class TrainOptions(DataOptions):
         self._check_method()
         self._check_evaluation()
         self._warn_of_telescopes()
+        if self.perturbs_evaluation:
+            self.perturb.warn_of_proposal(stacklevel=4)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a fraction of the steps in [0, 1), got {self.warmup}")
         if self.streaming and self.max_steps is None:
@@ -308,7 +310,14 @@ class TrainOptions(DataOptions):
 
         before: the `to_dict` of the run that wrote the checkpoint.
         """
-        before, now = _flat(before), _flat(self.to_dict())
+        perturb = before["perturb"]
+        if perturb["deterministic"] and perturb["scope"] == "token" and "sampling" not in perturb:
+            raise ValueError(
+                f"{checkpoint} is of an earlier version, in which perturb.deterministic=True was "
+                "one latent for all tokens, as perturb.scope='sequence' has it today: start anew, "
+                "in another output_dir or with overwrite"
+            )
+        before, now = _comparable(before), _comparable(self.to_dict())
         changed = {
             name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted(before.keys() | now.keys())
@@ -342,6 +351,26 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
             flat[name] = value
     return flat
 
+
+def _comparable(options: dict[str, Any]) -> dict[str, Any]:
+    """Return flat options in today's words, from a run of this version or an earlier one.
+
+    Options that came later have the value that stands for what was done before.
+    """
+    flat = {**_BEFORE_OPTIONS, **_flat(options)}
+    if flat.pop("perturb.antithetic", False):
+        flat["perturb.sampling"] = "antithetic"
+    if flat.get("method") != "discrete":
+        flat = {name: value for name, value in flat.items() if not name.startswith("edit_")}
+    return flat
+
+
+_BEFORE_OPTIONS = {
+    "perturb.sampling": "independent",
+    "perturb.group_size": None,
+    "perturb.proposal": "prior",
+    "perturb.proposal_steps": PerturbConfig.proposal_steps,
+}
 
 # Options that do not affect results, but for rounding and dropout, may change when a run
 # continues. (data is checked by its content.)

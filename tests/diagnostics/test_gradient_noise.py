@@ -163,6 +163,15 @@ def test_costs_follow_the_plan_and_gains_follow_the_costs():
     assert "resample K=8" in str(report) and len(str(report).splitlines()) == 8
 
 
+def test_a_proposal_costs_its_steps_in_every_row():
+    lm = perturbed(num_samples=4, scope="sequence", proposal="gradient", proposal_steps=3)
+    report = lm.gradient_noise(**batch(), repeats=2, estimators=["sumo"], seed=5)
+    telescope = estimators.Telescope("sumo", 4)
+    costs = [row.cost for row in report.rows]
+    assert costs == pytest.approx([28, 4 * telescope.expected_draws + 12, 24, 28, 36])
+    assert report.rows[0].at_equal_flops == 1
+
+
 def test_chunked_plan_costs_more_and_has_the_same_variance():
     plain, chunked = perturbed(), perturbed(plan="chunked", chunk_size=2)
     tables = [by_name(lm.gradient_noise(**batch(), repeats=3, seed=6)) for lm in (plain, chunked)]

@@ -11,6 +11,9 @@ from batches import IGNORED, labelled
 from fastperturb import PerturbConfig, estimators, wrap
 from fastperturb.diagnostics.score import summarise
 
+# A few samples of a sequence are of few effective ones.
+pytestmark = pytest.mark.filterwarnings("ignore:on average .* samples have a sequence")
+
 V = 31
 
 
@@ -171,8 +174,7 @@ def test_a_stratified_score_leaves_eight_groups_or_as_many_as_there_can_be():
         assert score.nll_standard_error.isnan() == (num_samples == 1)
     fixed = four_valued(sampling="stratified", group_size=4)
     assert fixed.score(ids, num_samples=64, seed=5).curve.num_samples == [4, 8, 16, 32, 64]
-    with pytest.raises(ValueError, match="at least 8 for 2 groups"):
-        fixed.score(ids, num_samples=4)
+    assert fixed.score(ids, num_samples=4, seed=5).curve.num_samples == [2, 4]
 
 
 def test_standard_errors_of_stratified_samples_are_calibrated_by_groups_alone():

@@ -209,10 +209,21 @@ def test_score_takes_the_proposal_for_sequences_and_the_prior_for_tokens():
     assert torch.equal(token.score(**inputs, num_samples=8, seed=5).nll, expected.nll)
 
 
-def test_a_sequence_score_of_few_effective_samples_warns():
-    lm = proposing(scope="sequence", marginal="sequence", init_scale=3.0, proposal="prior")
-    with pytest.warns(UserWarning, match="fewer than 10 effective samples"):
-        lm.score(**batch(length=12), num_samples=16, seed=5)
+@pytest.mark.parametrize("num_samples", [8, 16])
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"proposal": "prior"}, "use proposal='gradient' or more samples"),
+        ({"proposal": "prior", "latent": "uniform"}, "too small; use more samples"),
+        ({"proposal_steps": 1}, "use more proposal_steps or more samples"),
+    ],
+)
+def test_a_sequence_score_of_few_effective_samples_warns_with_what_helps(
+    options, remedy, num_samples
+):
+    lm = proposing(scope="sequence", marginal="sequence", init_scale=6.0, **options)
+    with pytest.warns(UserWarning, match=f"of {num_samples} samples have .*{remedy}"):
+        lm.score(**batch(length=12), num_samples=num_samples, seed=5)
 
 
 @pytest.mark.parametrize(

@@ -248,17 +248,19 @@ def test_resuming_from_a_checkpoint_of_another_model_raises(tmp_path):
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
-def test_evaluation_is_the_score_of_the_whole_set_for_any_batch_size(tmp_path, marginal):
+@pytest.mark.parametrize("sampling", ["independent", "stratified"])
+@pytest.mark.filterwarnings("ignore:on average .* samples have a sequence")
+def test_evaluation_is_the_score_of_the_whole_set_for_any_batch_size(tmp_path, marginal, sampling):
     rows = examples(6, seed=2)
     evaluations = []
     for size in (4, 6):
-        lm = tiny_lm(marginal=marginal, estimator="jensen")
+        lm = tiny_lm(marginal=marginal, estimator="jensen", sampling=sampling, num_samples=4)
         trainer = trainer_of(
-            lm, tmp_path, per_device_eval_batch_size=size, options={"num_eval_samples": 5}
+            lm, tmp_path, per_device_eval_batch_size=size, options={"num_eval_samples": 8}
         )
         evaluations.append(trainer.evaluate())
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    score = lm.eval().score(**batch, num_samples=5, seed=noise.fold_in(trainer.args.seed, -1))
+    score = lm.eval().score(**batch, num_samples=8, seed=noise.fold_in(trainer.args.seed, -1))
     for metrics in evaluations:
         assert metrics["eval_loss"] == pytest.approx(score.nll.item(), rel=1e-5)
         assert metrics["eval_perplexity"] == pytest.approx(score.perplexity.item(), rel=1e-5)

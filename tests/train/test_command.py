@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import safetensors.torch
@@ -102,6 +103,43 @@ def test_resuming_with_other_options_raises_or_warns(folder, tmp_path):
         train(slower, distributed.start())
     with pytest.raises(FileExistsError, match="overwrite"):
         train(options, distributed.start())
+
+
+def before_sampling(options):
+    """Return the options as the version before `sampling` and `proposal` wrote them."""
+    values = options.to_dict()
+    for name in ("sampling", "group_size", "proposal", "proposal_steps"):
+        del values["perturb"][name]
+    values["edit_kinds"] = ["replace", "insert", "delete", "swap"]
+    return values
+
+
+def test_a_run_of_an_earlier_version_resumes_where_its_options_still_mean_the_same(folder):
+    options = tiny_run.options(folder)
+    checkpoint = folder / "checkpoint"
+
+    def perturbed(**changes):
+        return dataclasses.replace(options, perturb=PerturbConfig(**changes))
+
+    plain, pairs = perturbed(), perturbed(antithetic=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.check_resumable(before_sampling(plain), checkpoint)
+        pairs.check_resumable(before_sampling(pairs), checkpoint)
+        perturbed(sampling="antithetic").check_resumable(before_sampling(pairs), checkpoint)
+    with pytest.raises(ValueError, match="perturb.sampling was 'antithetic' and is 'independent'"):
+        plain.check_resumable(before_sampling(pairs), checkpoint)
+    with pytest.raises(ValueError, match="perturb.proposal was 'prior' and is 'gradient'"):
+        perturbed(proposal="gradient").check_resumable(before_sampling(plain), checkpoint)
+    discrete = dataclasses.replace(options, method="discrete")
+    with pytest.raises(ValueError, match="edit_kinds was"):
+        discrete.check_resumable(before_sampling(discrete), checkpoint)
+    held = perturbed(deterministic=True)
+    with pytest.raises(ValueError, match="one latent for all tokens"):
+        held.check_resumable(before_sampling(held), checkpoint)
+    perturbed(deterministic=True, scope="sequence").check_resumable(
+        before_sampling(perturbed(deterministic=True, scope="sequence")), checkpoint
+    )
 
 
 def test_resuming_a_finished_run_changes_nothing(folder, tmp_path):

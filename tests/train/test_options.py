@@ -1,12 +1,14 @@
 """The options of `fastperturb train` are checked when they are made."""
 
+import dataclasses
 import math
 
 import pytest
 import tiny_run
 
 from fastperturb import PerturbConfig
-from fastperturb.train import LoraOptions
+from fastperturb.cli.main import parse
+from fastperturb.train import LoraOptions, TrainOptions
 
 SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
 RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
@@ -56,6 +58,15 @@ def test_clipping_the_gradient_of_a_telescope_warns(estimator, tmp_path):
     assert tiny_run.options(tmp_path, **many, max_grad_norm=None).max_grad_norm is None
 
 
+def test_training_the_token_marginal_by_a_proposal_warns(tmp_path):
+    proposing = PerturbConfig(proposal="gradient")
+    with pytest.warns(UserWarning, match="marginal='sequence', or proposal='prior'"):
+        tiny_run.options(tmp_path, perturb=proposing)
+    of_sequences = dataclasses.replace(proposing, scope="sequence", marginal="sequence")
+    tiny_run.options(tmp_path, perturb=of_sequences, packing="stream")
+    tiny_run.options(tmp_path, perturb=proposing, method="exact")  # draws nothing
+
+
 @pytest.mark.parametrize(
     ("marginal", "block_size", "few"),
     [("token", 16, "64 labels"), ("sequence", 256, "4 sequences"), ("token", 256, None)],
@@ -70,3 +81,20 @@ def test_a_telescope_with_few_labels_a_step_warns_of_its_heavy_tail(
         return
     with pytest.warns(UserWarning, match=f"'sumo' has a heavy tail, and a mean over {few} leaves"):
         tiny_run.options(tmp_path, **options, max_grad_norm=None)
+
+
+def test_data_may_be_a_flag_where_a_file_has_everything_else(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: base\neval_data: [held_out]\nearly_stop: 3\n")
+    flags = ["--config", str(file), "--data", "text"]
+    assert parse(TrainOptions, flags, prog="train").data == ("text",)
+    with pytest.raises(SystemExit):
+        parse(TrainOptions, ["--config", str(file), "--data", "held_out"], prog="train")
+    assert "'held_out' is trained on" in capsys.readouterr().err
+
+
+def test_a_file_of_options_warns_once(tmp_path, recwarn):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: base\ndata: [text]\nperturb: {estimator: mlmc}\n")
+    parse(TrainOptions, ["--config", str(file), "--seed", "3"], prog="train")
+    assert len([warning for warning in recwarn if "max_grad_norm" in str(warning.message)]) == 1
