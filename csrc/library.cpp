@@ -76,6 +76,7 @@ Family parse_family(const std::string& name) {
   if (name == "lowrank") return Family::lowrank;
   if (name == "gated") return Family::gated;
   if (name == "affine") return Family::affine;
+  if (name == "context") return Family::context;
   STD_TORCH_CHECK(name == "mlp", "no transform called ", name);
   return Family::mlp;
 }
