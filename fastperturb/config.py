@@ -38,7 +38,7 @@ class PerturbConfig:
     """The perturbation of prefix embeddings, and the estimation of the marginal likelihood."""
 
     transform: str = "lowrank"
-    """Family of the learned perturbation T(e, z): diagonal, lowrank, gated, affine, mlp or context."""
+    """Family of the perturbation T(e, z): diagonal, lowrank, gated, affine, mlp or context."""
 
     latent: str = "gaussian"
     """Distribution of the latent z: gaussian, uniform or rademacher."""

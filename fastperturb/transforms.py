@@ -69,7 +69,7 @@ def latent_scale(states: Tensor, G: Tensor) -> Tensor:
 def context_states(
     inputs: Tensor,  # [..., T, H]
     retain: Tensor,  # a [H]
-    starts: Tensor | None = None,  # [..., T] bool; None: no document starts after the first position
+    starts: Tensor | None = None,  # [..., T] bool, where documents start; None: nowhere
     real: Tensor | None = None,  # [..., T] bool; None: all
     initial: Tensor | None = None,  # [..., H], before the first position; None: 0
 ) -> Tensor:
@@ -114,6 +114,7 @@ class Transform(nn.Module):
         self.scope = config.scope
         self.init_scale = config.init_scale
         self.min_scale = config.min_scale
+        self.context_source = config.context_source
         self.register_buffer("embed_rms", torch.tensor(embed_rms, dtype=torch.float32))
         for name, value in zip(self.parameter_names, self._initial(), strict=True):
             self.register_parameter(name, nn.Parameter(value.float()))
@@ -126,10 +127,10 @@ class Transform(nn.Module):
         """Starting values in `parameter_names`' order; outer ones up to a common factor."""
         raise NotImplementedError
 
-    def forward(self, embeddings: Tensor, latent: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, latent: Tensor, scale: Tensor | None = None) -> Tensor:
         """T(e, z): embeddings [..., D] and latent [..., R] broadcast to [..., D].
 
-        For context embeddings are documents [..., T, D].
+        scale: [..., R] of context; without it embeddings are documents [..., T, D].
         """
         return type(self).formula(embeddings, latent, self.embed_rms, *self.effective_parameters())
 
@@ -266,9 +267,11 @@ class Context(Transform):
     G: Tensor
     decay: Tensor
 
-    def __init__(self, config: PerturbConfig, embed_dim: int, embed_rms: float) -> None:
-        self.source = config.context_source
-        super().__init__(config, embed_dim, embed_rms)
+    def forward(self, embeddings: Tensor, latent: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return super().forward(embeddings, latent)
+        (U,) = self.op_parameters()
+        return lowrank(embeddings, latent * scale, self.embed_rms, U)
 
     def _initial(self) -> Sequence[Tensor]:
         D, R, H = self.embed_dim, self.latent_dim, self.hidden_dim
@@ -291,7 +294,7 @@ class Context(Transform):
         return torch.sigmoid(self.decay)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, source={self.source}"
+        return f"{super().extra_repr()}, context_source={self.context_source}"
 
 
 def _root(mean_square: Tensor) -> Tensor:

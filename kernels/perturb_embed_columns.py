@@ -51,8 +51,9 @@ def through_C_kernel(
     tiles.store_matrix(result_ptr, b_token, b_h, b_sum, N, H)
 
 
-def through(layout: Layout, grad: Tensor, directions: Tensor) -> Tensor:
+def through(layout: Layout, grad: Tensor, directions: Tensor | None) -> Tensor:
     """Return grad [M, ..., D] times directions' [D, H], [M, N, H] in fp32."""
+    assert directions is not None
     M, half = grad.shape[0], grad.dtype.itemsize == 2
     N, D, H = layout.N, layout.D, directions.shape[0]
     BT, BD = (128, 64) if half else (64, 32)

@@ -1,6 +1,6 @@
 """The scales that a context transform gives to latents, from what a document holds so far.
 
-They are the same for all samples: a call computes them once, in fp32, beside the op that they enter.
+They are the same for all samples: a call computes them once, in fp32, for the op that takes them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def scale_and_state(
 
 
 def _inputs(transform: Context, embeddings: Tensor) -> Tensor:
-    """Return embeddings in units of the table's root mean square, hidden states in those of their own."""
-    if transform.source == "embedding":
+    """Return embeddings over the table's root mean square, or hidden states each over its own."""
+    if transform.context_source == "embedding":
         return embeddings / transform.embed_rms
     return embeddings * embeddings.square().mean(-1, keepdim=True).clamp_min(1e-24).rsqrt()

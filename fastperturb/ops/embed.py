@@ -155,12 +155,12 @@ def perturb_embed_per_sample_grad(
 def _through_context(
     transform: Transform, latent_scale: Tensor, grad_scale: Tensor
 ) -> list[Tensor]:
-    """Turn gradients of each sample's scales [M, B, T, R] into those of the context's parameters."""
+    """Turn the gradients of scales [M, B, T, R] into those of the context's parameters."""
     parameters = [getattr(transform, name) for name in transform.context_parameters]
     if not latent_scale.requires_grad:
         raise ValueError(
-            "latent_scale has no graph by which to reach the context's parameters: compute it by "
-            "ops.context_scale where gradients are on, with parameters that require them"
+            "latent_scale has no graph to the context's parameters: compute it by "
+            "ops.context_scale under torch.enable_grad(), with parameters that require gradients"
         )
     M, B = grad_scale.shape[:2]
     psi = [value.new_empty((M, B, *value.shape)) for value in parameters]
@@ -273,10 +273,10 @@ def _latent_scale(
             )
         return None
     if latent_scale is None:
-        if transform.source != "embedding":
+        if transform.context_source != "embedding":
             raise ValueError(
-                f"context_source={transform.source!r} makes the context of hidden states, which "
-                "embeddings do not tell: give latent_scale, from context_scale(transform, states)"
+                f"context_source={transform.context_source!r} makes the context of hidden states: "
+                "give latent_scale, from ops.context_scale(transform, hidden_states)"
             )
         embeddings = ids if table is None else F.embedding(ids, table)
         starts = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)

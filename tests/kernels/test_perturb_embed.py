@@ -170,7 +170,7 @@ def in_fp64(call):
 
 
 def naive(call, grad):
-    """Output and gradients of [table, *parameters, scale] as a user would write them in the dtype."""
+    """Output and gradients of [table, *parameters, scale] as written by a user, in the dtype."""
     dtype = call.table.dtype
     table = call.table.clone().requires_grad_()
     parameters = [value.to(dtype).requires_grad_() for value in call.parameters]

@@ -143,7 +143,7 @@ class _Inputs:
         return (e @ (A / self.embed_rms)).add_(b)
 
     def per_token(self, projected: Tensor | None) -> Tensor | None:
-        """Return gated's gain rho (1 + tanh(P C)), mlp's hidden layer P at z = 0, context's scale."""
+        """Return gated's gain rho (1 + tanh(P C)), mlp's hidden layer at z = 0, context's scale."""
         if self.family == "context":
             return self.scale
         if projected is None or self.family == "mlp":
