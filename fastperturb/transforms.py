@@ -73,7 +73,7 @@ def context_states(
     real: Tensor | None = None,  # [..., T] bool; None: all
     initial: Tensor | None = None,  # [..., H], before the first position; None: 0
 ) -> Tensor:
-    """Return h_t = a h_(t-1) + (1 - a) inputs_t, an associative scan in log2 T steps.
+    """Return h_t = a h_(t-1) + (1 - a) inputs_t.
 
     h_(t-1) counts as 0 where a document starts. Where there is no real token h stays as it is.
     """
@@ -83,8 +83,16 @@ def context_states(
     if real is not None:
         kept = kept.masked_fill(~real[..., None], 1.0)
         added = added.masked_fill(~real[..., None], 0.0)
+    return linear_scan(kept, added, initial)
+
+
+def linear_scan(kept: Tensor, added: Tensor, initial: Tensor | None = None) -> Tensor:
+    """Return h_t = kept_t h_(t-1) + added_t [..., T, H], in log2 T steps.
+
+    initial: h [..., H] before the first; default 0.
+    """
     span = 1
-    while span < inputs.shape[-2]:
+    while span < added.shape[-2]:
         # Each position joins the span before it to its own.
         added = added + kept * F.pad(added, (0, 0, span, 0))[..., :-span, :]
         kept = kept * F.pad(kept, (0, 0, span, 0), value=1.0)[..., :-span, :]

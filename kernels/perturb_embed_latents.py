@@ -47,7 +47,7 @@ def draw_kernel(
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """z of a tile of one sample's tokens, times its scale; 0 for tokens that keep their embedding."""
+    """z of a tile of one sample's tokens, scaled; 0 for tokens that keep their embedding."""
     sample, b_token = tiles.sample_and_tokens(N, BT)
     first = tl.program_id(1) * BR
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t

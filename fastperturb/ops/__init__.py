@@ -2,6 +2,7 @@
 
 from fastperturb.ops.combine import Combined, combine
 from fastperturb.ops.context import context_scale
+from fastperturb.ops.context_scan import context_scan
 from fastperturb.ops.embed import perturb_embed, perturb_embed_per_sample_grad
 from fastperturb.ops.head import linear_logprob, linear_quadratic
 
@@ -9,6 +10,7 @@ __all__ = [
     "Combined",
     "combine",
     "context_scale",
+    "context_scan",
     "linear_logprob",
     "linear_quadratic",
     "perturb_embed",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastperturb.ops import reference
-from fastperturb.transforms import Context, context_states, latent_scale
+from fastperturb.ops.context_scan import context_scan
+from fastperturb.transforms import Context, latent_scale
 
 
 def context_scale(
@@ -40,7 +41,7 @@ def scale_and_state(
         A, G, retain = (
             value.to(inputs.dtype) for value in (transform.A, transform.G, transform.retain())
         )
-        states = context_states(inputs @ A, retain, starts, real, state)
+        states = context_scan(inputs @ A, retain, starts=starts, real=real, initial=state)
         last = states[:, -1] if states.shape[1] else state
         return latent_scale(states, G), last
 
