@@ -36,6 +36,8 @@ SPLIT = [
     ("batched", "quadratic", {"sampling": "stratified", "num_samples": 8}),
     ("chunked", "iwae", {"proposal": "gradient", "chunk_size": 2}),
     ("resample", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
+    ("chunked", "iwae", {"transform": "context", "chunk_size": 2}),
+    ("batched", "mlmc", {"transform": "context", "context_source": "trunk", "num_samples": 8}),
 ]
 WHOLE = [
     ("batched", "iwae", {}),
@@ -45,6 +47,8 @@ WHOLE = [
     ("batched", "mlmc", {"num_samples": 16}),
     ("chunked", "sumo", {"chunk_size": 2}),
     ("batched", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
+    ("batched", "iwae", {"transform": "context"}),
+    ("chunked", "iwae", {"transform": "context", "context_source": "trunk", "chunk_size": 2}),
 ]
 
 
