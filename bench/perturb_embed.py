@@ -39,15 +39,21 @@ class Case:
     dtype: str
 
 
+GROWING = ("lowrank", "context")
 # 16 MiB of output is memory that the allocator hands out again and again; 64 MiB come fresh from
 # the system every time, page by page, as large outputs do in training.
 CPU_CASES = (
     *(Case(family, 8, 1, 512, 1024, 16, "float32") for family in TRANSFORMS),
     Case("lowrank", 8, 4, 512, 1024, 16, "float32"),
+    # How cost grows with the latent and with the prefix.
+    *(Case(family, 8, 1, 512, 1024, R, "float32") for family in GROWING for R in (64, 256)),
+    *(Case(family, 8, 1, 8192, 1024, 16, "float32") for family in GROWING),
 )
 GPU_CASES = (
     *(Case(family, 8, 4, 2048, 4096, 16, "bfloat16") for family in TRANSFORMS),
     Case("lowrank", 8, 4, 2048, 4096, 16, "float32"),
+    *(Case(family, 8, 4, 2048, 4096, R, "bfloat16") for family in GROWING for R in (64, 256)),
+    *(Case(family, 8, 1, 8192, 4096, 16, "bfloat16") for family in GROWING),
 )
 
 

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import torch
 
-from bench.synthetic import bias, coverage, outcomes, pictures, sampling, summary, table
+from bench.synthetic import bias, context, coverage, outcomes, pictures, sampling, summary, table
 from bench.synthetic.arms import SEEDS, all_arms
 from bench.synthetic.baselines import baselines
 from fastperturb import runs
 from fastperturb.demo.training import BATCH
 
+# Studies beside that of the estimators.
+STUDIES = {"sampling": sampling, "context": context}
+
 
 def run(folder: Path, *, study: str, workers: int, train: bool) -> None:
-    arms = all_arms() if study == "estimators" else sampling.all_arms()
+    arms = STUDIES[study].all_arms() if study in STUDIES else all_arms()
     if train:
         outcomes.train(arms, SEEDS, folder / "outcomes.jsonl", workers=workers)
     rows = summary.rows(arms, outcomes.read(folder / "outcomes.jsonl"))
@@ -33,13 +36,13 @@ def run(folder: Path, *, study: str, workers: int, train: bool) -> None:
         **runs.provenance(),
         "device": f"{runs.cpu_model()}, processes of one thread",
     }
-    if study == "estimators":
+    if study in STUDIES:
+        results["comparisons"] = STUDIES[study].comparisons(rows)
+    else:
         results["comparisons"] = summary.comparisons(rows)
         results["bias"] = bias.rows()
         results["coverage"] = replicated(folder / "coverage.jsonl")
         pictures.draw_all(results, folder)
-    else:
-        results["comparisons"] = sampling.comparisons(rows)
     runs.write_json(folder / "results.json", results)
     (folder / "table.md").write_text(table.render(results), encoding="utf-8")
     print(f"wrote the results to {folder}")
@@ -62,7 +65,7 @@ def replicated(path: Path) -> list[dict[str, object]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/synthetic"))
-    parser.add_argument("--study", choices=("estimators", "sampling"), default="estimators")
+    parser.add_argument("--study", choices=("estimators", *STUDIES), default="estimators")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--no-training", action="store_true", help="only report on what is trained")
     options = parser.parse_args()

@@ -48,12 +48,12 @@ class Arm:
 
 
 def learned(estimator: str, num_samples: int, **options: Any) -> Method:
+    options = {"transform": "lowrank", **options}
     quadratic = 0.0
     if estimator == "iwae + 10 quadratic":
         estimator, quadratic = "iwae", 10.0
     return Method(
         name="learned",
-        transform="lowrank",
         estimator=estimator,
         quadratic=quadratic,
         num_samples=num_samples,

@@ -46,7 +46,7 @@ def counted_targets(data: Data, setting: Setting) -> torch.Tensor:
     """Return the log frequencies of the targets, with one added to each count: [V]."""
     targets = data.targets
     if targets is None:
-        targets = training.draw_pairs(COUNTED, setting.noise_sd, data.generator)[1]
+        targets = training.draw_pairs(COUNTED, setting, data.generator)[1]
     counts = targets.bincount(minlength=language.VOCAB).double() + 1
     return (counts / counts.sum()).log()
 

@@ -125,7 +125,10 @@ def name_of(row: dict[str, Any]) -> str:
     if method.get("sampling", "independent") != "independent":
         estimator = f"{estimator}, {method['sampling']}"
     scale = f" {method['scale']:g}" if method["name"] == "fixed" else ""
-    return f"{method['name']}{scale}, {estimator}, M = {method['num_samples']}"
+    name = method["name"]
+    if name == "learned" and method["transform"] != "lowrank":
+        name = method["transform"]
+    return f"{name}{scale}, {estimator}, M = {method['num_samples']}"
 
 
 def comparisons(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.synthetic import sampling
+from bench.synthetic import context, sampling
 from bench.synthetic.summary import TITLES
 from fastperturb.demo.language import NOISE_SD, REGIONS
 
@@ -21,6 +21,7 @@ HEADINGS = {
     "held_noise": ("Trunk held at the truth: the truth's noise", "true sd"),
     "held_size": ("Trunk held at the truth: training pairs", "pairs"),
     **sampling.HEADINGS,
+    **context.HEADINGS,
 }
 COMPARISONS = {"few draws": "few samples"}  # keys of results, where the title says it otherwise
 

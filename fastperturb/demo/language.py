@@ -13,6 +13,10 @@ The truth shifts the prefix along the noisy axis before it uses it, so prefixes 
 carry information about g beyond 0.1. Both factors depend only on the midpoint of two grid points,
 and there are 2 * 12 - 1 midpoints: the truth is a pair of tables. The seed chooses the axes and
 the ids.
+
+A contextual truth is noisy by context: only the second token is, with the variance of both, and
+only after a token of one half of the grid: n1 = 0, n2 ~ N(0, 2 * 0.3^2) if u_b > 0, else n2 = 0.
+Then p_a has a table for each half.
 """
 
 from __future__ import annotations
@@ -81,24 +85,40 @@ def truth_tables(noise_sd: float = NOISE_SD) -> tuple[Tensor, Tensor]:
     return noisy, respond(midpoints)
 
 
-def truth(prefixes: Tensor, noise_sd: float = NOISE_SD) -> Tensor:
+def truth(prefixes: Tensor, noise_sd: float = NOISE_SD, *, contextual: bool = False) -> Tensor:
     """Return the exact distribution of y after each prefix: [N, 2] to [N, V], fp64."""
-    noisy, precise = _factors(prefixes, noise_sd)
+    noisy, precise = _factors(prefixes, noise_sd, contextual)
     return (noisy[:, :, None] * precise[:, None, :]).flatten(1)
 
 
-def sample(prefixes: Tensor, generator: torch.Generator, *, noise_sd: float = NOISE_SD) -> Tensor:
+def sample(
+    prefixes: Tensor,
+    generator: torch.Generator,
+    *,
+    noise_sd: float = NOISE_SD,
+    contextual: bool = False,
+) -> Tensor:
     """Draw one y after each prefix: [N, 2] to [N]."""
     noisy, precise = (
         torch.multinomial(distribution, 1, generator=generator)[:, 0]
-        for distribution in _factors(prefixes, noise_sd)
+        for distribution in _factors(prefixes, noise_sd, contextual)
     )
     return noisy * SIDE + precise
 
 
-def _factors(prefixes: Tensor, noise_sd: float) -> tuple[Tensor, Tensor]:
+def _factors(prefixes: Tensor, noise_sd: float, contextual: bool) -> tuple[Tensor, Tensor]:
     noisy, precise = truth_tables(noise_sd)
-    return noisy[(prefixes // SIDE).sum(1)], precise[(prefixes % SIDE).sum(1)]
+    midpoint = (prefixes // SIDE).sum(1)
+    factor = noisy[midpoint]
+    if contextual:
+        exact, _ = truth_tables(0.0)
+        factor = torch.where(is_loud(prefixes[:, 0])[:, None], factor, exact[midpoint])
+    return factor, precise[(prefixes % SIDE).sum(1)]
+
+
+def is_loud(tokens: Tensor) -> Tensor:
+    """Return which tokens make the next one noisy under a contextual truth."""
+    return tokens % SIDE >= SIDE // 2
 
 
 def tokens_between(low: float, high: float) -> Tensor:

@@ -36,7 +36,8 @@ class Method:
 
     @property
     def learned(self) -> bool:
-        return self.transform == "lowrank"
+        """True for a transform that trains; diagonal is the fixed noise."""
+        return self.transform not in (None, "diagonal")
 
     @property
     def telescope(self) -> Telescope | None:

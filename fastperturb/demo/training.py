@@ -43,6 +43,7 @@ class Setting:
     pairs: int | None = PAIRS  # None: fresh pairs every step
     batch: int = BATCH
     noise_sd: float = language.NOISE_SD  # of the truth
+    contextual: bool = False  # the truth's noise depends on the token before
     true_trunk: bool = False  # the net is TrueResponse, held fixed; embeddings have no ids
 
 
@@ -166,16 +167,19 @@ class Data:
     def batch(self, setting: Setting) -> tuple[Tensor, Tensor]:
         """Draw a random batch of pairs."""
         if self.prefixes is None or self.targets is None:
-            return draw_pairs(setting.batch, setting.noise_sd, self.generator)
+            return draw_pairs(setting.batch, setting, self.generator)
         chosen = torch.randint(len(self.targets), (setting.batch,), generator=self.generator)
         return self.prefixes[chosen], self.targets[chosen]
 
 
-def draw_pairs(count: int, noise_sd: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw prefixes in support, and a continuation of each from the truth."""
+def draw_pairs(count: int, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw prefixes in support, and a continuation of each from the setting's truth."""
     tokens = language.tokens_between(*language.SUPPORT)
     prefixes = language.draw_prefixes(tokens, count, generator)
-    return prefixes, language.sample(prefixes, generator, noise_sd=noise_sd)
+    targets = language.sample(
+        prefixes, generator, noise_sd=setting.noise_sd, contextual=setting.contextual
+    )
+    return prefixes, targets
 
 
 def make_data(seed: int, setting: Setting) -> Data:
@@ -184,7 +188,7 @@ def make_data(seed: int, setting: Setting) -> Data:
     world = language.make_language(generator, id_sd=0.0 if setting.true_trunk else language.ID_SD)
     prefixes = targets = None
     if setting.pairs is not None:
-        prefixes, targets = draw_pairs(setting.pairs, setting.noise_sd, generator)
+        prefixes, targets = draw_pairs(setting.pairs, setting, generator)
     regions = {
         name: language.some_prefixes(
             language.tokens_between(*limits), PREFIXES_PER_REGION, generator
@@ -211,7 +215,7 @@ def run_job(seed: int, method: Method, steps: int, setting: Setting = Setting())
         kl={name: distance(model, data.regions[name], truth) for name, truth in truths.items()},
         entropy={name: mean_entropy(truth) for name, truth in truths.items()},
         curve=[
-            distance(model, prefixes, language.truth(prefixes, setting.noise_sd))
+            distance(model, prefixes, true_distribution(prefixes, setting))
             for prefixes in data.columns
         ],
         movement=axis_shifts(model, data.world),
@@ -294,9 +298,12 @@ def telescoped(
 
 def true_distributions(data: Data, setting: Setting) -> dict[str, Tensor]:
     """Return the truth after the test prefixes of each region: {name: [N, V]}."""
-    return {
-        name: language.truth(prefixes, setting.noise_sd) for name, prefixes in data.regions.items()
-    }
+    return {name: true_distribution(prefixes, setting) for name, prefixes in data.regions.items()}
+
+
+def true_distribution(prefixes: Tensor, setting: Setting) -> Tensor:
+    """Return the truth of a setting after each prefix: [N, 2] to [N, V]."""
+    return language.truth(prefixes, setting.noise_sd, contextual=setting.contextual)
 
 
 def mean_entropy(truth: Tensor) -> float:

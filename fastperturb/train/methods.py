@@ -3,6 +3,7 @@
     learned    T(e, z) with learned parameters, under the configured estimator
     fixed      isotropic noise of the configured scale that is not learned, same estimator
     discrete   random edits of the prefix instead of noise, same estimator
+    hybrid     random edits of the prefix, then the noise of learned, same estimator
     neftune    NEFTune (Jain et al., 2023): uniform noise of length alpha / sqrt(3) on the whole
                sequence, one sample, no marginal; none at evaluation
     exact      no perturbation: fine-tuning
@@ -25,7 +26,7 @@ from fastperturb.checkpoint.pretrained import load_causal_lm
 from fastperturb.config import PerturbConfig
 from fastperturb.engine import sharding
 from fastperturb.engine.adapters import without_peft_deprecations
-from fastperturb.model import PerturbedLM, wrap
+from fastperturb.model import EditConfig, PerturbedLM, edit, wrap
 from fastperturb.train.options import TrainOptions
 
 
@@ -42,6 +43,8 @@ def build(options: TrainOptions) -> PerturbedLM:
         getattr(inner, name)({"use_reentrant": False})
     if options.method == "learned":
         return wrap(base, options.perturb)
+    if options.method == "hybrid":
+        return wrap(base, options.perturb, edits=EditConfig(**dataclasses.asdict(options.edits)))
     if options.method == "discrete":
         return _edited(base, options)
     return _isotropic(base, options)
@@ -116,14 +119,6 @@ def _isotropic(base: nn.Module, options: TrainOptions) -> PerturbedLM:
 
 
 def _edited(base: nn.Module, options: TrainOptions) -> PerturbedLM:
-    from fastperturb.model import EditConfig, edit
-
     names = {field.name for field in dataclasses.fields(EditConfig)}
     estimation = {k: v for k, v in options.perturb.to_dict().items() if k in names}
-    config = EditConfig(
-        rate=options.edit_rate,
-        kinds=options.edit_kinds,
-        neighbors=options.edit_neighbors,
-        **estimation,
-    )
-    return edit(base, config)
+    return edit(base, EditConfig(**dataclasses.asdict(options.edits), **estimation))

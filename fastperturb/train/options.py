@@ -13,8 +13,9 @@ from fastperturb.config import TELESCOPES, PerturbConfig
 from fastperturb.data.options import DataOptions
 from fastperturb.runs import option_files
 
-Method = Literal["exact", "neftune", "fixed", "discrete", "learned"]
+Method = Literal["exact", "neftune", "fixed", "discrete", "learned", "hybrid"]
 EditKind = Literal["replace", "insert", "delete", "swap"]
+EDITING = ("discrete", "hybrid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,25 @@ class LoraOptions:
             raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
             raise ValueError("lora.targets must name at least one module, or all-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions:
+    """The random edits of tokens of methods discrete and hybrid."""
+
+    rate: float = 0.1
+    """Probability that a token is edited."""
+
+    kinds: tuple[EditKind, ...] = ("replace", "insert")
+    """Kinds of edit to choose among, all equally likely: replace, insert, delete or swap."""
+
+    neighbors: int = 10
+    """Number of tokens with the nearest embeddings from which a replacement is drawn."""
+
+    def __post_init__(self) -> None:
+        _require_positive("edits.rate", self.rate)
+        if self.rate > 1:
+            raise ValueError(f"edits.rate must be a probability, at most 1, got {self.rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,22 +97,14 @@ class TrainOptions(DataOptions):
     method: Method = "learned"
     """Training method. learned: perturb embeddings by a transform that is trained too. fixed:
     isotropic noise of scale perturb.init_scale, with the same estimator. discrete: random edits of
-    tokens, with the same estimator. neftune: one noise sample, in training only. exact: ordinary
-    fine-tuning."""
+    tokens, with the same estimator. hybrid: random edits of tokens, and then the transform of
+    learned. neftune: one noise sample, in training only. exact: ordinary fine-tuning."""
 
     perturb: PerturbConfig = field(default_factory=PerturbConfig)
     """The perturbation, and how its marginal likelihood is estimated."""
 
-    edit_rate: float = 0.1
-    """Probability that a token is edited; used only with method discrete."""
-
-    edit_kinds: tuple[EditKind, ...] = ("replace", "insert")
-    """Kinds of edit to choose among, all equally likely: replace, insert, delete or swap. Used only
-    with method discrete."""
-
-    edit_neighbors: int = 10
-    """Number of tokens with the nearest embeddings from which a replacement is drawn; used only
-    with method discrete."""
+    edits: EditOptions = field(default_factory=EditOptions)
+    """The edits of tokens; used only with methods discrete and hybrid."""
 
     neftune_alpha: float = 5.0
     """NEFTune's alpha: the noise of a block has a length of alpha / sqrt(3); used only with method
@@ -195,7 +207,7 @@ class TrainOptions(DataOptions):
         for name in ("max_steps", "micro_batch_size", "eval_blocks", "early_stop"):
             if getattr(self, name) is not None:
                 _require_positive(name, getattr(self, name))
-        for name in ("learning_rate", "edit_rate", "neftune_alpha", "mc"):
+        for name in ("learning_rate", "neftune_alpha", "mc"):
             _require_positive(name, getattr(self, name))
         for name in ("transform_learning_rate", "max_grad_norm"):
             if getattr(self, name) is not None:
@@ -234,12 +246,15 @@ class TrainOptions(DataOptions):
             )
         if not self.perturbs_evaluation:
             return
-        if self.edit_rate > 1:
-            raise ValueError(f"edit_rate must be a probability, at most 1, got {self.edit_rate}")
-        if self.method == "discrete" and perturb.proposal != "prior":
+        if self.method in EDITING and perturb.proposal != "prior":
             raise ValueError(
-                f"perturb.proposal={perturb.proposal!r} moves a latent z, and an edit has none: "
-                "leave it unset"
+                f"perturb.proposal={perturb.proposal!r} moves latents to where labels are likely "
+                "in the text as it is, not after edits: leave it unset"
+            )
+        if self.method == "hybrid" and perturb.deterministic:
+            raise ValueError(
+                "perturb.deterministic=True has no randomness, and the edits of method='hybrid' are "
+                "random: use method='learned' or 'discrete'"
             )
         if self.method == "discrete" and perturb.sampling != "independent":
             raise ValueError(
@@ -360,8 +375,11 @@ def _comparable(options: dict[str, Any]) -> dict[str, Any]:
     flat = {**_BEFORE_OPTIONS, **_flat(options)}
     if flat.pop("perturb.antithetic", False):
         flat["perturb.sampling"] = "antithetic"
-    if flat.get("method") != "discrete":
-        flat = {name: value for name, value in flat.items() if not name.startswith("edit_")}
+    for name in ("rate", "kinds", "neighbors"):
+        if f"edit_{name}" in flat:
+            flat[f"edits.{name}"] = flat.pop(f"edit_{name}")
+    if flat.get("method") not in EDITING:
+        flat = {name: value for name, value in flat.items() if not name.startswith("edits.")}
     return flat
 
 
@@ -370,6 +388,7 @@ _BEFORE_OPTIONS = {
     "perturb.group_size": None,
     "perturb.proposal": "prior",
     "perturb.proposal_steps": PerturbConfig.proposal_steps,
+    "perturb.context_source": "embedding",
 }
 
 # Options that do not affect results, but for rounding and dropout, may change when a run

@@ -80,7 +80,7 @@ def test_no_kernel_spills_with_the_embeddings_gradient_or_in_another_dtype(dtype
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_no_kernel_spills_for_any_number_of_latents_and_hidden_units(dtype, options):
     families = [family for family in TRANSFORMS if family != "diagonal"]  # it has neither
-    sizes = ["--sizes", "8x16", "32x256", "128x128"]
+    sizes = ["--sizes", "8x16", "32x256", "128x128", "256x64"]
     rows = compiled(
         "--families", *families, *sizes, "--dtype", dtype, "--cc", "80", "90", "100", *options
     )

@@ -13,7 +13,7 @@ from tiny_run import loop_of
 
 import fastperturb
 from fastperturb import PerturbConfig
-from fastperturb.train import distributed
+from fastperturb.train import EditOptions, distributed
 from fastperturb.train import run as command
 from fastperturb.train.command import train
 from fastperturb.train.evaluation import evaluate
@@ -108,10 +108,10 @@ def test_resuming_with_other_options_raises_or_warns(folder, tmp_path):
 def before_sampling(options):
     """Return the options as the version before `sampling` and `proposal` wrote them."""
     values = options.to_dict()
-    for name in ("sampling", "group_size", "proposal", "proposal_steps"):
+    for name in ("sampling", "group_size", "proposal", "proposal_steps", "context_source"):
         del values["perturb"][name]
-    values["edit_kinds"] = ["replace", "insert", "delete", "swap"]
-    return values
+    edits = values.pop("edits") | {"kinds": ["replace", "insert", "delete", "swap"]}
+    return values | {f"edit_{name}": value for name, value in edits.items()}
 
 
 def test_a_run_of_an_earlier_version_resumes_where_its_options_still_mean_the_same(folder):
@@ -135,8 +135,11 @@ def test_a_run_of_an_earlier_version_resumes_where_its_options_still_mean_the_sa
             before_sampling(perturbed(**of_sequences)), checkpoint
         )
     discrete = dataclasses.replace(options, method="discrete")
-    with pytest.raises(ValueError, match="edit_kinds was"):
+    with pytest.raises(ValueError, match="edits.kinds was"):
         discrete.check_resumable(before_sampling(discrete), checkpoint)
+    edits = EditOptions(kinds=("replace", "insert", "delete", "swap"))
+    discrete = dataclasses.replace(discrete, edits=edits)
+    discrete.check_resumable(before_sampling(discrete), checkpoint)
     held = perturbed(deterministic=True)
     with pytest.raises(ValueError, match="one latent for all tokens"):
         held.check_resumable(before_sampling(held), checkpoint)

@@ -8,9 +8,11 @@ import tiny_run
 
 from fastperturb import PerturbConfig
 from fastperturb.cli.main import parse
-from fastperturb.train import LoraOptions, TrainOptions
+from fastperturb.train import EditOptions, LoraOptions, TrainOptions
 
 SEQUENCE, JVI = PerturbConfig(marginal="sequence"), PerturbConfig(estimator="jvi")
+PROPOSING = PerturbConfig(proposal="gradient")
+HELD = PerturbConfig(deterministic=True)
 RESAMPLE, PAIRS = PerturbConfig(estimator="resample"), PerturbConfig(antithetic=True)
 
 
@@ -32,7 +34,8 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
         ({"perturb": JVI}, "jvi_clip"),
         ({"perturb": RESAMPLE, "lora": LoraOptions(dropout=0.1)}, "lora.dropout"),
         ({"perturb": PAIRS, "method": "discrete"}, "an edit has none"),
-        ({"edit_rate": 2.0}, "edit_rate"),
+        ({"perturb": PROPOSING, "method": "hybrid"}, "not after edits"),
+        ({"perturb": HELD, "method": "hybrid"}, "the edits of method='hybrid' are random"),
         ({"mc": 2, "method": "exact"}, "has one"),
         ({"eval_data": ("a", "b"), "data": ("b",)}, "'b' is trained on"),
         ({"streaming": True, "max_steps": None}, "give max_steps"),
@@ -46,6 +49,12 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
 def test_an_invalid_option_is_named_in_the_error(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_run.options(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("rate", [0.0, 2.0])
+def test_a_rate_of_edits_that_is_no_probability_is_named(rate):
+    with pytest.raises(ValueError, match="edits.rate must be"):
+        EditOptions(rate=rate)
 
 
 @pytest.mark.parametrize("estimator", ["sumo", "mlmc"])

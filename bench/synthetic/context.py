@@ -1,0 +1,56 @@
+"""The study of context: transforms under a truth whose noise depends on the token before, or not.
+
+`python -m bench.synthetic --study context`. Every arm trains the demo's model with five seeds for
+the demo's steps and batch, by iwae with 8 stratified samples. Under the contextual truth the second
+token is noisy only after a token of one half of the grid: lowrank perturbs all tokens alike,
+gated by the token itself, context by the tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from bench.synthetic import summary
+from bench.synthetic.arms import EXACT, Arm, learned
+from fastperturb.demo.training import Setting
+
+SAMPLES = 8
+TRANSFORMS = ("lowrank", "gated", "context")
+# For each experiment: the title of its table, and the heading of x.
+HEADINGS = {
+    "context": ("The noise depends on the token before", "M"),
+    "no_context": ("The noise is the same for all tokens", "M"),
+}
+SETTINGS = {"context": Setting(contextual=True), "no_context": Setting()}
+
+
+def all_arms() -> list[Arm]:
+    """Return every arm of the study, the most important first."""
+    return [arm for experiment in HEADINGS for arm in _arms(experiment)]
+
+
+def _arms(experiment: str) -> Iterator[Arm]:
+    methods = {"exact": EXACT}
+    for name in TRANSFORMS:
+        methods[name] = learned("iwae", SAMPLES, sampling="stratified", transform=name)
+    for line, method in methods.items():
+        yield Arm(
+            experiment=experiment,
+            line=line,
+            x=method.num_samples,
+            method=method,
+            setting=SETTINGS[experiment],
+        )
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return each transform against those before it in TRANSFORMS, on the same seeds."""
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for experiment, (title, _) in HEADINGS.items():
+        lines = {row["line"]: row for row in rows if row["experiment"] == experiment}
+        for index, name in enumerate(TRANSFORMS):
+            for other in TRANSFORMS[:index]:
+                if name in lines and other in lines:
+                    pairs.setdefault(title, []).append(summary.compare(lines[name], lines[other]))
+    return pairs
