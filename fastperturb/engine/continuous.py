@@ -64,20 +64,20 @@ class Continuous(Perturbation):
             )
 
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
-        noise = {
-            "seed": batch.sampling.seed,
-            "samples": samples,
-            "rows": batch.sampling.rows,
-            "positions": batch.positions,
-            "antithetic": lm.config.draws_pairs,
-            "strata": batch.sampling.strata,
-            "latent_mean": batch.latent_mean,
-            "latent_std": 1.0 if batch.latent_mean is None else STD[lm.transform.scope],
-            "perturb_mask": batch.perturb_mask,
-        }
-        noise = _held(lm, batch.embeddings, batch.input_ids, noise)
-        perturbed, shift = ops.perturb_embed(
-            batch.embeddings, None, lm.transform, **noise, return_shift=True
+        perturbed, shift = self.with_shift(
+            lm,
+            batch.embeddings,
+            ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            seed=batch.sampling.seed,
+            samples=samples,
+            rows=batch.sampling.rows,
+            positions=batch.positions,
+            antithetic=lm.config.draws_pairs,
+            strata=batch.sampling.strata,
+            latent_mean=batch.latent_mean,
+            latent_std=1.0 if batch.latent_mean is None else STD[lm.transform.scope],
+            perturb_mask=batch.perturb_mask,
         )
         count = len(samples)
         return TrunkInputs(
@@ -86,6 +86,23 @@ class Continuous(Perturbation):
             repeated(batch.positions, count),
             shift=shift,
         )
+
+    def with_shift(
+        self,
+        lm: WrappedModel,
+        embeddings: Tensor,
+        *,
+        ids: Tensor | None,
+        attention_mask: Tensor | None,
+        **noise: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return perturbed embeddings [M, B, T, D] and the shift of each [M, B, T].
+
+        ids, attention_mask: [B, T], the tokens of the embeddings, and 1 where they are real; None
+            is all of them. noise: the numbers that key it, as `ops.perturb_embed` takes them.
+        """
+        noise = _held(lm, embeddings, ids, noise)
+        return ops.perturb_embed(embeddings, None, lm.transform, **noise, return_shift=True)
 
     def perturb(
         self, lm: WrappedModel, embeddings: Tensor, *, ids: Tensor | None = None, **noise: Any
