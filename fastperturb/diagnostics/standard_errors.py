@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from fastperturb import noise, ops
 from fastperturb.config import suggestion
 from fastperturb.engine.architectures import reject_dropout, understand
+from fastperturb.engine.hybrid import HybridConfig
 from fastperturb.engine.positions import perturbed_positions
 from fastperturb.engine.protocol import WrappedModel
 
@@ -299,6 +300,11 @@ def _check_model(lm: WrappedModel) -> None:
         raise ValueError(
             f"proposal={lm.config.proposal!r} moves the latents by the labels, and standard errors "
             "are of samples from the prior; use lm.overriding(proposal='prior')"
+        )
+    if isinstance(lm.config, HybridConfig):
+        raise ValueError(
+            "standard errors take the embeddings of a batch's own tokens, and edits change those "
+            "first: wrap the base without edits"
         )
     reject_dropout(lm.base, "would add its own noise")
 

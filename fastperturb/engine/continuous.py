@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Continuous(Perturbation):
     """Perturbs embeddings by `lm.transform`, in fp32 beside the embedding."""
 
     config_class = PerturbConfig
-    described_by = ("latent", "scope", "min_scale")
+    described_by: ClassVar[tuple[str, ...]] = ("latent", "scope", "min_scale")
     keeps_prefix = True
 
     def make_transform(self, parts: CausalLM, config: Any) -> Transform:
