@@ -83,10 +83,10 @@ def gpt2(**changes):
     return base_model("GPT2", **changes)
 
 
-def perturbed(model, *, seed=2, **options):
+def perturbed(model, *, seed=2, edits=None, **options):
     """Wrap a model with a random transform; `options` are those of PerturbConfig."""
     torch.manual_seed(seed)
-    return wrap(model, PerturbConfig(**options))
+    return wrap(model, PerturbConfig(**options), edits=edits)
 
 
 class Doubled(nn.Module):

@@ -176,6 +176,28 @@ def test_shift_is_that_of_the_noise_where_labels_are_predicted():
     assert hybrid_lm(init_scale=1e-6)(**inputs, seed=SEED).shift < 1e-5
 
 
+@pytest.mark.parametrize("layout", [plain, right_padded])
+def test_neither_padding_nor_what_a_shorter_copy_lacks_is_perturbed(layout):
+    lm, inputs, seen = hybrid_lm(plan="batched"), layout(), []
+
+    def keep(trunk, args, kwargs):
+        seen.append(kwargs["inputs_embeds"].unflatten(0, (4, 3)))
+
+    hook = lm.base.model.register_forward_pre_hook(keep, with_kwargs=True)
+    lm(**inputs, seed=SEED)
+    hook.remove()
+    mask = inputs.get("attention_mask")
+    editable = None if mask is None else mask.bool()
+    edits = edits_of(edited_lm(), inputs["input_ids"], 4, editable=editable, attention_mask=mask)
+    is_empty = edits.origin < 0
+    if mask is not None:
+        assert torch.equal(is_empty, edits.attention_mask == 0)
+    exact = lm.base.get_input_embeddings()(edits.ids)
+    assert is_empty.any() and torch.equal(seen[0][is_empty], exact[is_empty])
+    changed = (seen[0] != exact).any(-1)
+    assert torch.equal(changed, ~is_empty)
+
+
 def test_a_collapse_of_the_noise_is_noticed_behind_the_edits():
     lm = hybrid_lm().train()
     with torch.no_grad():
