@@ -9,6 +9,7 @@
 //     affine   dUa = sum_n e_n * G_n          through the shift: sum_k Ua[k] * G_n[k]
 //              dUb = sum_n G_n
 //     mlp      dC  = sum_n G_n of the hidden units; dB and the gradient of h through g C^T
+//     context  dU  = sum_n s_n * G_n          the gradient of s_n[k]: sum_d U[k, d] * G_n[k, d]
 //
 // Tokens are cut into chunks by the sizes alone, each with sums of its own that are added in
 // order at the end: the same bits for any number of threads.
@@ -67,7 +68,7 @@ class Backward {
         latent_stride_(round_up(problem.latent_dim, ROWS)),
         weights_(has_products() ? problem.inner_dim() : 0, problem.dim, is_affine() ? 2 : 1),
         transposed_(is_mlp() ? round_up(problem.dim, PANEL) : 0, problem.hidden_dim, 1) {
-    if (problem.family == Family::gated || is_affine()) {
+    if (problem.family == Family::gated || is_affine() || is_context()) {
       weights_.copy_in(problem.weights[0], problem.inner_dim(), problem.dim);
     }
     if (is_mlp()) transposed_.copy_in(problem.weights[2], problem.dim, problem.hidden_dim);
@@ -96,6 +97,7 @@ class Backward {
  private:
   bool is_affine() const { return problem_.family == Family::affine; }
   bool is_mlp() const { return problem_.family == Family::mlp; }
+  bool is_context() const { return problem_.family == Family::context; }
   bool has_products() const { return problem_.family != Family::diagonal; }
 
   int64_t num_chunks() const {
@@ -132,6 +134,9 @@ class Backward {
         break;
       case Family::mlp:
         sum_products<Family::mlp>(begin, end, *sums);
+        break;
+      case Family::context:
+        sum_products<Family::context>(begin, end, *sums);
         break;
     }
     return sums;
@@ -201,7 +206,7 @@ class Backward {
   struct Workspace {
     std::vector<int64_t> tokens;
     Sampler sampler;
-    Buffer latents, coefficients, staged, hidden, grad_hidden;
+    Buffer latents, coefficients, staged, hidden, grad_hidden, grad_scale;
 
     explicit Workspace(const Backward& pass)
         : sampler(pass.problem_.noise, pass.problem_.num_samples, pass.latent_stride_),
@@ -209,7 +214,8 @@ class Backward {
           coefficients(pass.is_mlp() ? pass.rows() * pass.stride_ : 0),
           staged(pass.rows() * PANEL),
           hidden(pass.is_mlp() ? pass.rows() * pass.problem_.hidden_dim : 0),
-          grad_hidden(pass.is_mlp() ? pass.rows() * pass.transposed_.count() * PANEL : 0) {}
+          grad_hidden(pass.is_mlp() ? pass.rows() * pass.transposed_.count() * PANEL : 0),
+          grad_scale(pass.is_context() ? pass.block_ * pass.stride_ * LANES : 0) {}
   };
 
   int64_t rows() const { return round_up(block_ * problem_.num_samples, ROWS); }
@@ -226,12 +232,15 @@ class Backward {
         stage<family>(index, work);
         if constexpr (family == Family::gated || family == Family::affine) {
           add_modulated<family>(index, coefficients, work, sums);
+        } else if constexpr (family == Family::context) {
+          add_scaled(index, work, sums);
         } else {
           add_plain(index, coefficients, work, sums);
         }
         if constexpr (family == Family::mlp) add_to_grad_hidden(index, work);
       }
       if constexpr (family == Family::mlp) finish_hidden(work, sums);
+      if constexpr (family == Family::context) finish_scale(work);
       sum_upstream(first, last);
     }
   }
@@ -245,7 +254,9 @@ class Backward {
                     size * sizeof(float));
         work.tokens.push_back(n);
       } else if (gradients_.through_shift) {
-        const int64_t width = is_mlp() ? problem_.hidden_dim : problem_.dim;
+        const int64_t width = is_mlp()       ? problem_.hidden_dim
+                              : is_context() ? problem_.latent_dim
+                                             : problem_.dim;
         std::memset(gradients_.through_shift + n * width, 0, width * sizeof(float));
       }
     }
@@ -334,6 +345,43 @@ class Backward {
               [&](auto* source) { modulation[v] = load_some(source + offset, left); });
       }
     }
+  }
+
+  // context, one panel of columns. The gradient of s is summed over the columns lane by lane.
+  void add_scaled(int64_t index, Workspace& work, Sums& sums) const {
+    const int64_t M = problem_.num_samples, R = problem_.latent_dim;
+    for (size_t j = 0; j < work.tokens.size(); ++j) {
+      const float* scale = problem_.per_token + work.tokens[j] * R;
+      for (int64_t k = 0; k < stride_; k += ROWS) {
+        Tile product = {};
+        add_outer(product, work.latents + j * M * stride_ + k, stride_,
+                  work.staged + j * M * PANEL, M);
+        const float* weight = weights_.panel(index) + k * PANEL;
+        float* to = sums.products.panel(index) + k * PANEL;
+        for (int row = 0; row < ROWS; ++row) {
+          const float factor = k + row < R ? scale[k + row] : 0.0f;
+          Vec through = {};
+          for (int v = 0; v < VECS; ++v) {
+            const int64_t at = row * PANEL + v * LANES;
+            accumulate(to + at, factor * product[row][v]);
+            through += load(weight + at) * product[row][v];
+          }
+          accumulate(work.grad_scale + (j * stride_ + k + row) * LANES, through);
+        }
+      }
+    }
+  }
+
+  // context after the panels.
+  void finish_scale(Workspace& work) const {
+    const int64_t R = problem_.latent_dim;
+    for (size_t j = 0; j < work.tokens.size(); ++j) {
+      for (int64_t r = 0; r < R; ++r) {
+        const float* lanes = work.grad_scale + (j * stride_ + r) * LANES;
+        gradients_.through_shift[work.tokens[j] * R + r] = sum_of_lanes(load(lanes));
+      }
+    }
+    std::memset(work.grad_scale, 0, block_ * stride_ * LANES * sizeof(float));
   }
 
   // mlp before the panels: x = h + z B, and gelu(x) - gelu(h) as the coefficients.

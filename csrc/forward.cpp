@@ -162,6 +162,16 @@ class Forward {
   }
 
   void fill_coefficients(int64_t token, const float* z, float* to, int64_t stride) const {
+    if (problem_.family == Family::context) {
+      const float* scale = problem_.per_token + token * problem_.latent_dim;
+      for (int64_t m = 0; m < problem_.num_samples; ++m) {
+#pragma omp simd
+        for (int64_t r = 0; r < problem_.latent_dim; ++r) {
+          to[m * stride + r] = z[m * stride + r] * scale[r];
+        }
+      }
+      return;
+    }
     if (problem_.family != Family::mlp) {
       std::memcpy(to, z, problem_.num_samples * stride * sizeof(float));
       return;

@@ -3,19 +3,21 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "maths.h"
 #include "philox.h"
+#include "quantile.h"
 
 namespace fastperturb {
 
 enum class Distribution { gaussian, uniform, rademacher };
 
 // The words, and the latents, of LANES counters: [lane of Philox][counter].
-using Words = uint32_t[4][LANES];
-using Latents = float[4][LANES];
+using Words = WordVec[4];
+using Latents = Vec[4];
 
 inline float unit(uint32_t word) { return (static_cast<float>(word) + 0.5f) * 0x1p-32f; }
 
@@ -57,42 +59,82 @@ inline void to_latents(const Words& words, Latents& latents) {
   }
 }
 
-// The fields GF(2^k) and the inverse normal distribution function, as noise.py has them.
+// The fields GF(2^k), as noise.py has them.
 constexpr uint32_t FIELDS[9] = {0b1,      0b11,      0b111,      0b1011,     0b10011,
                                 0b100101, 0b1000011, 0b10000011, 0b100011011};
-constexpr float QUANTILE[8] = {0.8862251270853458f,  0.04212094886404203f, 0.030528105440190374f,
-                               0.08575752667691486f, -0.2316465484484066f, 0.5729471920348647f,
-                               -0.6643732588295643f, 0.2759865173191161f};
 
 // The samples of a stratified group, 2^degree; 2^0 means independent samples.
 struct Strata {
   uint32_t count = 1, degree = 0;
 };
 
-// The latent at u = (stratum + unit(word)) / count.
-template <Distribution distribution>
-inline float stratified_latent(uint32_t stratum, uint32_t word, uint32_t count, float share) {
-  const bool upper = stratum >= count / 2;
-  if constexpr (distribution == Distribution::rademacher) return upper ? -1.0f : 1.0f;
-  if constexpr (distribution == Distribution::uniform) {
-    const float u = (static_cast<float>(stratum) + unit(word)) * share;
-    return 1.7320508075688772f * (2.0f * u - 1.0f);
-  }
-  // v is measured from the nearer end of (0, 1). Near v = 1/2, ln 4v(1 - v) is that of 1 - x^2.
-  const uint32_t from_end = upper ? count - 1 - stratum : stratum;
+// A word's place is u = (stratum + unit(word)) / count in units of 2^-32, rounded down: the bits of
+// the stratum, then the word's first. A quantile takes v, the distance to the nearer end of (0, 1).
+inline float stratified_gaussian(uint32_t place, uint32_t word, Strata strata) {
+  const bool upper = place >> 31;
+  const uint32_t from_end = (upper ? ~place : place) >> (32 - strata.degree);
+  const float share = 1.0f / static_cast<float>(strata.count);
   const float v = (static_cast<float>(from_end) + unit(upper ? ~word : word)) * share;
-  const float x = 1.0f - 2.0f * v;
-  const float square = x * x;
-  const float one_minus = 1.0f - square;
-  const float error = (1.0f - one_minus) - square;
-  const bool central = v > 0.25f;
-  const float log = natural_log(central ? one_minus : 4.0f * v * (1.0f - v)) +
-                    (central ? error : 0.0f);
-  const float squared = log < 0.0f ? -2.0f * log : 0.0f;
-  const float argument = squared / (squared + 8.0f);
-  float p = QUANTILE[7];
-  for (int i = 6; i >= 0; --i) p = p * argument + QUANTILE[i];
-  return __builtin_copysignf(__builtin_sqrtf(squared) * p, upper ? 1.0f : -1.0f);
+  return __builtin_copysignf(quantile_by_formula(v), upper ? 1.0f : -1.0f);
+}
+
+inline void stratified_by_formula(const Words& places, const Words& words, Strata strata,
+                                  Latents& latents) {
+  for (int lane = 0; lane < 4; ++lane) {
+#pragma omp simd
+    for (int i = 0; i < LANES; ++i) {
+      latents[lane][i] = stratified_gaussian(places[lane][i], words[lane][i], strata);
+    }
+  }
+}
+
+#ifdef __AVX2__
+typedef int32_t SignedVec __attribute__((vector_size(LANES * 4)));  // fast to convert
+
+// From v = 2^-15 on, the word's last bits, which a place lacks, change z by less than 1e-6.
+constexpr float LEAST_FOUR_V = 0x1p-13f;
+
+inline Vec four_v_of(WordVec place) {
+  const WordVec from_end = place < ~place ? place : ~place;
+  return __builtin_convertvector((SignedVec)from_end, Vec) * 0x1p-30f + 0x1p-31f;
+}
+
+inline Vec stratified_by_pieces(WordVec place) {
+  const WordVec size = bit_cast<WordVec>(quantile_by_pieces(four_v_of(place))) & 0x7fffffffu;
+  return bit_cast<Vec>(size | (~place & 0x80000000u));
+}
+
+// Chooses between formula and pieces by a latent's own v, whatever is drawn beside it. Out of line,
+// because few calls come here: one of 256 with 16 LANES.
+[[gnu::noinline]] inline void stratified_by_both(const Words& places, const Words& words,
+                                                 Strata strata, Latents& latents) {
+  stratified_by_formula(places, words, strata, latents);
+  for (int lane = 0; lane < 4; ++lane) {
+    const Vec pieces = stratified_by_pieces(places[lane]);
+    latents[lane] = four_v_of(places[lane]) < LEAST_FOUR_V ? latents[lane] : pieces;
+  }
+}
+#endif
+
+template <Distribution distribution>
+inline void to_stratified(const Words& places, const Words& words, Strata strata,
+                          Latents& latents) {
+  if constexpr (distribution != Distribution::gaussian) {
+    return to_latents<distribution>(places, latents);
+  }
+#ifdef __AVX2__
+  Vec least = Vec{} + 2.0f;
+  for (int lane = 0; lane < 4; ++lane) {
+    const Vec four_v = four_v_of(places[lane]);
+    least = four_v < least ? four_v : least;
+  }
+  if (any_below(least, LEAST_FOUR_V)) [[unlikely]] {
+    return stratified_by_both(places, words, strata, latents);
+  }
+  for (int lane = 0; lane < 4; ++lane) latents[lane] = stratified_by_pieces(places[lane]);
+#else
+  stratified_by_formula(places, words, strata, latents);
+#endif
 }
 
 inline void to_latents(Distribution distribution, const Words& words, Latents& latents) {
@@ -141,7 +183,9 @@ class Sampler {
       block_[i] = static_cast<uint32_t>(i % blocks_);
     }
     if (!keys.is_stratified()) return;
+    group_.resize(counters_);
     group_index_.resize(counters_);
+    spread_.resize(num_samples > 1 ? 4 * counters_ : 0);
     multiples_.resize(keys.strata.degree * counters_);
   }
 
@@ -189,15 +233,18 @@ class Sampler {
   }
 
   // Finds the group of a sample, and j x^i for its number j within it, so that a j is their sum
-  // over the bits i of a.
+  // over the bits i of a. They are in the first bits, as in a place.
   void number_member(int64_t m, int64_t number) {
     const uint32_t degree = keys_.strata.degree;
     const uint32_t group = static_cast<uint32_t>(number) >> degree;
-    if (group_numbers_.empty() || group_numbers_.back() != group) group_numbers_.push_back(group);
+    if (group_numbers_.empty() || group_numbers_.back() != group) {
+      std::fill_n(&group_[group_numbers_.size() * blocks_], blocks_, group);
+      group_numbers_.push_back(group);
+    }
     const int64_t first = (group_numbers_.size() - 1) * blocks_;
     uint32_t multiple = static_cast<uint32_t>(number) & (keys_.strata.count - 1);
     for (uint32_t bit = 0; bit < degree; ++bit) {
-      for (int64_t q = 0; q < blocks_; ++q) multiples_[bit * counters_ + m * blocks_ + q] = multiple;
+      std::fill_n(&multiples_[bit * counters_ + m * blocks_], blocks_, multiple << (32 - degree));
       multiple <<= 1;
       multiple ^= multiple >> degree ? FIELDS[degree] : 0;
     }
@@ -206,7 +253,7 @@ class Sampler {
     }
   }
 
-  // Draws a factor a and a shift c for each latent of each group, packed as a 2^8 + c.
+  // Draws a factor a and a shift c for each latent of each group, packed as c 2^(32 - k) + a.
   const Groups& draw_groups(int64_t slot) {
     Groups& groups = groups_[slot];
     if (groups.row == drawn_row_ && groups.position == drawn_position_ &&
@@ -216,22 +263,17 @@ class Sampler {
     groups.numbers = group_numbers_;
     groups.row = drawn_row_;
     groups.position = drawn_position_;
-    const int64_t count = groups.numbers.size() * blocks_, size = round_up(count, LANES);
+    const int64_t size = round_up(groups.numbers.size() * blocks_, LANES);
     groups.words.resize(4 * size);
-    const uint32_t strata = keys_.strata.count;
+    const Strata strata = keys_.strata;
     for (int64_t start = 0; start < size; start += LANES) {
-      uint32_t block[LANES] = {}, number[LANES] = {};
-      for (int64_t i = 0; i < LANES && start + i < count; ++i) {
-        block[i] = static_cast<uint32_t>((start + i) % blocks_) | 0x80000000u;
-        number[i] = groups.numbers[(start + i) / blocks_];
-      }
-      WordVec counters[4] = {load_words(block), WordVec{} + drawn_position_, load_words(number),
-                             WordVec{} + drawn_row_};
-      philox(counters, keys_.key);
+      Words words = {load_words(&block_[start]) | 0x80000000u, WordVec{} + drawn_position_,
+                     load_words(&group_[start]), WordVec{} + drawn_row_};
+      philox(words, keys_.key);
       for (int lane = 0; lane < 4; ++lane) {
-        const WordVec shift = counters[lane] & (strata - 1);
-        const WordVec factor = 1 + (((counters[lane] >> 8) * (strata - 1)) >> 24);
-        const WordVec packed = factor << 8 | shift;
+        const WordVec shift = words[lane] << (32 - strata.degree);
+        const WordVec factor = 1 + (((words[lane] >> 8) * (strata.count - 1)) >> 24);
+        const WordVec packed = shift | factor;
         std::memcpy(&groups.words[lane * size + start], &packed, sizeof packed);
       }
     }
@@ -240,10 +282,13 @@ class Sampler {
 
   template <Distribution distribution>
   void fill(int64_t slot) {
-    if (keys_.is_stratified()) {
-      fill_strata<distribution>(draw_groups(slot));
-      return;
-    }
+    if (keys_.is_stratified()) fill_strata<distribution>(spread(draw_groups(slot)));
+    else fill_independently<distribution>();
+  }
+
+  // Out of line, as fill_strata is: a pass that holds both runs out of registers in both.
+  template <Distribution distribution>
+  [[gnu::noinline]] void fill_independently() {
     for (int64_t start = 0; start < counters_; start += LANES) {
       Words words;
       Latents latents;
@@ -254,33 +299,44 @@ class Sampler {
   }
 
   template <Distribution distribution>
-  void fill_strata(const Groups& groups) {
-    const Strata strata = keys_.strata;
-    const int64_t size = groups.words.size() / 4;
-    const float share = 1.0f / strata.count;
+  [[gnu::noinline]] void fill_strata(const uint32_t* group_words) {
     for (int64_t start = 0; start < counters_; start += LANES) {
-      Words words;
+      Words words, places;
       Latents latents;
       draw_words(start, words);
-      for (int lane = 0; lane < 4; ++lane) {
-        uint32_t packed[LANES], stratum[LANES];
-        const uint32_t* group_words = &groups.words[lane * size];
-        for (int i = 0; i < LANES; ++i) packed[i] = group_words[group_index_[start + i]];
-        const WordVec pair = load_words(packed);
-        WordVec member = pair & 0xffu;
-        for (uint32_t bit = 0; bit < strata.degree; ++bit) {
-          const WordVec multiple = load_words(&multiples_[bit * counters_ + start]);
-          member ^= (pair & (1u << (8 + bit))) != 0 ? multiple : WordVec{};
-        }
-        std::memcpy(stratum, &member, sizeof member);
-#pragma omp simd
-        for (int i = 0; i < LANES; ++i) {
-          latents[lane][i] =
-              stratified_latent<distribution>(stratum[i], words[lane][i], strata.count, share);
-        }
-      }
+      find_places(group_words, start, words, places);
+      to_stratified<distribution>(places, words, keys_.strata, latents);
       keep(start, latents);
     }
+  }
+
+  // Finds the stratum a j xor c of each word, and so its place.
+  void find_places(const uint32_t* group_words, int64_t start, const Words& words,
+                   Words& places) const {
+    const Strata strata = keys_.strata;
+    Words pair;
+    for (int lane = 0; lane < 4; ++lane) {
+      pair[lane] = load_words(group_words + lane * counters_ + start);
+      places[lane] = (pair[lane] & 0xff000000u) | words[lane] >> strata.degree;
+    }
+    for (uint32_t bit = 0; bit < strata.degree; ++bit) {
+      const WordVec multiple = load_words(&multiples_[bit * counters_ + start]);
+      for (int lane = 0; lane < 4; ++lane) {
+        places[lane] = (pair[lane] & (1u << bit)) != 0 ? places[lane] ^ multiple : places[lane];
+      }
+    }
+  }
+
+  // Returns the groups' words by counter. A sample alone has its group's in their own order.
+  const uint32_t* spread(const Groups& groups) {
+    if (num_samples_ == 1) return groups.words.data();
+    const int64_t size = groups.words.size() / 4;
+    for (int lane = 0; lane < 4; ++lane) {
+      for (int64_t i = 0; i < counters_; ++i) {
+        spread_[lane * counters_ + i] = groups.words[lane * size + group_index_[i]];
+      }
+    }
+    return spread_.data();
   }
 
   // Writes the latents of LANES counters, with their samples' signs, in the order of r.
@@ -297,10 +353,11 @@ class Sampler {
   }
 
   void draw_words(int64_t start, Words& words) const {
-    WordVec counters[4] = {load_words(&block_[start]), WordVec{} + drawn_position_,
-                           load_words(&sample_[start]), WordVec{} + drawn_row_};
-    philox(counters, keys_.key);
-    for (int lane = 0; lane < 4; ++lane) std::memcpy(words[lane], &counters[lane], sizeof(Vec));
+    words[0] = load_words(&block_[start]);
+    words[1] = WordVec{} + drawn_position_;
+    words[2] = load_words(&sample_[start]);
+    words[3] = WordVec{} + drawn_row_;
+    philox(words, keys_.key);
   }
 
   void move_to_mean(const float* mean) {
@@ -314,7 +371,7 @@ class Sampler {
 
   const NoiseKeys keys_;
   const int64_t num_samples_, stride_, blocks_, counters_;
-  std::vector<uint32_t> block_, sample_, group_index_, multiples_, group_numbers_;
+  std::vector<uint32_t> block_, sample_, group_, group_index_, spread_, multiples_, group_numbers_;
   std::vector<float> sign_;
   Buffer noise_, z_;
   std::vector<Groups> groups_;

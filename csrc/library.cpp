@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "combine.h"
+#include "context_scan.h"
 #include "head.h"
 #include "perturb_embed.h"
 
@@ -76,6 +77,7 @@ Family parse_family(const std::string& name) {
   if (name == "lowrank") return Family::lowrank;
   if (name == "gated") return Family::gated;
   if (name == "affine") return Family::affine;
+  if (name == "context") return Family::context;
   STD_TORCH_CHECK(name == "mlp", "no transform called ", name);
   return Family::mlp;
 }
@@ -166,6 +168,25 @@ void combine_op(Tensor value, Tensor log_marginal, Tensor effective_samples, Ten
   else combine_tokens(problem);
 }
 
+Scan make_scan(const Tensor& inputs, const Tensor& retain, const OptionalTensor& starts,
+               const OptionalTensor& real, const OptionalTensor& initial) {
+  return {inputs.size(0),      inputs.size(1),   inputs.size(2),
+          read<float>(inputs), read<float>(retain), read<bool>(starts),
+          read<bool>(real),    read<float>(initial)};
+}
+
+void context_scan_op(Tensor states, Tensor inputs, Tensor retain, OptionalTensor starts,
+                     OptionalTensor real, OptionalTensor initial) {
+  context_scan(make_scan(inputs, retain, starts, real, initial), write(states));
+}
+
+void context_scan_backward_op(Tensor grad_inputs, Tensor grad_retain, Tensor grad, Tensor states,
+                              Tensor inputs, Tensor retain, OptionalTensor starts,
+                              OptionalTensor real, OptionalTensor initial) {
+  context_scan_backward(make_scan(inputs, retain, starts, real, initial), read<float>(grad),
+                        read<float>(states), write(grad_inputs), write(grad_retain));
+}
+
 Products make_products(const Tensor& products) {
   const bool is_many = products.dim() == 3;
   return {write(products), is_many ? products.size(0) : 1, products.size(is_many),
@@ -240,11 +261,12 @@ void latents_op(Tensor latents, Tensor words, std::string latent) {
 }  // namespace
 }  // namespace fastperturb
 
-// The arguments of make_problem, and those that say how products become logits.
+// The arguments of make_problem and make_scan, and those that say how products become logits.
 #define EMBED_CALL                                                                           \
   "Tensor source, Tensor? ids, Tensor? mask, Tensor seed, Tensor samples, Tensor rows, "      \
   "Tensor positions, Tensor[] weights, Tensor? per_token, str family, str latent, "           \
   "bool sequence, bool antithetic, int strata, Tensor? mean, float deviation"
+#define SCAN "Tensor inputs, Tensor retain, Tensor? starts, Tensor? real, Tensor? initial"
 #define LOGIT_OPTIONS "int start, Tensor? bias, float scale, float softcap"
 
 STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
@@ -256,6 +278,9 @@ STABLE_TORCH_LIBRARY(fastperturb_cpp, m) {
   m.def(
       "combine(Tensor(a!) value, Tensor(b!) log_marginal, Tensor(c!) effective_samples, "
       "Tensor(d!) weights, Tensor log_probs, Tensor mask, str estimator, bool sequence) -> ()");
+  m.def("context_scan(Tensor(a!) states, " SCAN ") -> ()");
+  m.def("context_scan_backward(Tensor(a!) grad_inputs, Tensor(b!) grad_retain, Tensor grad, "
+        "Tensor states, " SCAN ") -> ()");
   m.def("head_online_softmax(Tensor(a!) products, " LOGIT_OPTIONS
         ", Tensor target, Tensor(b!) peak, Tensor(c!) other_sum, Tensor(d!) target_logit, "
         "Tensor(e!)? entropy_sum, bool want_weights, Tensor(f!)? total) -> ()");
@@ -275,6 +300,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastperturb_cpp, CPU, m) {
   m.impl("backward", TORCH_BOX(&fastperturb::Embed::backward));
   m.impl("scatter_rows", TORCH_BOX(&fastperturb::scatter_rows_op));
   m.impl("combine", TORCH_BOX(&fastperturb::combine_op));
+  m.impl("context_scan", TORCH_BOX(&fastperturb::context_scan_op));
+  m.impl("context_scan_backward", TORCH_BOX(&fastperturb::context_scan_backward_op));
   m.impl("head_online_softmax", TORCH_BOX(&fastperturb::online_softmax_op));
   m.impl("head_grad_logits", TORCH_BOX(&fastperturb::grad_logits_op));
   m.impl("head_quadratic_dot", TORCH_BOX(&fastperturb::quadratic_dot_op));

@@ -9,9 +9,10 @@
 //     mlp       e + (gelu(h_n + z B) - gelu(h_n)) C
 //                                            weights: C rho [H, D], B [R, H] (in the backward
 //                                            C^T rho [D, H] as well); per token: h [N, H]
+//     context   e + (z * s_n) U              weights: U rho [R, D];       per token: s [N, R]
 //
 // The caller has folded the embedding scale rho in, and made gain and h, which depend on the token
-// alone, by GEMMs. Forward and backward each move about one output, M N D elements, to or
+// alone, by GEMMs, and s, which depends on those before it. Forward and backward each move about one output, M N D elements, to or
 // from memory and spend 2 M N K D flops, K = R, or H for mlp, with the latents made twice.
 
 #pragma once
@@ -23,7 +24,7 @@
 
 namespace fastperturb {
 
-enum class Family { diagonal, lowrank, gated, affine, mlp };
+enum class Family { diagonal, lowrank, gated, affine, mlp, context };
 
 struct Problem {
   Family family;
@@ -55,7 +56,7 @@ struct Gradients {
   float* weights[2];     // [slots, K, D] each; diagonal [slots, D]; mlp's C and B
   float* upstream_sum;   // [N, D] sum_m g, or nothing
   float* through_shift;  // gated, affine: sum_m g * (z U or z Ua) [N, D], or nothing
-                         // mlp: the gradient of h [N, H]
+                         // mlp, context: the gradient of h [N, H], of s [N, R]
 };
 
 // out [M, N, D]; squared_shift [M, N], |T(e, z) - e|^2, or nothing.

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TRANSFORMS = ("diagonal", "lowrank", "gated", "affine", "mlp")
+TRANSFORMS = ("diagonal", "lowrank", "gated", "affine", "mlp", "context")
+CONTEXT_SOURCES = ("embedding", "trunk")
 LATENTS = ("gaussian", "uniform", "rademacher")
 SCOPES = ("token", "sequence")
 MARGINALS = ("token", "sequence")
@@ -37,7 +38,7 @@ class PerturbConfig:
     """The perturbation of prefix embeddings, and the estimation of the marginal likelihood."""
 
     transform: str = "lowrank"
-    """Family of the learned perturbation T(e, z): diagonal, lowrank, gated, affine or mlp."""
+    """Family of the perturbation T(e, z): diagonal, lowrank, gated, affine, mlp or context."""
 
     latent: str = "gaussian"
     """Distribution of the latent z: gaussian, uniform or rademacher."""
@@ -46,7 +47,11 @@ class PerturbConfig:
     """Number of entries of the latent z; diagonal ignores it and has as many as an embedding."""
 
     hidden_dim: int = 64
-    """Width of the hidden layer of gated and mlp; the other families ignore it."""
+    """Width of the hidden layer of gated and mlp, and of context's state; the others ignore it."""
+
+    context_source: str = "embedding"
+    """What context's state is made of: embedding, the exact embeddings so far; or trunk, the last
+    hidden states of another pass, without gradient, of the exact prefix."""
 
     scope: str = "token"
     """Reach of one z: token draws a new one at every position, sequence one for all positions."""
@@ -256,6 +261,7 @@ class PerturbConfig:
 
 _CHOICES = {
     "transform": TRANSFORMS,
+    "context_source": CONTEXT_SOURCES,
     "latent": LATENTS,
     "scope": SCOPES,
     "marginal": MARGINALS,

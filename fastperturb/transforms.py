@@ -25,6 +25,8 @@ from fastperturb.config import PerturbConfig
 
 # Enough probes to know a scale to a few percent, few enough to forget their cost.
 _PROBE_TOKENS = 256
+# A state halves in this many tokens at most, at the start of training.
+_LONGEST_REACH = 64
 # The floor amplifies a shift by no more than this: one that is exactly zero has no direction to
 # lift, and stays zero until a gradient gives it one.
 _MOST_LIFT = 1e3
@@ -51,6 +53,53 @@ def mlp(e: Tensor, z: Tensor, rho: Tensor, A: Tensor, B: Tensor, b: Tensor, C: T
     return e + rho * ((F.gelu(rest + z @ B) - F.gelu(rest)) @ C)
 
 
+def context(
+    e: Tensor, z: Tensor, rho: Tensor, U: Tensor, A: Tensor, G: Tensor, decay: Tensor
+) -> Tensor:
+    """Perturb documents e [..., T, D], one a row."""
+    states = context_states((e / rho) @ A, torch.sigmoid(decay))
+    return e + rho * ((z * latent_scale(states, G)) @ U)
+
+
+def latent_scale(states: Tensor, G: Tensor) -> Tensor:
+    """Return s = 1 + tanh(h G) [..., R], what a context multiplies latents by."""
+    return 1 + torch.tanh(states @ G)
+
+
+def context_states(
+    inputs: Tensor,  # [..., T, H]
+    retain: Tensor,  # a [H]
+    starts: Tensor | None = None,  # [..., T] bool, where documents start; None: nowhere
+    real: Tensor | None = None,  # [..., T] bool; None: all
+    initial: Tensor | None = None,  # [..., H], before the first position; None: 0
+) -> Tensor:
+    """Return h_t = a h_(t-1) + (1 - a) inputs_t.
+
+    h_(t-1) counts as 0 where a document starts. Where there is no real token h stays as it is.
+    """
+    kept, added = retain.expand_as(inputs), (1 - retain) * inputs
+    if starts is not None:
+        kept = kept.masked_fill(starts[..., None], 0.0)
+    if real is not None:
+        kept = kept.masked_fill(~real[..., None], 1.0)
+        added = added.masked_fill(~real[..., None], 0.0)
+    return linear_scan(kept, added, initial)
+
+
+def linear_scan(kept: Tensor, added: Tensor, initial: Tensor | None = None) -> Tensor:
+    """Return h_t = kept_t h_(t-1) + added_t [..., T, H], in log2 T steps.
+
+    initial: h [..., H] before the first; default 0.
+    """
+    span = 1
+    while span < added.shape[-2]:
+        # Each position joins the span before it to its own.
+        added = added + kept * F.pad(added, (0, 0, span, 0))[..., :-span, :]
+        kept = kept * F.pad(kept, (0, 0, span, 0), value=1.0)[..., :-span, :]
+        span *= 2
+    return added if initial is None else added + kept * initial[..., None, :]
+
+
 class Transform(nn.Module):
     """One family: its formula, its parameters, and the distribution of its latent."""
 
@@ -60,6 +109,7 @@ class Transform(nn.Module):
     outer: tuple[str, ...]
     latent_parameter: int  # the index of the parameter that has a row for each entry of the latent
     rotated: tuple[str, ...] = ()  # those that z enters through, as z @ parameter, and no other way
+    context_parameters: tuple[str, ...] = ()  # those of the scale that a context gives to latents
 
     embed_rms: Tensor
 
@@ -72,6 +122,7 @@ class Transform(nn.Module):
         self.scope = config.scope
         self.init_scale = config.init_scale
         self.min_scale = config.min_scale
+        self.context_source = config.context_source
         self.register_buffer("embed_rms", torch.tensor(embed_rms, dtype=torch.float32))
         for name, value in zip(self.parameter_names, self._initial(), strict=True):
             self.register_parameter(name, nn.Parameter(value.float()))
@@ -84,8 +135,11 @@ class Transform(nn.Module):
         """Starting values in `parameter_names`' order; outer ones up to a common factor."""
         raise NotImplementedError
 
-    def forward(self, embeddings: Tensor, latent: Tensor) -> Tensor:
-        """T(e, z): embeddings [..., D] and latent [..., R] broadcast to [..., D]."""
+    def forward(self, embeddings: Tensor, latent: Tensor, scale: Tensor | None = None) -> Tensor:
+        """T(e, z): embeddings [..., D] and latent [..., R] broadcast to [..., D].
+
+        scale: [..., R] of context; without it embeddings are documents [..., T, D].
+        """
         return type(self).formula(embeddings, latent, self.embed_rms, *self.effective_parameters())
 
     def effective_parameters(self) -> list[Tensor]:
@@ -98,6 +152,11 @@ class Transform(nn.Module):
             value * lift if name in self.outer else value
             for name, value in zip(self.parameter_names, parameters, strict=True)
         ]
+
+    def op_parameters(self) -> list[Tensor]:
+        """The effective parameters that `ops.perturb_embed` takes: all but the context's."""
+        named = zip(self.parameter_names, self.effective_parameters(), strict=True)
+        return [value for name, value in named if name not in self.context_parameters]
 
     def scale(self) -> Tensor:
         """sqrt(E |T(e, z) - e|^2 / D) / rho of the stored parameters, before any floor."""
@@ -203,12 +262,55 @@ class MLP(Transform):
         return _root((mlp(x, z, unit_rms, self.A, self.B, self.b, self.C) - x).square().mean())
 
 
+class Context(Transform):
+    """lowrank, whose latents are scaled by what came before: s_t = 1 + tanh(h_t G)."""
+
+    family, formula = "context", staticmethod(context)
+    parameter_names = ("U", "A", "G", "decay")
+    outer = ("U",)
+    latent_parameter = 0
+    context_parameters = ("A", "G", "decay")
+    U: Tensor
+    A: Tensor
+    G: Tensor
+    decay: Tensor
+
+    def forward(self, embeddings: Tensor, latent: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return super().forward(embeddings, latent)
+        (U,) = self.op_parameters()
+        return lowrank(embeddings, latent * scale, self.embed_rms, U)
+
+    def _initial(self) -> Sequence[Tensor]:
+        D, R, H = self.embed_dim, self.latent_dim, self.hidden_dim
+        reach = torch.logspace(0, math.log2(_LONGEST_REACH), H, base=2, dtype=torch.float64)
+        return [
+            torch.randn(R, D),
+            torch.randn(D, H) / math.sqrt(D),
+            torch.zeros(H, R),
+            torch.logit(0.5 ** (1 / reach)),
+        ]
+
+    def scale(self) -> Tensor:
+        """The scale over a document of the probes' length."""
+        states = context_states(self._probe(self.embed_dim, row=0) @ self.A, self.retain())
+        per_latent = latent_scale(states, self.G).square().mean(0)
+        return _root(per_latent @ self.U.square().sum(1) / self.embed_dim)
+
+    def retain(self) -> Tensor:
+        """Return a [H], the share of a state that is kept from one token to the next."""
+        return torch.sigmoid(self.decay)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, context_source={self.context_source}"
+
+
 def _root(mean_square: Tensor) -> Tensor:
     """A root whose gradient at 0 is 0 and not infinite."""
     return mean_square.clamp_min(1e-24).sqrt()
 
 
-FAMILIES = {family.family: family for family in (Diagonal, LowRank, Gated, Affine, MLP)}
+FAMILIES = {family.family: family for family in (Diagonal, LowRank, Gated, Affine, MLP, Context)}
 
 
 def make_transform(

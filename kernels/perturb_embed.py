@@ -3,6 +3,7 @@
 With N = B T tokens, latents z [M, N, R] and v = z U:
 
     diagonal  e + rho s z          lowrank  e + rho v          affine  (1 + z Ua) e + rho z Ub
+    context   lowrank with z s in the place of z, s [N, R] the scale of each token
     gated     e + rho (1 + G) v,   G = tanh(P C),              P = (e / rho) A
     mlp       e + rho c C,         c = gelu(h + z B) - gelu(h),    h = P + b
 
@@ -19,6 +20,7 @@ embedding:
 
     diagonal  ds = rho sum g z             lowrank  dU = rho z' g
     affine    dUa = z' (g e), dUb = rho z' g, de = sum_m g (1 + z Ua)
+    context   dU = rho (z s)' g, ds = rho sum_m z (g U')
     gated     dU = rho z' (g (1 + G)), k = rho (1 - G^2) sum_m g v, dC = P' k, q = k C'
     mlp       p = rho g C', dB = z' (p gelu'(h + z B)), dC = rho c' g
               q = sum_m p (gelu'(h + z B) - gelu'(h)), db = sum q
@@ -81,11 +83,16 @@ def perturb_embed_backward(
     projected: Tensor | None,  # [N, H], from the forward; made again if there is none
     want_table: bool,
 ) -> list[Tensor]:
-    """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
-    grad_e, grads = backward.backward(
+    """Return the gradients of [table, *parameters, latent_scale if there is one].
+
+    The table's is empty unless wanted.
+    """
+    grad_e, sums, grad_scale = backward.backward(
         call, grad, projected, want_table=want_table, per_sample=False
     )
-    grads = [value[0, 0].to(like.dtype) for value, like in zip(grads, call.parameters)]
+    grads = [value[0, 0].to(like.dtype) for value, like in zip(sums, call.parameters)]
+    if call.latent_scale is not None and grad_scale is not None:
+        grads.append(grad_scale.view(call.latent_scale.shape).to(call.latent_scale.dtype))
     if grad_e is None:
         return [call.table.new_empty(0), *grads]
     if call.ids is None:
@@ -108,6 +115,12 @@ def perturb_embed_per_sample_grad(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
 ) -> list[Tensor]:
-    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
-    _, grads = backward.backward(call, grad, None, want_table=False, per_sample=True)
-    return [value.to(like.dtype) for value, like in zip(grads, call.parameters)]
+    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...].
+
+    A latent_scale's comes last.
+    """
+    _, sums, grad_scale = backward.backward(call, grad, None, want_table=False, per_sample=True)
+    grads = [value.to(like.dtype) for value, like in zip(sums, call.parameters)]
+    if call.latent_scale is not None and grad_scale is not None:
+        grads.append(grad_scale.view(-1, *call.latent_scale.shape))
+    return grads

@@ -7,7 +7,7 @@ their order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,19 @@ from fastperturb.kernels import perturb_embed_hidden as hidden
 from fastperturb.kernels import perturb_embed_latents as latents
 from fastperturb.kernels import perturb_embed_projection as projection
 from fastperturb.kernels.perturb_embed_call import ROLES, Layout, Sums, pieces
-from fastperturb.kernels.perturb_embed_columns import through_C
+from fastperturb.kernels.perturb_embed_columns import through
 from fastperturb.kernels.perturb_embed_outer import outer
 
 if TYPE_CHECKING:
     from fastperturb.ops.calls import EmbedCall
+
+
+class Gradients(NamedTuple):
+    """What the backward returns."""
+
+    embeddings: Tensor | None  # [N, D], where wanted
+    parameters: list[Tensor]  # [groups, segments, ...] each, in fp32
+    scale: Tensor | None  # context: [groups, N, R]
 
 
 def backward(
@@ -32,12 +40,8 @@ def backward(
     *,
     want_table: bool,
     per_sample: bool,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of the embeddings [N, D], and of the parameters in fp32.
-
-    The parameters' are [groups, segments, ...]; `per_sample` makes a group of each sample and a
-    segment of each batch row.
-    """
+) -> Gradients:
+    """Return all gradients; `per_sample` makes a group of each sample and a segment of each row."""
     whole = Layout(call)
     grad = (grad if grad.dtype in launch.DTYPES else grad.float()).contiguous()
     if projected is None:
@@ -48,15 +52,22 @@ def backward(
     groups, segments, _ = whole.sums(per_sample=per_sample)
     totals = [whole.fp32(groups, segments, *value.shape).zero_() for value in call.parameters]
     grad_es: list[Tensor] = []
+    grad_scales: list[Tensor] = []
     for piece in cut:
         kept = None if projected is None else piece.rows_of(projected, call)
         inputs = Layout(piece.of(call)), piece.tokens(grad), kept
-        grad_e, grads = _piece_backward(*inputs, want_table, per_sample)
+        grad_e, grads, grad_scale = _piece_backward(*inputs, want_table, per_sample)
         if grad_e is not None:
             grad_es.append(grad_e)
+        if grad_scale is not None:
+            grad_scales.append(grad_scale)
         for total, value in zip(totals, grads, strict=True):
             total[:, piece.rows if per_sample else slice(None)] += value
-    return torch.cat(grad_es) if want_table else None, totals
+    return Gradients(
+        torch.cat(grad_es) if want_table else None,
+        totals,
+        torch.cat(grad_scales, 1) if grad_scales else None,
+    )
 
 
 def _token_bytes(layout: Layout, grad: Tensor, per_sample: bool) -> int:
@@ -65,13 +76,15 @@ def _token_bytes(layout: Layout, grad: Tensor, per_sample: bool) -> int:
         return 0
     if layout.family == "mlp":
         return (layout.dtype.itemsize + 4) * layout.H
+    if layout.scale is not None:
+        return 12 * layout.R
     gate = layout.D * grad.dtype.itemsize if layout.family == "gated" and per_sample else 0
     return 4 * layout.R + gate
 
 
 def _piece_backward(
     layout: Layout, grad: Tensor, projected: Tensor | None, want_table: bool, per_sample: bool
-) -> tuple[Tensor | None, list[Tensor]]:
+) -> Gradients:
     sums = layout.sums(per_sample=per_sample)
     grad_e = None
     if want_table:  # with a projection it is a part of the gradient, which stays in fp32
@@ -83,18 +96,27 @@ def _piece_backward(
         by_segment = grad_projected.view(*sums, layout.H)
         grads["b"] = by_segment.sum(2)
         grads["A"], grad_e = projection.project_backward(layout, grad_projected, grad_e, sums)
-    return grad_e, [grads[role] for role in ROLES[layout.family]]
+    parameters = [grads[role] for role in ROLES[layout.family]]
+    return Gradients(grad_e, parameters, grads.get("scale"))
 
 
 # Each takes (layout, grad, projected, sums, grad_e), writes grad_e where wanted, and returns the
-# gradients of the parameters by role and, if there is one, of the projection.
+# gradients of the parameters by role and, if there is one, of the projection or the scale.
 
 
 def _products(
     layout: Layout, grad: Tensor, _: None, sums: Sums, grad_e: Tensor | None
 ) -> dict[str, Tensor]:
     z = latents.draw(layout)
-    return outer(layout, layout.family, grad, z, sums, rho=layout.rho, grad_e=grad_e)
+    of_scale = {}
+    if layout.scale is not None:
+        # torch multiplies and adds what a piece keeps in the L2 cache.
+        through_shift = through(layout, grad, layout.U.to(grad.dtype)).mul_(z)
+        of_groups = through_shift.unflatten(0, (sums.groups, layout.M // sums.groups)).sum(1)
+        of_scale["scale"] = of_groups.mul_(layout.rho)
+        z.mul_(layout.scale)
+    grads = outer(layout, layout.family, grad, z, sums, rho=layout.rho, grad_e=grad_e)
+    return {**grads, **of_scale}
 
 
 def _gated(
@@ -107,13 +129,13 @@ def _gated(
         layout, "gated", grad, z, sums, rho=layout.rho, projected=projected, **sums_over_samples
     )
     grads["C"] = outer(layout, "lowrank", k, projected, sums)["U"]
-    return {**grads, "projected": through_C(layout, k)}
+    return {**grads, "projected": through(layout, k, layout.C)}
 
 
 def _mlp(
     layout: Layout, grad: Tensor, projected: Tensor, sums: Sums, grad_e: Tensor | None
 ) -> dict[str, Tensor]:
-    grad_gelu = through_C(layout, grad)
+    grad_gelu = through(layout, grad, layout.C)
     grad_projected, grad_B, change = hidden.hidden_backward(layout, projected, grad_gelu, sums)
     grad_C = outer(layout, "mlp", grad, change, sums, rho=layout.rho, grad_e=grad_e)["U"]
     return {"U": grad_B, "C": grad_C, "projected": grad_projected}

@@ -52,7 +52,9 @@ class Layout:
     def __init__(self, call: EmbedCall) -> None:
         table, ids = call.table, call.ids
         launch.check_dtype("table", table)
-        self.family, self.dtype, self.device = call.family, table.dtype, table.device
+        # To the kernels context is lowrank, on scaled latents.
+        self.family = "lowrank" if call.family == "context" else call.family
+        self.dtype, self.device = table.dtype, table.device
         self.half = table.dtype != torch.float32
         self.M, self.D = call.samples.shape[0], table.shape[-1]
         self.B, self.T = call.positions.shape
@@ -64,7 +66,7 @@ class Layout:
         self.table = table if table.stride(-1) == 1 else table.contiguous()
 
         values = [value.contiguous() for value in call.parameters]
-        roles: dict[str, Any] = dict(zip(ROLES[call.family], values, strict=True))
+        roles: dict[str, Any] = dict(zip(ROLES[self.family], values, strict=True))
         self.U, self.V = roles["U"], roles.get("V")
         self.A, self.b, self.C = roles.get("A"), roles.get("b"), roles.get("C")
         self.R = call.latent_dim
@@ -72,6 +74,8 @@ class Layout:
         if self.C is not None:
             self.C, self.H = self.C.to(table.dtype), self.C.shape[0]
 
+        scale = call.latent_scale
+        self.scale = None if scale is None else scale.flatten(0, 1).contiguous()  # [N, R]
         mean = call.dense_mean()
         self.rho = call.embed_rms
         self.source = {
@@ -126,6 +130,7 @@ class Piece(NamedTuple):
             positions=call.positions[self.rows, self.times],
             mask=cut(call.mask),
             latent_mean=cut(call.latent_mean),
+            latent_scale=cut(call.latent_scale),
         )
 
     def tokens(self, value: Tensor) -> Tensor:

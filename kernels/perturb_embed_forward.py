@@ -128,7 +128,7 @@ def forward(
         assert projected is not None
         coordinates, directions = hidden.change(layout, projected), layout.C
     else:
-        coordinates, directions = latents.draw(layout), layout.U
+        coordinates, directions = latents.draw(layout, layout.scale), layout.U
     M, N, K = coordinates.shape
     BT, BD, BK, num_warps = tile_sizes(layout.family, layout.half, K)
     BD = launch.block(layout.D, BD)

@@ -29,6 +29,7 @@ def draw_kernel(
     positions_ptr,
     mask_ptr,
     mean_ptr,
+    scale_ptr,  # [N, R], or None: 1
     N,
     T,
     samples_stride_m,
@@ -46,7 +47,7 @@ def draw_kernel(
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """z of a tile of one sample's tokens, 0 for tokens that keep their embedding."""
+    """z of a tile of one sample's tokens, scaled; 0 for tokens that keep their embedding."""
     sample, b_token = tiles.sample_and_tokens(N, BT)
     first = tl.program_id(1) * BR
     row_ids = row_ids_ptr, row_ids_stride_b, row_ids_stride_t
@@ -57,13 +58,19 @@ def draw_kernel(
         seed, b_token, b_token < N, T, row_ids, positions, mask_ptr, means, SCOPE
     )
     b_sample_ptr = samples_ptr + sample * samples_stride_m + tokens.b_batch * samples_stride_b
+    b_r = first + tl.arange(0, BR)
     b_z = tiles.latent_tile(tokens, b_sample_ptr, first, mean_ptr, std, R, BR, NOISE)
-    tiles.store_matrix(z_ptr + sample * N * R, b_token, first + tl.arange(0, BR), b_z, N, R)
+    if scale_ptr is not None:
+        b_z *= tiles.matrix_tile(scale_ptr, b_token, b_r, N, R)
+    tiles.store_matrix(z_ptr + sample * N * R, b_token, b_r, b_z, N, R)
 
 
-def draw(layout: Layout) -> Tensor:
-    """Return the latents [M, N, R] in fp32, 0 for tokens that keep their embedding."""
-    return _draw(layout, layout.N, layout.noise)
+def draw(layout: Layout, scale: Tensor | None = None) -> Tensor:
+    """Return the latents [M, N, R] in fp32, 0 for tokens that keep their embedding.
+
+    scale: [N, R], which multiplies them.
+    """
+    return _draw(layout, layout.N, {**layout.noise, "scale_ptr": scale})
 
 
 def draw_sequences(layout: Layout) -> Tensor | None:
@@ -74,7 +81,7 @@ def draw_sequences(layout: Layout) -> Tensor | None:
         return None
     if layout.noise["mean_ptr"] is not None and layout.noise["mean_stride_t"] != 0:
         return None
-    return _draw(layout, layout.B, {**layout.noise, "T": 1, "mask_ptr": None})
+    return _draw(layout, layout.B, {**layout.noise, "T": 1, "mask_ptr": None, "scale_ptr": None})
 
 
 def _draw(layout: Layout, N: int, noise: dict[str, Any]) -> Tensor:

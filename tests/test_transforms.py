@@ -11,6 +11,7 @@ PARAMETERS = {
     "gated": {"U": (6, 24), "A": (24, 5), "C": (5, 24)},
     "affine": {"Ua": (6, 24), "Ub": (6, 24)},
     "mlp": {"A": (24, 5), "B": (6, 5), "b": (5,), "C": (5, 24)},
+    "context": {"U": (6, 24), "A": (24, 5), "G": (5, 6), "decay": (5,)},
 }
 
 
@@ -57,7 +58,7 @@ def test_every_entry_is_perturbed_where_z_is_not_zero(family):
 
 
 def by_hand(family, e, z, rho, p):
-    """Compute the defining formula of one token's embedding."""
+    """Compute the defining formula of one token's embedding, the first of its document."""
     x = e / rho
     if family == "diagonal":
         return e + rho * p["s"] * z
@@ -67,6 +68,9 @@ def by_hand(family, e, z, rho, p):
         return e + rho * (1 + torch.tanh(p["C"].T @ (p["A"].T @ x))) * (p["U"].T @ z)
     if family == "affine":
         return (1 + p["Ua"].T @ z) * e + rho * (p["Ub"].T @ z)
+    if family == "context":
+        h = (1 - torch.sigmoid(p["decay"])) * (p["A"].T @ x)
+        return e + rho * (p["U"].T @ (z * (1 + torch.tanh(p["G"].T @ h))))
     gelu = lambda h: h * 0.5 * (1 + torch.erf(h / 2**0.5))  # noqa: E731
     rest = p["A"].T @ x + p["b"]
     return e + rho * (p["C"].T @ gelu(rest + p["B"].T @ z) - p["C"].T @ gelu(rest))
@@ -77,7 +81,7 @@ def test_forward_is_the_defining_formula(family):
     transform = shake(transform_of(family)).double()
     e, z = torch.randn(24).double(), torch.randn(transform.latent_dim).double()
     expected = by_hand(family, e, z, transform.embed_rms, dict(transform.named_parameters()))
-    torch.testing.assert_close(transform(e, z), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(transform(e[None], z)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("latent", LATENTS)

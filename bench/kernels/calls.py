@@ -84,7 +84,7 @@ class Calls:
     def _embed_call(self, family: str) -> EmbedCall:
         size, device, vocab = self.sizes, self.device, 32000
         config = PerturbConfig(transform=family, latent_dim=size.R, hidden_dim=size.H)
-        parameters = make_transform(config, size.D).to(device).effective_parameters()
+        parameters = make_transform(config, size.D).to(device).op_parameters()
         shape = size.B, size.T
         numbers = noise.counters(size.M, None, None, shape, antithetic=False, device=device)
         return EmbedCall(
@@ -98,6 +98,7 @@ class Calls:
             positions=numbers[2],
             mask=None,
             latent_mean=None,
+            latent_scale=torch.ones(*shape, size.R, device=device) if family == "context" else None,
             family=family,
             latent="gaussian",
             scope="token",

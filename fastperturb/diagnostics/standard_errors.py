@@ -23,6 +23,7 @@ leaves the model the same, though held samples see a difference. Neither has a v
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 
 from fastperturb import noise, ops
 from fastperturb.config import suggestion
+from fastperturb.engine import context
 from fastperturb.engine.architectures import reject_dropout, understand
 from fastperturb.engine.hybrid import HybridConfig
 from fastperturb.engine.positions import perturbed_positions
@@ -193,17 +195,28 @@ class _Equation:
         upstream = upstream.unflatten(0, (-1, len(embeddings)))
         prefix = embeddings.shape[1] - upstream.shape[2]
         upstream = F.pad(upstream, (0, 0, prefix, 0))  # (M, B, T, D)
+        transform = copy.deepcopy(lm.transform).requires_grad_()  # the model's may be frozen
+        with torch.enable_grad():
+            scale = context.latent_scale(
+                transform,
+                parts.trunk,
+                embeddings,
+                batch.get("attention_mask"),
+                positions,
+                batch["rows"],
+            )
         grads = ops.perturb_embed_per_sample_grad(
             upstream,
             embeddings,
             None,
-            lm.transform,
+            transform,
             self.seed,
             len(upstream),
             rows=batch["rows"],
             positions=positions,
             antithetic=lm.config.draws_pairs,
             strata=lm.config.strata(len(upstream)),
+            latent_scale=scale,
             perturb_mask=perturbed,
         )
         return torch.cat([grads[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)

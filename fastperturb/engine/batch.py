@@ -16,7 +16,7 @@ from fastperturb.engine.shared_prefix import SharedPrefix
 
 _PER_ROW = (
     *("embeddings", "input_ids", "attention_mask", "perturb_mask", "positions", "labels"),
-    "latent_mean",
+    *("latent_mean", "latent_scale"),
 )
 
 
@@ -38,6 +38,7 @@ class Batch:
     marginal: str
     pairs: int  # of a row and a sample, in the whole call
     latent_mean: Tensor | None = None  # [B, T, R], where a proposal draws; None: the prior
+    latent_scale: Tensor | None = None  # [B, T, R], where a context scales latents
     numbers: Tensor | None = None  # [B], of the rows among those of the call; None: all of them
     head: LabelHead | None = None  # None without labels
     prefix: SharedPrefix | None = None

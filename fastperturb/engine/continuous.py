@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any, ClassVar
 
@@ -10,15 +11,15 @@ from torch import Tensor, nn
 
 from fastperturb import ops
 from fastperturb.config import PerturbConfig
-from fastperturb.engine import validate
-from fastperturb.engine.architectures import FLOATS, CausalLM, embedding_rms
+from fastperturb.engine import context, validate
+from fastperturb.engine.architectures import FLOATS, CausalLM, embedding_rms, understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.positions import real_positions
 from fastperturb.engine.proposal import STD
 from fastperturb.engine.protocol import Perturbation, WrappedModel
-from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.sequences import Encoded, Sequences
 from fastperturb.engine.trunk import TrunkInputs, repeated
-from fastperturb.transforms import Transform, make_transform
+from fastperturb.transforms import Context, Transform, make_transform
 
 # A shift below this share of its start is a collapse.
 _COLLAPSED = 0.01
@@ -35,13 +36,20 @@ class Continuous(Perturbation):
     """Perturbs embeddings by `lm.transform`, in fp32 beside the embedding."""
 
     config_class = PerturbConfig
-    described_by: ClassVar[tuple[str, ...]] = ("latent", "scope", "min_scale")
+    described_by: ClassVar[tuple[str, ...]] = ("latent", "scope", "min_scale", "context_source")
     keeps_prefix = True
 
     def make_transform(self, parts: CausalLM, config: Any) -> Transform:
         if not isinstance(config, PerturbConfig):
             raise TypeError(f"config must be a PerturbConfig, got {type(config).__name__}")
         rms, embed_dim = embedding_rms(parts.embed)
+        hidden_dim = parts.head.weight.shape[-1]
+        of_trunk = config.transform == "context" and config.context_source == "trunk"
+        if of_trunk and hidden_dim != embed_dim:
+            raise ValueError(
+                f"context_source='trunk' needs hidden states as wide as embeddings, got "
+                f"{hidden_dim} and {embed_dim}: use context_source='embedding'"
+            )
         return make_transform(config, embed_dim, embed_rms=rms).to(rms.device)
 
     def transform_shapes(self, config: PerturbConfig, embed_dim: int) -> dict[str, list[int]]:
@@ -63,12 +71,24 @@ class Continuous(Perturbation):
                 f"embeddings are, got {list(inputs_embeds.shape)}"
             )
 
+    def prepare(self, lm: WrappedModel, batch: Batch) -> Batch:
+        scale = context.latent_scale(
+            lm.transform,
+            batch.parts.trunk,
+            batch.embeddings,
+            batch.attention_mask,
+            batch.positions,
+            batch.sampling.rows,
+        )
+        return dataclasses.replace(batch, latent_scale=scale)
+
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         perturbed, shift = self.with_shift(
             lm,
             batch.embeddings,
             ids=batch.input_ids,
             attention_mask=batch.attention_mask,
+            latent_scale=batch.latent_scale,
             seed=batch.sampling.seed,
             samples=samples,
             rows=batch.sampling.rows,
@@ -88,40 +108,40 @@ class Continuous(Perturbation):
         )
 
     def with_shift(
-        self,
-        lm: WrappedModel,
-        embeddings: Tensor,
-        *,
-        ids: Tensor | None,
-        attention_mask: Tensor | None,
-        **noise: Any,
+        self, lm: WrappedModel, embeddings: Tensor, **noise: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return perturbed embeddings [M, B, T, D] and the shift of each [M, B, T].
+        """Return perturbed embeddings [M, B, T, D], and the shift of each [M, B, T].
 
-        ids, attention_mask: [B, T], the tokens of the embeddings, and 1 where they are real; None
-            is all of them. noise: the numbers that key it, as `ops.perturb_embed` takes them.
+        The arguments are those of `perturb`.
         """
-        noise = _held(lm, embeddings, ids, noise)
+        noise = _noise(lm, embeddings, **noise)
         return ops.perturb_embed(embeddings, None, lm.transform, **noise, return_shift=True)
 
-    def perturb(
-        self, lm: WrappedModel, embeddings: Tensor, *, ids: Tensor | None = None, **noise: Any
-    ) -> Tensor:
-        noise = _held(lm, embeddings, ids, noise)
+    def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
+        noise = _noise(lm, embeddings, **noise)
         return ops.perturb_embed(embeddings, None, lm.transform, **noise)
 
     def next_logits(
-        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+        self,
+        lm: WrappedModel,
+        model: Any,
+        sequences: Sequences,
+        seed: Tensor,
+        encoded: Encoded | None,
     ) -> Tensor:  # [M N, V]
-        start = 0 if cache is None else int(cache.get_seq_length())
+        start = 0 if encoded is None else encoded.length
+        cache = None if encoded is None else encoded.cache
         positions = real_positions(sequences.mask)[:, start:]
         count = sequences.samples.shape[1]
         ids = sequences.ids[:, start:]
-        perturbed = lm.perturb(
-            model.get_input_embeddings()(ids),
-            seed,
-            sequences.samples.T,
+        embed = model.get_input_embeddings()
+        perturbed = self.perturb(
+            lm,
+            embed(ids),
             ids=ids,
+            latent_scale=context.next_scale(lm, embed, sequences, encoded),
+            seed=seed,
+            samples=sequences.samples.T,
             rows=sequences.rows,
             positions=positions,
             # Only samples that are averaged depend on each other, not steps and sequences.
@@ -137,7 +157,7 @@ class Continuous(Perturbation):
             use_cache=cache is not None,
             logits_to_keep=1,
         )
-        if cache is not None and cache.get_seq_length() == start:
+        if encoded is not None and encoded.length == start:
             raise RuntimeError(
                 "the model filled no cache, as under gradient checkpointing in training mode; "
                 "call lm.eval() first or generate with use_cache=False"
@@ -163,6 +183,28 @@ class Continuous(Perturbation):
                 RuntimeWarning,
                 stacklevel=6,
             )
+
+
+def _noise(
+    lm: WrappedModel,
+    embeddings: Tensor,  # [B, T, D]
+    *,
+    ids: Tensor | None = None,  # [B, T]
+    attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+    latent_scale: Tensor | None = None,  # [B, T, R]; None: to be computed, if there is one
+    **noise: Any,
+) -> dict[str, Any]:
+    """Return the options of `ops.perturb_embed` for embeddings and the numbers of their noise."""
+    if latent_scale is None and isinstance(lm.transform, Context):
+        latent_scale = context.latent_scale(
+            lm.transform,
+            understand(lm.base).trunk,
+            embeddings,
+            attention_mask,
+            noise["positions"],
+            noise["rows"],
+        )
+    return {**_held(lm, embeddings, ids, noise), "latent_scale": latent_scale}
 
 
 def _needs_ids(lm: WrappedModel) -> bool:

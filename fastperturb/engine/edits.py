@@ -21,7 +21,7 @@ from fastperturb.engine.architectures import CausalLM, embedding_rms, understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.edit_layout import DEFAULT_KINDS, KINDS, Edited, Edits
 from fastperturb.engine.protocol import Perturbation, WrappedModel
-from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.sequences import Encoded, Sequences
 from fastperturb.engine.sharding import is_shard
 from fastperturb.engine.trunk import TrunkInputs
 from fastperturb.ops import reference
@@ -148,7 +148,12 @@ class TokenEdits(Perturbation):
         return _embedded(batch.parts, edited_samples(lm.transform, batch, samples))
 
     def next_logits(
-        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+        self,
+        lm: WrappedModel,
+        model: Any,
+        sequences: Sequences,
+        seed: Tensor,
+        encoded: Encoded | None,
     ) -> Tensor:  # [M N, V]
         parts, sequences = understand(lm.base), padded_right(sequences)
         edited = edited_sequences(lm.transform, parts, sequences, seed)

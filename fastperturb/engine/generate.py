@@ -29,7 +29,7 @@ from fastperturb import noise
 from fastperturb.config import suggestion
 from fastperturb.engine import validate
 from fastperturb.engine.protocol import WrappedModel
-from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.sequences import Encoded, Sequences
 
 MODES = ("sequence", "token", "mixture")
 
@@ -122,8 +122,8 @@ class Decoder:
         sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), per_row)
         keeps_prefix = self.lm.perturbation.keeps_prefix and not self.fresh_samples
         cached = model_kwargs["use_cache"] and keeps_prefix
-        cache = model_kwargs["past_key_values"] if cached else None
-        if self.samples > 1 and isinstance(cache, StaticCache):
+        encoded = Encoded(model_kwargs["past_key_values"]) if cached else None
+        if self.samples > 1 and encoded and isinstance(encoded.cache, StaticCache):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} has no room for "
                 f"the {self.samples} streams of mode='mixture'; leave it None"
@@ -132,8 +132,8 @@ class Decoder:
         unfinished = torch.ones_like(sequences.rows, dtype=torch.bool)
         self._stream(input_ids)
         while unfinished.any():
-            if cached:
-                logits = self._next_logits(model, sequences, cache)
+            if encoded is not None:
+                logits = self._next_logits(model, sequences, encoded)
             else:  # a finished sequence gets only padding, so it is not encoded
                 live = unfinished | (pad is None)
                 live_logits = self._next_logits(model, sequences.select(live))
@@ -174,9 +174,11 @@ class Decoder:
             samples=numbers.view(per_row, self.samples).repeat(len(self.rows), 1),
         )
 
-    def _next_logits(self, model: Any, sequences: Sequences, cache: Any = None) -> Tensor:
+    def _next_logits(
+        self, model: Any, sequences: Sequences, encoded: Encoded | None = None
+    ) -> Tensor:
         """Return the model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
-        logits = self.lm.perturbation.next_logits(self.lm, model, sequences, self.seed, cache)
+        logits = self.lm.perturbation.next_logits(self.lm, model, sequences, self.seed, encoded)
         logits = logits.float()
         if self.samples == 1:
             return logits

@@ -38,7 +38,7 @@ from fastperturb.engine.edits import (
     require_ids,
 )
 from fastperturb.engine.protocol import WrappedModel
-from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.sequences import Encoded, Sequences
 from fastperturb.engine.trunk import TrunkInputs
 from fastperturb.transforms import Transform
 
@@ -122,6 +122,9 @@ class Hybrid(Continuous):
     ) -> None:
         require_ids(inputs_embeds)
 
+    def prepare(self, lm: WrappedModel, batch: Batch) -> Batch:
+        return batch  # each copy has a context of its own
+
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         return self._perturbed(
             lm,
@@ -136,7 +139,12 @@ class Hybrid(Continuous):
         )
 
     def next_logits(
-        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+        self,
+        lm: WrappedModel,
+        model: Any,
+        sequences: Sequences,
+        seed: Tensor,
+        encoded: Encoded | None,
     ) -> Tensor:  # [M N, V]
         parts, sequences = understand(lm.base), padded_right(sequences)
         count = sequences.samples.shape[1]
@@ -154,9 +162,7 @@ class Hybrid(Continuous):
         )
         return last_logits(inputs, parts, sequences)
 
-    def perturb(
-        self, lm: WrappedModel, embeddings: Tensor, *, ids: Tensor | None = None, **noise: Any
-    ) -> Tensor:
+    def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
         raise TypeError(
             "Hybrid edits tokens before it perturbs embeddings, and embeddings hold no tokens: "
             "call the model on input_ids, or wrap the base without edits"

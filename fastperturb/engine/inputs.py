@@ -75,6 +75,8 @@ def lay_out(
         pairs=sampling.count * len(embeddings),
     )
     may_share = perturb_mask is not None and position_ids is None
+    if not batch.exact:
+        batch = lm.perturbation.prepare(lm, batch)
     if lm.config.proposal == "gradient" and not lm.is_exact:
         proposal.check(lm, batch)
         mean = proposal.fitted_mean(lm, _prepared(lm, batch, may_share=may_share))

@@ -150,7 +150,8 @@ def _gradient(
         leaf = mean.detach().requires_grad_()
         embeddings = batch.embeddings.detach()
         latent = _spread(leaf, owner, embeddings.shape[1])
-        perturbed = lm.transform(embeddings.float(), latent).to(embeddings.dtype)
+        scale = None if batch.latent_scale is None else batch.latent_scale.detach()
+        perturbed = lm.transform(embeddings.float(), latent, scale).to(embeddings.dtype)
         if batch.perturb_mask is not None:
             perturbed = torch.where(batch.perturb_mask[..., None], perturbed, embeddings)
         inputs = TrunkInputs(perturbed[None], batch.attention_mask, batch.positions)

@@ -19,7 +19,7 @@ from fastperturb.config import check_keys
 from fastperturb.engine.architectures import CausalLM, understand
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.sample_split import SampleSplit
-from fastperturb.engine.sequences import Sequences
+from fastperturb.engine.sequences import Encoded, Sequences
 from fastperturb.engine.state import CallState
 from fastperturb.engine.trunk import TrunkInputs
 
@@ -51,15 +51,27 @@ class Perturbation(ABC):
     ) -> None:
         """Raise on inputs of a call that this kind of perturbation cannot take."""
 
+    def prepare(self, lm: WrappedModel, batch: Batch) -> Batch:
+        """Return the batch with what all its samples share; by default they share no more."""
+        return batch
+
     @abstractmethod
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
         """Return the trunk's inputs for the samples with these numbers, [m] or [m, B]."""
 
     @abstractmethod
     def next_logits(
-        self, lm: WrappedModel, model: Any, sequences: Sequences, seed: Tensor, cache: Any
+        self,
+        lm: WrappedModel,
+        model: Any,
+        sequences: Sequences,
+        seed: Tensor,
+        encoded: Encoded | None,
     ) -> Tensor:  # [M N, V]
-        """Return each sample's logits of the next token; add the tokens it encodes to the cache."""
+        """Return each sample's logits of the next token.
+
+        The tokens after those that are `encoded` are encoded, and added to it.
+        """
 
     def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
         """Return perturbed embeddings [M, B, T, D], where the perturbation is of embeddings."""
@@ -137,6 +149,7 @@ class WrappedModel(nn.Module):
         rows: Tensor,
         ids: Tensor | None = None,
         positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         antithetic: bool | None = None,
         strata: int | None = None,
         perturb_mask: Tensor | None = None,
@@ -144,6 +157,7 @@ class WrappedModel(nn.Module):
         """Perturb embeddings [B, T, D], once for each of these sample numbers: [M, B, T, D].
 
         ids: the tokens [B, T] of the embeddings, which key the latents of `deterministic`.
+        attention_mask: [B, T], 0 at padding, which a context leaves out.
         antithetic: whether samples come in pairs; default as the config says.
         strata: number of samples in a stratified group; default as the config says of M samples, or
             where `samples` are numbers, which may be a part of M, of its own num_samples.
@@ -160,6 +174,7 @@ class WrappedModel(nn.Module):
             samples=samples,
             rows=rows,
             positions=positions,
+            attention_mask=attention_mask,
             antithetic=self.config.draws_pairs if antithetic is None else antithetic,
             strata=strata,
             perturb_mask=perturb_mask,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,3 +30,16 @@ class Sequences(NamedTuple):
     def select(self, kept: Tensor) -> Sequences:
         """Return the sequences where `kept` is set."""
         return Sequences(*(tensor[kept] for tensor in self))
+
+
+@dataclass
+class Encoded:
+    """The encoding of all tokens but the last ones, which a step of decoding adds to."""
+
+    cache: Any  # transformers', of all samples' keys and values
+    context: Tensor | None = None  # [N, H], the state of a context transform, one for all samples
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that are encoded."""
+        return int(self.cache.get_seq_length())

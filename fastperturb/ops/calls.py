@@ -42,6 +42,7 @@ class EmbedCall(NamedTuple):
     positions: Tensor  # [B, T]
     mask: Tensor | None  # [B, T] bool
     latent_mean: Tensor | None  # [B, T, R] fp32, maybe an expanded view; None: 0
+    latent_scale: Tensor | None  # context: [B, T, R], dense rows, which multiplies the latents
     family: str
     latent: str
     scope: str

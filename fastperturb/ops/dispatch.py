@@ -1,8 +1,8 @@
 """The choice of an op's implementation, by device and availability.
 
 An implementation is a module: for perturb_embed, one with the functions that `embed` calls; for
-the heads, one with the row passes that `head_blocks` calls between its GEMMs; for combine, one
-with the function of that name.
+the heads, one with the row passes that `head_blocks` calls between its GEMMs; for combine and
+context_scan, one with the functions of that name.
 
 Implementations import `calls` and never this module, so that `dispatch` may ask `cpp.build` whether
 the C++ kernels can run.
@@ -30,18 +30,21 @@ _MODULES = {
         "linear_logprob": "fastperturb.kernels.head_rows",
         "linear_quadratic": "fastperturb.kernels.head_rows",
         "combine": "fastperturb.kernels.combine",
+        "context_scan": "fastperturb.kernels.context_scan",
     },
     "cpp": {
         "perturb_embed": "fastperturb.ops.cpp.embed",
         "linear_logprob": "fastperturb.ops.cpp.rows",
         "linear_quadratic": "fastperturb.ops.cpp.rows",
         "combine": "fastperturb.ops.cpp.combine",
+        "context_scan": "fastperturb.ops.cpp.context_scan",
     },
     "torch": {
         "perturb_embed": "fastperturb.ops.torch.embed",
         "linear_logprob": "fastperturb.ops.torch.rows",
         "linear_quadratic": "fastperturb.ops.torch.rows",
         "combine": "fastperturb.ops.torch.combine",
+        "context_scan": "fastperturb.ops.torch.context_scan",
     },
 }
 OPS = tuple(_MODULES["torch"])

@@ -14,11 +14,13 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastperturb import noise
 from fastperturb.ops import dispatch, reference
 from fastperturb.ops.calls import EmbedCall, schema
-from fastperturb.transforms import Transform
+from fastperturb.ops.context import context_scale
+from fastperturb.transforms import Context, Transform
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -30,6 +32,7 @@ class EmbedOptions(TypedDict, total=False):
     strata: int
     latent_mean: Tensor | None
     latent_std: float
+    latent_scale: Tensor | None
     perturb_mask: Tensor | None
 
 
@@ -72,6 +75,7 @@ def perturb_embed(
     strata: int = 1,
     latent_mean: Tensor | None = None,
     latent_std: float = 1.0,
+    latent_scale: Tensor | None = None,
     perturb_mask: Tensor | None = None,
     return_shift: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -83,6 +87,8 @@ def perturb_embed(
     antithetic: the latent of sample 2j + 1 is the negative of sample 2j's.
     strata: the number G of samples in a stratified group; 1 draws them independently.
     latent_mean, latent_std: take z = latent_mean [B, T, R] + latent_std times the noise; fp32.
+    latent_scale: s [B, T, R] of a context transform, as `context_scale` returns it; default that of
+        rows without padding, in which a document starts where a position does not follow the last.
     perturb_mask: bool [B, T], the embeddings to perturb; default all.
     return_shift: return also each embedding's shift |T(e, z) - e| [M, B, T], before the output is
         rounded and without a gradient.
@@ -102,9 +108,13 @@ def perturb_embed(
         strata=strata,
         latent_mean=latent_mean,
         latent_std=latent_std,
+        latent_scale=latent_scale,
         perturb_mask=perturb_mask,
     )
-    dispatch.reject_forward_mode("perturb_embed", call.table, *call.parameters)
+    differentiable = [call.table, *call.parameters]
+    if call.latent_scale is not None:
+        differentiable.append(call.latent_scale)
+    dispatch.reject_forward_mode("perturb_embed", *differentiable)
     out, squared_shift, _ = torch.ops.fastperturb.perturb_embed(*call, return_shift)
     return (out, squared_shift.sqrt()) if return_shift else out
 
@@ -134,9 +144,34 @@ def perturb_embed_per_sample_grad(
     run = _implementation(call).perturb_embed_per_sample_grad
     with torch.no_grad(), dispatch.full_precision(grad.device):
         psi = run(grad, call)
+    if call.latent_scale is not None:
+        *psi, grad_scale = psi
+        psi += _through_context(transform, call.latent_scale, grad_scale)
     if transform.min_scale > 0:
         psi = _stored_gradients(transform, psi)
     return dict(zip(transform.parameter_names, psi, strict=True))
+
+
+def _through_context(
+    transform: Transform, latent_scale: Tensor, grad_scale: Tensor
+) -> list[Tensor]:
+    """Turn the gradients of scales [M, B, T, R] into those of the context's parameters."""
+    parameters = [getattr(transform, name) for name in transform.context_parameters]
+    if not latent_scale.requires_grad:
+        raise ValueError(
+            "latent_scale has no graph to the context's parameters: compute it by "
+            "ops.context_scale under torch.enable_grad(), with parameters that require gradients"
+        )
+    M, B = grad_scale.shape[:2]
+    psi = [value.new_empty((M, B, *value.shape)) for value in parameters]
+    for b in range(B):
+        for m in range(M):
+            grads = torch.autograd.grad(
+                latent_scale[b], parameters, grad_scale[m, b], retain_graph=True
+            )
+            for result, value in zip(psi, grads, strict=True):
+                result[m, b] = value
+    return psi
 
 
 def _stored_gradients(transform: Transform, psi: list[Tensor]) -> list[Tensor]:
@@ -165,6 +200,7 @@ def _call(
     strata: int = 1,
     latent_mean: Tensor | None = None,
     latent_std: float = 1.0,
+    latent_scale: Tensor | None = None,
     perturb_mask: Tensor | None = None,
 ) -> EmbedCall:
     """Validate the arguments and lay them out for the op."""
@@ -199,17 +235,19 @@ def _call(
     numbers = noise.counters(
         samples, rows, positions, shape, antithetic=antithetic, strata=strata, device=device
     )
+    latent_scale = _latent_scale(transform, latent_scale, ids, table, numbers[2])
     if numbers[0].shape[0] == 0:
         raise ValueError(f"samples must number at least 1, got {samples!r}")
     return EmbedCall(
         None if table is None else ids,
         embeddings,
-        transform.effective_parameters(),
+        transform.op_parameters(),
         transform.embed_rms,
         noise.seed_tensor(seed, device),
         *numbers,
         perturb_mask,
         None if latent_mean is None else latent_mean.detach(),
+        latent_scale,
         transform.family,
         transform.latent,
         transform.scope,
@@ -217,6 +255,44 @@ def _call(
         strata,
         latent_std,
     )
+
+
+def _latent_scale(
+    transform: Transform,
+    latent_scale: Tensor | None,
+    ids: Tensor,
+    table: Tensor | None,
+    positions: Tensor,
+) -> Tensor | None:
+    """Return the scales that a context transform gives to latents; None for another family."""
+    if not isinstance(transform, Context):
+        if latent_scale is not None:
+            raise ValueError(
+                f"latent_scale is of transform='context', got transform={transform.family!r}: "
+                "leave it None"
+            )
+        return None
+    if latent_scale is None:
+        if transform.context_source != "embedding":
+            raise ValueError(
+                f"context_source={transform.context_source!r} makes the context of hidden states: "
+                "give latent_scale, from ops.context_scale(transform, hidden_states)"
+            )
+        embeddings = ids if table is None else F.embedding(ids, table)
+        starts = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
+        return context_scale(transform, embeddings, starts)
+    wanted = (*positions.shape, transform.latent_dim)
+    dtype = reference.accumulation_dtype(ids if table is None else table)
+    if (
+        latent_scale.dtype != dtype
+        or latent_scale.shape != wanted
+        or latent_scale.device != positions.device
+    ):
+        raise ValueError(
+            f"latent_scale must be {dtype} [B, T, R] = {list(wanted)} on {positions.device}, got "
+            f"{latent_scale.dtype} {list(latent_scale.shape)} on {latent_scale.device}"
+        )
+    return latent_scale.contiguous()
 
 
 def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -> Tensor:
@@ -305,7 +381,8 @@ def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *fields, _, want_table = arguments
     call = EmbedCall(*fields)
     grad_table = torch.empty_like(call.table) if want_table else call.table.new_empty(0)
-    return [grad_table, *(torch.empty_like(value) for value in call.parameters)]
+    grads = [grad_table, *(torch.empty_like(value) for value in call.parameters)]
+    return grads if call.latent_scale is None else [*grads, torch.empty_like(call.latent_scale)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -327,8 +404,11 @@ def _backward(ctx: Any, grad: Tensor, *others: None) -> tuple[Any, ...]:
     grad_table, *grads = torch.ops.fastperturb.perturb_embed_backward(
         grad, ids, table, parameters, *tensors, *ctx.options, projected, want_table
     )
-    rest = [None] * (len(tensors) + len(ctx.options) + 1)
-    return (None, grad_table if want_table else None, grads, *rest)
+    of_tensors: list[Tensor | None] = [None] * len(tensors)
+    if tensors[-1] is not None:  # latent_scale is the last
+        *grads, of_tensors[-1] = grads
+    rest = [None] * (len(ctx.options) + 1)
+    return (None, grad_table if want_table else None, grads, *of_tensors, *rest)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

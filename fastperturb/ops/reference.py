@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastperturb import noise
-from fastperturb.transforms import Transform
+from fastperturb.transforms import Transform, lowrank
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -36,6 +36,7 @@ def perturb_embed(
     strata: int = 1,
     latent_mean: Tensor | None = None,  # [B, T, R]
     latent_std: float = 1.0,
+    latent_scale: Tensor | None = None,  # [B, T, R]; None: as of rows that are one document each
     perturb_mask: Tensor | None = None,
 ) -> Tensor:  # [M, B, T, D]
     embeddings = ids if table is None else F.embedding(ids, table)
@@ -56,8 +57,10 @@ def perturb_embed(
     if latent_mean is not None:
         z = z + latent_mean.to(dtype)
     parameters = [value.to(dtype) for value in transform.effective_parameters()]
-    rho = transform.embed_rms.to(dtype)
-    perturbed = type(transform).formula(embeddings.to(dtype), z, rho, *parameters)
+    rho, formula = transform.embed_rms.to(dtype), type(transform).formula
+    if latent_scale is not None:
+        z, parameters, formula = z * latent_scale, parameters[:1], lowrank
+    perturbed = formula(embeddings.to(dtype), z, rho, *parameters)
     perturbed = perturbed.to(embeddings.dtype)
     if perturb_mask is None:
         return perturbed

@@ -73,7 +73,7 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 def _unvalidated(options_class: type, values: dict[str, Any]) -> Any:
     """Return an instance with these values and the others' defaults, as none is made to be used."""
-    options = object.__new__(options_class)
+    options: Any = object.__new__(options_class)
     for field in dataclasses.fields(options_class):
         if field.name in values:
             value = values[field.name]

@@ -92,12 +92,13 @@ def make_call(family, dtype, shape, variant="plain", vocab=13):
     return EmbedCall(
         None if variant == "sequence" else ids,
         table[ids] if variant == "sequence" else table,
-        [value.detach() for value in transform.effective_parameters()],
+        [value.detach() for value in transform.op_parameters()],
         transform.embed_rms,
         torch.tensor(-8613303245920329199),
         *numbers,
         mask,
         mean,
+        2 * torch.rand(B, T, R) if family == "context" else None,
         family,
         latent,
         scope,
@@ -159,22 +160,30 @@ def run(function, grad, call, *options):
 
 def in_fp64(call):
     parameters = [value.double() for value in call.parameters]
+    scale = None if call.latent_scale is None else call.latent_scale.double()
     return call._replace(
-        table=call.table.double(), parameters=parameters, embed_rms=call.embed_rms.double()
+        table=call.table.double(),
+        parameters=parameters,
+        embed_rms=call.embed_rms.double(),
+        latent_scale=scale,
     )
 
 
 def naive(call, grad):
-    """Output and gradients of [table, *parameters] as a user would write them in the dtype."""
+    """Output and gradients of [table, *parameters, scale] as written by a user, in the dtype."""
     dtype = call.table.dtype
     table = call.table.clone().requires_grad_()
     parameters = [value.to(dtype).requires_grad_() for value in call.parameters]
     e = table if call.ids is None else torch.nn.functional.embedding(call.ids, table)
     z = torch_embed._latent(call).to(dtype)
-    out = FAMILIES[call.family].formula(e, z, call.embed_rms.to(dtype), *parameters)
+    leaves, formula = [table, *parameters], FAMILIES[call.family].formula
+    if call.latent_scale is not None:
+        scale = call.latent_scale.to(dtype).requires_grad_()
+        leaves, z, formula = [*leaves, scale], z * scale, FAMILIES["lowrank"].formula
+    out = formula(e, z, call.embed_rms.to(dtype), *parameters)
     if call.mask is not None:
         out = torch.where(call.mask[..., None], out, e)
-    return out.detach(), torch.autograd.grad(out, [table, *parameters], grad)
+    return out.detach(), torch.autograd.grad(out, leaves, grad)
 
 
 def check(family, dtype, shape, variant):
@@ -194,7 +203,7 @@ def check(family, dtype, shape, variant):
         assert torch.equal(out[:, ~call.mask], e[~call.mask].expand(len(out), -1, -1))
 
     expected = gradients_of(grad.double(), exact, True, torch_embed)
-    names = ["table", *(f"parameter {i}" for i in range(len(call.parameters)))]
+    names = ["table", *(f"parameter {i}" for i in range(len(call.parameters))), "scale"]
     for want_table in (True, False):
         grads = run(gradients_of, grad, call, want_table)
         assert grads[0].numel() == (call.table.numel() if want_table else 0)
@@ -253,9 +262,8 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
         torch.testing.assert_close(
             psi.double(), truth, rtol=0, atol=2e-5 * float(truth.abs().max())
         )
-        torch.testing.assert_close(
-            psi.sum((0, 1)), total, rtol=0, atol=2e-5 * float(total.abs().max())
-        )
+        summed = psi.flatten(0, psi.ndim - total.ndim - 1).sum(0)  # a scale has rows of its own
+        torch.testing.assert_close(summed, total, rtol=0, atol=2e-5 * float(total.abs().max()))
 
 
 @pytest.mark.parametrize("upstream", (torch.float32, torch.float64, *OTHER_HALF), ids=str)
@@ -448,6 +456,7 @@ def test_parameters_in_fp64_give_what_they_give_in_fp32_and_get_gradients_in_fp6
         for case in (call, wide)
     )
     dtypes = [DTYPES[1], torch.float32, torch.float32, *([torch.float64] * len(call.parameters))]
+    dtypes += [] if call.latent_scale is None else [torch.float32]
     assert [value.dtype for value in results] == dtypes
     for ours, expected in zip(results, narrow):
         if expected.numel():

@@ -93,7 +93,7 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
     config = PerturbConfig(transform=family, latent_dim=R, hidden_dim=H)
     parameters = [
         torch.empty([D if n == stand_in else n for n in value.shape], device="meta")
-        for value in make_transform(config, stand_in).effective_parameters()
+        for value in make_transform(config, stand_in).op_parameters()
     ]
     numbers = noise.counters(M, None, None, (B, T), antithetic=False, device=torch.device("meta"))
     return EmbedCall(
@@ -107,6 +107,7 @@ def call_of(family, dtype, *, M, B, T, D, R, H):
         positions=numbers[2],
         mask=torch.empty(B, T, dtype=torch.bool, device="meta"),
         latent_mean=None,
+        latent_scale=torch.empty(B, T, R, device="meta") if family == "context" else None,
         family=family,
         latent="gaussian",
         scope="token",

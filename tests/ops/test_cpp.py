@@ -104,15 +104,19 @@ def make_call(
         strata=strata,
         device=table.device,
     )
+    scale = None
+    if transform.family == "context":
+        scale = 2 * torch.rand(*shape, transform.latent_dim)
     return EmbedCall(
         ids,
         table,
-        [value.detach() for value in transform.effective_parameters()],
+        [value.detach() for value in transform.op_parameters()],
         transform.embed_rms,
         torch.tensor(2**40 + 17),
         *numbers,
         mask,
         mean,
+        scale,
         transform.family,
         transform.latent,
         transform.scope,
@@ -135,6 +139,7 @@ def truth(call: EmbedCall, transform: Transform, grad: Tensor) -> list[Tensor]:
     """Return output, shifts and gradients in fp64, by autograd through the oracle."""
     table = call.table.double().requires_grad_()
     exact = transform.double()
+    scale = None if call.latent_scale is None else call.latent_scale.double().requires_grad_()
     perturbed = reference.perturb_embed(
         table if call.ids is None else call.ids,
         None if call.ids is None else table,
@@ -147,9 +152,12 @@ def truth(call: EmbedCall, transform: Transform, grad: Tensor) -> list[Tensor]:
         strata=call.strata,
         latent_mean=call.latent_mean,
         latent_std=call.latent_std,
+        latent_scale=scale,
         perturb_mask=call.mask,
     )
-    parameters = [getattr(exact, name) for name in exact.parameter_names]
+    names = [name for name in exact.parameter_names if name not in exact.context_parameters]
+    parameters = [getattr(exact, name) for name in names]
+    parameters += [] if scale is None else [scale]
     grads = torch.autograd.grad(perturbed, [table, *parameters], grad.double())
     transform.float()
     embeddings = table if call.ids is None else table[call.ids]
@@ -316,11 +324,14 @@ def test_without_tokens_outputs_are_empty_and_gradients_zero(
     out, squared_shift, projected = cpp_embed.perturb_embed(call, True)
     assert out.shape == grad.shape and squared_shift.shape == grad.shape[:3]
     grads = cpp_embed.perturb_embed_backward(grad, call, projected, True)
-    for value, like in zip(grads, [table, *call.parameters], strict=True):
+    scales = [] if call.latent_scale is None else [call.latent_scale]  # [B, T, R]
+    for value, like in zip(grads, [table, *call.parameters, *scales], strict=True):
         assert torch.equal(value, torch.zeros_like(like))
     psi = cpp_embed.perturb_embed_per_sample_grad(grad, call)
-    for value, like in zip(psi, call.parameters, strict=True):
-        assert torch.equal(value, torch.zeros(4, shape[0], *like.shape))
+    shapes = [(shape[0], *value.shape) for value in call.parameters]
+    shapes += [scale.shape for scale in scales]
+    for value, expected in zip(psi, shapes, strict=True):
+        assert torch.equal(value, torch.zeros(4, *expected))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -340,7 +351,8 @@ def test_per_sample_gradients_are_those_of_each_sample_and_row_and_sum_to_the_gr
     _, *total = cpp_embed.perturb_embed_backward(grad, call, projected, False)
     for ours, theirs, summed in zip(psi, expected, total, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.sum((0, 1)), summed, rtol=1e-4, atol=1e-4)
+        parts = ours.flatten(0, ours.ndim - summed.ndim - 1)  # a scale has rows of its own
+        torch.testing.assert_close(parts.sum(0), summed, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -35,8 +35,8 @@ torch.set_num_threads(1)
 before = build.availability()
 numbers = noise.counters(2, None, None, (1, 3), antithetic=False, device=torch.device("cpu"))
 call = EmbedCall(None, torch.randn(1, 3, 8), [torch.randn(2, 8)], torch.tensor(1.0),
-                 torch.tensor(5), *numbers, None, None, "lowrank", "gaussian", "token", False, 1,
-                 1.0)
+                 torch.tensor(5), *numbers, None, None, None, "lowrank", "gaussian", "token",
+                 False, 1, 1.0)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):

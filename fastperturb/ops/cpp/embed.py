@@ -10,9 +10,10 @@ lower and lowrank takes 2.4 of it, since its products alone, 4 M N R D flops in 
 as long as the floor at this CPU's peak. Diagonal is bound by Philox and Box-Muller, gated by
 torch's GEMMs around the kernels, mlp by 4 times lowrank's flops.
 
-Forward and backward with 8 stratified samples take 1.07 of the time of independent ones for
-lowrank, 1.04 for affine, 1.01 for gated and mlp, and 2.0 for diagonal, which draws D latents a
-token: a quantile takes a logarithm and a root of its own where Box-Muller shares them between two.
+Forward and backward with 8 stratified samples take 1.03 of the time of independent ones for
+lowrank, 1.01 for affine, gated and mlp, and 0.95 to 1.03 for diagonal, which draws D latents a
+token: its quantiles are polynomials (csrc/quantile.h). Compiled without AVX-512 diagonal takes 1.1,
+and without AVX2, where a quantile takes a logarithm and a root, 1.7.
 """
 
 from __future__ import annotations
@@ -44,29 +45,39 @@ def perturb_embed_backward(
     projected: Tensor | None,  # [N, H], from the forward
     want_table: bool,
 ) -> list[Tensor]:
-    """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
+    """Return the gradients of [table, *parameters, latent_scale if there is one].
+
+    The table's is empty unless wanted.
+    """
+    scales = [] if call.latent_scale is None else [call.latent_scale]
     if grad.numel() == 0:
         grad_table = torch.zeros_like(call.table) if want_table else call.table.new_empty(0)
-        return [grad_table, *(torch.zeros_like(value) for value in call.parameters)]
+        return [grad_table, *(torch.zeros_like(value) for value in (*call.parameters, *scales))]
     inputs = _Inputs.of(call)
     grad_embeddings, grads = _gradients(
         inputs, grad, projected, want_embeddings=want_table, per_row=False
     )
+    grad_scales = [grads.pop()] if scales else []
     if grad_embeddings is None:
         grad_table = call.table.new_empty(0)
     else:
         grad_table = _table_gradient(grad_embeddings, call)
     results = (value[0].to(like.dtype) for value, like in zip(grads, call.parameters, strict=True))
-    return [grad_table, *results]
+    return [grad_table, *results, *grad_scales]
 
 
 def perturb_embed_per_sample_grad(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
 ) -> list[Tensor]:
-    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
+    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...].
+
+    A latent_scale's comes last.
+    """
     M, B = call.samples.shape
     results = [value.new_zeros((M, B, *value.shape)) for value in call.parameters]
+    if call.latent_scale is not None:
+        results.append(call.latent_scale.new_zeros((M, *call.latent_scale.shape)))
     if grad.numel():
         projected = _Inputs.of(call).project()
         for m in range(M):
@@ -94,6 +105,7 @@ class _Inputs:
     options: tuple[str, bool, bool, int]  # latent, sequence scope, antithetic, strata
     mean: Tensor | None  # [B, T, R], its last dimension dense
     deviation: float
+    scale: Tensor | None  # context: [N, R]
 
     @classmethod
     def of(cls, call: EmbedCall) -> _Inputs:
@@ -111,6 +123,7 @@ class _Inputs:
             (call.latent, call.scope == "sequence", call.antithetic, call.strata),
             call.dense_mean(),
             call.latent_std,
+            None if call.latent_scale is None else call.latent_scale.float().flatten(0, 1),
         )
 
     def embeddings(self) -> Tensor | None:
@@ -131,7 +144,9 @@ class _Inputs:
         return (e @ (A / self.embed_rms)).add_(b)
 
     def per_token(self, projected: Tensor | None) -> Tensor | None:
-        """Return gated's gain rho (1 + tanh(P C)) [N, D], or mlp's hidden layer P at z = 0."""
+        """Return gated's gain rho (1 + tanh(P C)), mlp's hidden layer at z = 0, context's scale."""
+        if self.family == "context":
+            return self.scale
         if projected is None or self.family == "mlp":
             return projected
         return torch.mm(projected, self.parameters[2]).tanh_().add_(1).mul_(self.embed_rms)
@@ -165,6 +180,7 @@ def _gradients(
     """Return the gradient of the embeddings [N, D], where wanted, and the parameters'.
 
     The parameters' have a dimension in front: the batch rows with `per_row`, else one slot for all.
+    The gradient of a latent_scale [B, T, R] comes last.
     """
     family, rho, parameters = inputs.family, inputs.embed_rms, inputs.parameters
     _, B, T, D = grad.shape
@@ -175,7 +191,9 @@ def _gradients(
     sums = [rho.new_empty((slots, *parameters[index].shape)) for index in summed]
     upstream_sum = rho.new_empty((B * T, D)) if want_embeddings else None
     through = None
-    if e is not None or (family == "affine" and want_embeddings):
+    if family == "context":
+        through = rho.new_empty((B, T, parameters[0].shape[0]))
+    elif e is not None or (family == "affine" and want_embeddings):
         through = rho.new_empty((B * T, parameters[1].shape[1] if family == "mlp" else D))
     upstream = grad.to(inputs.source.dtype)
     torch.ops.fastperturb_cpp.backward(
@@ -185,6 +203,8 @@ def _gradients(
     )
     if family == "affine":
         return _add(upstream_sum, through), [sums[0], sums[1].mul_(rho)]
+    if family == "context" and through is not None:
+        return upstream_sum, [sums[0].mul_(rho), through]
     if e is None or projected is None or per_token is None or through is None:
         return upstream_sum, [sums[0].mul_(rho)]
 

@@ -23,6 +23,8 @@ def perturb_embed(call: EmbedCall, want_shift: bool) -> Embedded:
     embeddings = _embeddings(call)
     dtype = reference.accumulation_dtype(embeddings)
     e, z, rho = (value.to(dtype) for value in (embeddings, _latent(call), call.embed_rms))
+    if call.latent_scale is not None:
+        z = z * call.latent_scale
     projected = _project(call, e)
     parameters = (value.to(dtype) for value in call.parameters)
     shift = _SHIFTS[call.family](e, z, rho, projected, *parameters)  # (M, B, T, D)
@@ -40,7 +42,10 @@ def perturb_embed_backward(
     projected: Tensor | None,  # [N, H], from the forward
     want_table: bool,
 ) -> list[Tensor]:
-    """Return the gradients of [table, *parameters]; the table's is empty unless wanted."""
+    """Return the gradients of [table, *parameters, latent_scale if there is one].
+
+    The table's is empty unless wanted.
+    """
     if projected is not None:
         projected = projected.unflatten(0, call.positions.shape)
     z, embeddings = _latent(call), _embeddings(call)
@@ -56,20 +61,28 @@ def perturb_embed_per_sample_grad(
     grad: Tensor,  # [M, B, T, D]
     call: EmbedCall,
 ) -> list[Tensor]:
-    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...]."""
+    """Return every parameter's gradient from each sample and batch row alone: [M, B, ...].
+
+    A latent_scale's comes last.
+    """
     z, embeddings = _latent(call), _embeddings(call)
     projected = _project(call, embeddings.to(reference.accumulation_dtype(embeddings)))
     M, B = call.samples.shape
     results = [value.new_empty((M, B, *value.shape)) for value in call.parameters]
+    if call.latent_scale is not None:
+        results.append(call.latent_scale.new_empty((M, *call.latent_scale.shape)))
     for m in range(M):
         for b in range(B):
             sample, row = slice(m, m + 1), slice(b, b + 1)
-            part = call._replace(mask=None if call.mask is None else call.mask[row])
+            mask, scale = (
+                None if value is None else value[row] for value in (call.mask, call.latent_scale)
+            )
+            part = call._replace(mask=mask, latent_scale=scale)
             kept = None if projected is None else projected[row]
             tensors = z[sample, row], embeddings[row], kept
             _, grads = _shift_gradient(grad[sample, row], part, *tensors)
             for result, value in zip(results, grads, strict=True):
-                result[m, b] = value
+                result[m, b] = value  # a scale's has a row dimension of one
     return results
 
 
@@ -152,26 +165,32 @@ _SHIFTS: dict[str, Callable[..., Tensor]] = {
     "gated": _gated_shift,
     "affine": _affine_shift,
     "mlp": _mlp_shift,
+    "context": _lowrank_shift,  # of scaled latents
 }
 
 
 def _shift_gradient(
     grad: Tensor, call: EmbedCall, z: Tensor, embeddings: Tensor, projected: Tensor | None
 ) -> tuple[Tensor | float, list[Tensor]]:
-    """Return the embeddings' gradient through the shift, and the parameters' gradients."""
+    """Return the embeddings' gradient through the shift, and those of parameters and scale."""
     dtype = reference.accumulation_dtype(embeddings)
     upstream = grad.to(dtype)
+    if call.mask is not None:
+        upstream = upstream * call.mask[..., None]
+    rho, latent, scale = call.embed_rms.to(dtype), z.to(dtype), call.latent_scale
     through_shift, grads = _SHIFT_GRADIENTS[call.family](
         embeddings.to(dtype),
-        z.to(dtype),
-        call.embed_rms.to(dtype),
-        upstream if call.mask is None else upstream * call.mask[..., None],
+        latent if scale is None else latent * scale,
+        rho,
+        upstream,
         projected,
         *(value.to(dtype) for value in call.parameters),
     )
-    return through_shift, [
-        value.to(like.dtype) for value, like in zip(grads, call.parameters, strict=True)
-    ]
+    grads = [value.to(like.dtype) for value, like in zip(grads, call.parameters, strict=True)]
+    if scale is not None:
+        (U,) = call.parameters
+        grads.append(rho * (latent * (upstream @ U.to(dtype).T)).sum(0))
+    return through_shift, grads
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -257,4 +276,5 @@ _SHIFT_GRADIENTS: dict[str, Callable[..., tuple[Tensor | float, list[Tensor]]]] 
     "gated": _gated_gradient,
     "affine": _affine_gradient,
     "mlp": _mlp_gradient,
+    "context": _lowrank_gradient,
 }

@@ -23,6 +23,7 @@ from fastperturb.engine.architectures import CausalLM
 from fastperturb.engine.positions import real_positions
 from fastperturb.model import PerturbedLM
 from fastperturb.rank.types import Tokens
+from fastperturb.transforms import Context
 
 
 class Passes:
@@ -67,6 +68,8 @@ class Passes:
         """True if a pass over one token returns a cache that can be shared."""
         if "past_key_values" not in self._arguments:
             return False
+        if self._lm is not None and isinstance(self._lm.transform, Context):
+            return False  # a future's latents depend on the tokens before it
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         _, cache = self.run(zero, zero[0], zero, zero[0], mask=torch.ones_like(zero))
         return _is_shareable(cache)
@@ -119,6 +122,7 @@ class Passes:
                 rows=torch.zeros_like(ids[:, 0]),
                 ids=ids,
                 positions=positions,
+                attention_mask=None if mask is None else mask[:, -ids.shape[1] :],
                 strata=self._strata,
                 perturb_mask=None if mask is None else mask[:, -ids.shape[1] :].bool(),
             )
