@@ -64,6 +64,29 @@ def test_samples_of_a_group_share_latents_of_the_contract_and_no_edits(layout, d
         assert not torch.equal(edits.ids[sample], edits.ids[sample + 1])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_context_of_a_latent_is_that_of_its_own_copy(layout):
+    lm, inputs = hybrid_lm(transform="context", hidden_dim=5), layout()
+    with torch.no_grad():
+        lm.transform.G.normal_()
+    naive = naive_log_probs(lm, inputs)
+    torch.testing.assert_close(lm(**inputs, seed=SEED).log_probs, naive, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_decoding_carries_the_context_of_each_copy(mode):
+    lm, inputs = hybrid_lm(transform="context", hidden_dim=5), left_padded()
+    with torch.no_grad():
+        lm.transform.G.normal_()
+    ids, mask = inputs["input_ids"][:, -7:], inputs["attention_mask"][:, -7:]
+    mask[1, :2] = 0
+    expected = naive_greedy(lm, ids, mask, MODES[mode], steps=3)
+    generated = lm.generate(
+        ids, mask, mode=mode, seed=SEED, max_new_tokens=3, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(generated, expected)
+
+
 @pytest.mark.parametrize("family", TRANSFORMS)
 def test_without_edits_the_numbers_are_those_of_noise_alone(family):
     options = {"transform": family, "num_samples": 4, "sampling": "stratified"}
