@@ -37,17 +37,15 @@ def scale_and_state(
 ) -> tuple[Tensor, Tensor | None]:
     """Return s [B, T, R] and h [B, H] after the last position, from that before the first."""
     with torch.autocast(embeddings.device.type, enabled=False):
-        inputs = _inputs(transform, embeddings.to(reference.accumulation_dtype(embeddings)))
+        source = embeddings.to(reference.accumulation_dtype(embeddings))
         A, G, retain = (
-            value.to(inputs.dtype) for value in (transform.A, transform.G, transform.retain())
+            value.to(source.dtype) for value in (transform.A, transform.G, transform.retain())
         )
-        states = context_scan(inputs @ A, retain, starts=starts, real=real, initial=state)
+        if transform.context_source == "embedding":
+            inputs = source @ (A / transform.embed_rms)
+        else:  # hidden states, each over its own root mean square
+            mean_square = source.square().mean(-1, keepdim=True).clamp_min(1e-24)
+            inputs = (source * mean_square.rsqrt()) @ A
+        states = context_scan(inputs, retain, starts=starts, real=real, initial=state)
         last = states[:, -1] if states.shape[1] else state
         return latent_scale(states, G), last
-
-
-def _inputs(transform: Context, embeddings: Tensor) -> Tensor:
-    """Return embeddings over the table's root mean square, or hidden states each over its own."""
-    if transform.context_source == "embedding":
-        return embeddings / transform.embed_rms
-    return embeddings * embeddings.square().mean(-1, keepdim=True).clamp_min(1e-24).rsqrt()

@@ -11,9 +11,6 @@ from batches import IGNORED, labelled
 from fastperturb import PerturbConfig, estimators, wrap
 from fastperturb.diagnostics.score import summarise
 
-# A few samples of a sequence are of few effective ones.
-pytestmark = pytest.mark.filterwarnings("ignore:on average .* samples have a sequence")
-
 V = 31
 
 

@@ -249,7 +249,6 @@ def test_resuming_from_a_checkpoint_of_another_model_raises(tmp_path):
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 @pytest.mark.parametrize("sampling", ["independent", "stratified"])
-@pytest.mark.filterwarnings("ignore:on average .* samples have a sequence")
 def test_evaluation_is_the_score_of_the_whole_set_for_any_batch_size(tmp_path, marginal, sampling):
     rows = examples(6, seed=2)
     evaluations = []

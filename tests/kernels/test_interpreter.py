@@ -33,6 +33,7 @@ def interpret(file: str, marks: str) -> None:
     "file",
     [
         "test_combine.py",
+        "test_context_scan.py",
         "test_head_fused.py",
         "test_head_gemm.py",
         "test_head_rows.py",

@@ -427,6 +427,7 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(family):
         samples=call.samples[:, :B],
         rows=call.rows[:B],
         positions=call.positions[:B],
+        latent_scale=None if call.latent_scale is None else call.latent_scale[:B],
     )
     assert run(output_of, None, empty).shape == (2, B, T, 24)
     grad = torch.empty(2, B, T, 24)

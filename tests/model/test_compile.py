@@ -75,6 +75,13 @@ def test_a_compiled_wrapper_compiles_nothing_after_its_first_step(plan, only_onc
         assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("source", ["embedding", pytest.param("trunk", marks=slow)])
+def test_a_context_is_computed_beside_the_compiled_part(source, only_once, caplog):
+    options = {"transform": "context", "context_source": source}
+    lm = perturbed(llama(), num_samples=4, latent_dim=4, plan="batched", **options)
+    assert_compiles_once(lm, caplog)
+
+
 @slow
 @pytest.mark.parametrize("noise", [None, PerturbConfig(latent_dim=4)], ids=["edits", "hybrid"])
 def test_compiled_edits_compile_nothing_more_while_no_sample_grows(only_once, caplog, noise):

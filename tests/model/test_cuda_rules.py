@@ -27,6 +27,7 @@ def step(lm, **call):
 STEPS = {
     **{f"estimator {name}": {"estimator": name} for name in ESTIMATORS if name != "jvi"},
     **{f"transform {name}": {"transform": name} for name in TRANSFORMS},
+    "context of the trunk": {"transform": "context", "context_source": "trunk"},
     "mixture": {"estimator": {"iwae": 1.0, "quadratic": 0.5}},
     "chunked": {"plan": "chunked", "chunk_size": 2},
     "chunked quadratic": {"plan": "chunked", "chunk_size": 2, "estimator": "quadratic"},

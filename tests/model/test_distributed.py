@@ -39,6 +39,8 @@ SPLIT = [
     ("chunked", "iwae", {"proposal": "gradient", "chunk_size": 2}),
     ("resample", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
     ("chunked", "iwae", {"edits": EDITS, "sampling": "stratified", "chunk_size": 1}),
+    ("chunked", "iwae", {"transform": "context", "chunk_size": 2}),
+    ("batched", "mlmc", {"transform": "context", "context_source": "trunk", "num_samples": 8}),
 ]
 WHOLE = [
     ("batched", "iwae", {}),
@@ -50,6 +52,8 @@ WHOLE = [
     ("batched", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
     ("chunked", "iwae", {"edits": EDITS, "chunk_size": 2}),
     ("batched", "mlmc", {"edits": EDITS, "num_samples": 8}),
+    ("batched", "iwae", {"transform": "context"}),
+    ("chunked", "iwae", {"transform": "context", "context_source": "trunk", "chunk_size": 2}),
 ]
 
 

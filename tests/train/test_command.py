@@ -115,13 +115,14 @@ def before_sampling(options):
 
 
 def test_a_run_of_an_earlier_version_resumes_where_its_options_still_mean_the_same(folder):
-    options = tiny_run.options(folder)
+    options = tiny_run.options(folder, packing="stream")
     checkpoint = folder / "checkpoint"
 
     def perturbed(**changes):
         return dataclasses.replace(options, perturb=PerturbConfig(**changes))
 
     plain, pairs = perturbed(), perturbed(antithetic=True)
+    of_sequences = {"marginal": "sequence", "scope": "sequence"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain.check_resumable(before_sampling(plain), checkpoint)
@@ -130,7 +131,9 @@ def test_a_run_of_an_earlier_version_resumes_where_its_options_still_mean_the_sa
     with pytest.raises(ValueError, match="perturb.sampling was 'antithetic' and is 'independent'"):
         plain.check_resumable(before_sampling(pairs), checkpoint)
     with pytest.raises(ValueError, match="perturb.proposal was 'prior' and is 'gradient'"):
-        perturbed(proposal="gradient").check_resumable(before_sampling(plain), checkpoint)
+        perturbed(**of_sequences, proposal="gradient").check_resumable(
+            before_sampling(perturbed(**of_sequences)), checkpoint
+        )
     discrete = dataclasses.replace(options, method="discrete")
     with pytest.raises(ValueError, match="edit_kinds was"):
         discrete.check_resumable(before_sampling(discrete), checkpoint)
