@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -95,6 +95,38 @@ class HybridConfig(PerturbConfig):
     def from_dict(cls, values: Mapping[str, Any]) -> HybridConfig:
         check_keys(cls, values)
         return cls(**{**values, "edits": EditConfig.from_dict(values.get("edits", {}))})
+
+
+class Copies(NamedTuple):
+    """Edited copies [m, B, L] as m B batch rows of one sample, and the numbers of their noise."""
+
+    ids: Tensor  # [m B, L]
+    attention_mask: Tensor | None  # [m B, L]
+    samples: Tensor  # [1, m B]
+    rows: Tensor  # [m B] or [m B, L]
+    positions: Tensor | None  # [m B, L], places in the document's copy
+    perturb_mask: Tensor  # [m B, L]
+
+    @classmethod
+    def of(
+        cls, edited: Edited, samples: Tensor, rows: Tensor, perturb_mask: Tensor | None
+    ) -> Copies:
+        """Lay out copies; samples [m] or [m, B], rows [B] or [B, T], perturb_mask [B, T]."""
+        count, size, _ = edited.ids.shape
+        if samples.ndim == 1:
+            samples = samples[:, None].expand(-1, size)
+        is_perturbed = edited.origin >= 0
+        if perturb_mask is not None:
+            is_perturbed = is_perturbed & edited.of_places(perturb_mask)
+        mask, places = edited.attention_mask, edited.position_ids
+        return cls(
+            ids=edited.ids.flatten(0, 1),
+            attention_mask=None if mask is None else mask.flatten(0, 1),
+            samples=samples.reshape(1, -1),
+            rows=rows.repeat(count) if rows.ndim == 1 else edited.of_places(rows).flatten(0, 1),
+            positions=None if places is None else places.flatten(0, 1),
+            perturb_mask=is_perturbed.flatten(0, 1),
+        )
 
 
 class Hybrid(Continuous):
@@ -180,33 +212,15 @@ class Hybrid(Continuous):
         perturb_mask: Tensor | None,  # [B, T]
         **drawn: Any,
     ) -> TrunkInputs:
-        """Perturb the copies, each of them as a batch row that has one sample."""
-        count, size, length = edited.ids.shape
-        if samples.ndim == 1:
-            samples = samples[:, None].expand(-1, size)
-        rows = rows.repeat(count) if rows.ndim == 1 else edited.of_places(rows).flatten(0, 1)
-        is_perturbed = edited.origin >= 0
-        if perturb_mask is not None:
-            is_perturbed = is_perturbed & edited.of_places(perturb_mask)
-        mask, places = edited.attention_mask, edited.position_ids
-        mask = None if mask is None else mask.flatten(0, 1)
-        places = None if places is None else places.flatten(0, 1)
-        perturbed, shift = self.with_shift(
-            lm,
-            parts.embed(edited.ids).flatten(0, 1),
-            ids=edited.ids.flatten(0, 1),
-            attention_mask=mask,
-            seed=seed,
-            samples=samples.reshape(1, -1),
-            rows=rows,
-            positions=places,
-            perturb_mask=is_perturbed.flatten(0, 1),
-            **drawn,
-        )
+        """Perturb the embeddings of the copies."""
+        copies = Copies.of(edited, samples, rows, perturb_mask)
+        embeddings = parts.embed(copies.ids)
+        perturbed, shift = self.with_shift(lm, embeddings, seed=seed, **copies._asdict(), **drawn)
+        shape = edited.ids.shape
         return TrunkInputs(
-            perturbed.view(count, size, length, -1),
-            mask,
-            places,
+            perturbed.view(*shape, -1),
+            copies.attention_mask,
+            copies.positions,
             edited.source,
-            shift.view(count, size, length).gather(2, edited.source),
+            shift.view(shape).gather(2, edited.source),
         )
