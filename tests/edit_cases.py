@@ -7,7 +7,7 @@ import torch
 from batches import IGNORED, positions_of
 from torch.nn import functional as F
 
-from fastperturb import EditConfig, edit, noise
+from fastperturb import EditConfig, EditedLM, PerturbConfig, edit, noise, wrap
 from fastperturb.engine.edit_layout import KINDS
 
 V, SEED = 29, 5
@@ -17,12 +17,27 @@ TOKENS = {"vocab_size": V, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_
 ARCHITECTURES = {"Llama": "max_position_embeddings", "GPT2": "n_positions"}
 
 
+EDITS = {"rate": 0.6, "neighbors": 3, "kinds": KINDS}
+
+
+def base_model(architecture="Llama", *, positions=64, **changes):
+    """Return a tiny model whose embeddings are far apart."""
+    limit = {ARCHITECTURES[architecture]: positions, "initializer_range": 0.3}
+    return tiny.base_model(architecture, **TOKENS | limit | changes)
+
+
 def edited_lm(architecture="Llama", *, positions=64, **options):
     """Return a tiny model with random edits; `options` are those of EditConfig."""
-    changes = {**TOKENS, ARCHITECTURES[architecture]: positions, "initializer_range": 0.3}
-    base = tiny.base_model(architecture, **changes)
-    defaults = {"rate": 0.6, "num_samples": 4, "neighbors": 3, "kinds": KINDS}
-    return edit(base, EditConfig(**defaults | options))
+    base = base_model(architecture, positions=positions)
+    return edit(base, EditConfig(**EDITS | {"num_samples": 4} | options))
+
+
+def hybrid_lm(architecture="Llama", *, base=None, edits=EDITS, **options):
+    """Return a tiny model with random edits and noise; `options` are those of PerturbConfig."""
+    torch.manual_seed(3)
+    defaults = {"num_samples": 4, "latent_dim": 3, "init_scale": 0.7}
+    base = base_model(architecture) if base is None else base
+    return wrap(base, PerturbConfig(**defaults | options), edits=EditConfig(**EDITS | edits))
 
 
 def some_tokens(size=3, length=11):
@@ -84,9 +99,13 @@ LAYOUTS = (plain, right_padded, left_padded, left_padded_from_zero, packed, half
 
 
 def naive_prefix(lm, tokens, random_numbers, editable, room):
-    """Return the edited tokens x_0 .. x_t of a document that precede label t + 1."""
-    config, table = lm.config, lm.base.get_input_embeddings().weight
-    drawable = [token for token in range(V) if token not in SPECIAL]
+    """Return the edited tokens x_0 .. x_t of a document that precede label t + 1.
+
+    Each comes with the index of the token at which it was laid down.
+    """
+    config = getattr(lm.config, "edits", lm.config)
+    table = lm.base.get_input_embeddings().weight
+    drawable = [token for token in range(len(table)) if token not in SPECIAL]
     out, insertions, deletions, t = [], 0, 0, 0
     while t < len(tokens):
         token, (edited, kind, choice, _) = tokens[t], random_numbers[t]
@@ -103,7 +122,7 @@ def naive_prefix(lm, tokens, random_numbers, editable, room):
             pair = [token, tokens[t + 1]]
             if pair[1] not in SPECIAL:
                 pair.reverse()
-            out += pair
+            out += zip(pair, (t, t + 1))
             t += 2
             continue
         if kind == "replace":
@@ -114,16 +133,32 @@ def naive_prefix(lm, tokens, random_numbers, editable, room):
         if kind == "insert":
             insertions += 1
             if insertions <= room + deletions:
-                out.append(drawable[choice * len(drawable) >> 32])
+                out.append((drawable[choice * len(drawable) >> 32], t))
         if kind == "delete":
             deletions += 1
         else:
-            out.append(token)
+            out.append((token, t))
         t += 1
     return out
 
 
-@torch.no_grad()
+def naive_noise(lm, embeddings, perturbable, sample, count, row, places):
+    """Return the embeddings [1, n, D] of a copy, perturbed as sample number `sample` of `count`."""
+    config = lm.config
+    z = noise.latent(
+        SEED,
+        (1, 1, len(perturbable), lm.transform.latent_dim),
+        latent=config.latent,
+        scope=config.scope,
+        samples=torch.tensor([sample]),
+        rows=row.view(1),
+        positions=places,
+        antithetic=config.draws_pairs and count > 1,
+        strata=config.strata_of_mean(count) if count > 1 else 1,
+    )
+    return torch.where(perturbable[:, None], lm.transform(embeddings, z[0]), embeddings)
+
+
 def naive_logits(lm, inputs, samples, positions_in_model=64):
     """Return next-token log-probs [M, B, T, V], one edited prefix at a time; NaN at padding."""
     ids = inputs["input_ids"]
@@ -137,6 +172,7 @@ def naive_logits(lm, inputs, samples, positions_in_model=64):
     editable = inputs.get("perturb_mask", torch.ones_like(real))
     key = torch.tensor([SEED, 0])
     log_probs = torch.full((len(samples), size, length, V), math.nan)
+    embed = lm.base.get_input_embeddings()
     for b in range(size):
         present = [t for t in range(length) if real[b, t]]
         starts = [
@@ -155,9 +191,15 @@ def naive_logits(lm, inputs, samples, positions_in_model=64):
                     n = t + 1 - start
                     mask = editable[b, start:stop].tolist()
                     prefix = naive_prefix(lm, tokens[:n], random_numbers, mask, room)
-                    prefix = torch.tensor([prefix])
-                    prefix_positions = torch.arange(prefix.shape[1])[None] + positions[b, start]
-                    logits = lm.base(input_ids=prefix, position_ids=prefix_positions).logits
+                    copy, origin = (torch.tensor(part) for part in zip(*prefix))
+                    embeddings, places = embed(copy)[None], torch.arange(len(copy))[None]
+                    places = places + positions[b, start]
+                    if not isinstance(lm, EditedLM):
+                        may = editable[b, start:stop][origin]
+                        embeddings = naive_noise(
+                            lm, embeddings, may, sample, len(samples), rows[b, t], places
+                        )
+                    logits = lm.base(inputs_embeds=embeddings, position_ids=places).logits
                     log_probs[m, b, t] = logits[0, -1].log_softmax(-1)
     return log_probs
 
@@ -182,3 +224,22 @@ def edits_of(lm, ids, count, **layout):
         rows=torch.arange(len(ids)),
         **{**empty, **layout},
     )
+
+
+def naive_greedy(lm, ids, mask, samples_of, steps):
+    """Return the prompts followed by the likeliest tokens, every prefix edited anew."""
+    for step in range(steps):
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        inputs["position_ids"] = positions_of(mask)
+        logits = naive_logits(lm, inputs, samples_of(step))[:, :, -1]
+        ids = torch.cat([ids, logits.logsumexp(0).argmax(-1, keepdim=True)], dim=1)
+        mask = F.pad(mask, (0, 1), value=1)
+    return ids
+
+
+# The sample numbers of each step.
+MODES = {
+    "sequence": lambda step: [0],
+    "token": lambda step: [step],
+    "mixture": lambda step: [0, 1, 2, 3],
+}

@@ -83,10 +83,10 @@ def gpt2(**changes):
     return base_model("GPT2", **changes)
 
 
-def perturbed(model, *, seed=2, **options):
+def perturbed(model, *, seed=2, edits=None, **options):
     """Wrap a model with a random transform; `options` are those of PerturbConfig."""
     torch.manual_seed(seed)
-    lm = wrap(model, PerturbConfig(**options))
+    lm = wrap(model, PerturbConfig(**options), edits=edits)
     if lm.config.transform == "context":  # it starts without one, where A has no gradient
         torch.nn.init.normal_(lm.transform.G)
     return lm

@@ -114,7 +114,7 @@ def _tensors(lm: WrappedModel) -> dict[str, Tensor]:
     tensors = {name: value.detach() for name, value in transform.state_dict().items()}
     shapes = {name: list(value.shape) for name, value in tensors.items()}
     kind = lm.perturbation
-    same = all(getattr(config, key) == getattr(transform, key, None) for key in kind.described_by)
+    same = all(_value(config, key) == _value(transform, key) for key in kind.described_by)
     if not same or shapes != kind.transform_shapes(config, transform.embed_dim):
         raise ValueError(
             f"lm.config no longer describes lm.transform: {config} against {transform}; wrap "
@@ -129,6 +129,13 @@ def _tensors(lm: WrappedModel) -> dict[str, Tensor]:
     trained = {name: p.detach() for name, p in lm.named_parameters() if p.requires_grad}
     reject_non_finite(tensors | trained, "not saved: training diverged")
     return {name: value.float().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _value(owner: object, key: str) -> object:
+    """Return what a key like "edits.rate" names, None if there is nothing of that name."""
+    for name in key.split("."):
+        owner = getattr(owner, name, None)
+    return owner
 
 
 def _write(lm: WrappedModel, tensors: dict[str, Tensor], staging: Path, *, with_base: bool) -> None:

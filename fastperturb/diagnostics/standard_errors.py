@@ -37,6 +37,7 @@ from fastperturb import noise, ops
 from fastperturb.config import suggestion
 from fastperturb.engine import context
 from fastperturb.engine.architectures import reject_dropout, understand
+from fastperturb.engine.hybrid import Copies, Hybrid
 from fastperturb.engine.positions import perturbed_positions
 from fastperturb.engine.protocol import WrappedModel
 
@@ -185,24 +186,15 @@ class _Equation:
                 (upstream,) = torch.autograd.grad(-loss, leaves[-1])
         finally:
             hook.remove()
-        embeddings = batch.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = parts.embed(batch["input_ids"])
-        perturbed, positions = perturbed_positions(
-            *(batch.get(name) for name in ("attention_mask", "position_ids", "perturb_mask"))
-        )
+        size = len(batch["labels"])
+        embeddings, mask, keys = self._perturbed(batch, len(upstream) // size)
         upstream = upstream.unflatten(0, (-1, len(embeddings)))
         prefix = embeddings.shape[1] - upstream.shape[2]
         upstream = F.pad(upstream, (0, 0, prefix, 0))  # (M, B, T, D)
         transform = copy.deepcopy(lm.transform).requires_grad_()  # the model's may be frozen
         with torch.enable_grad():
             scale = context.latent_scale(
-                transform,
-                parts.trunk,
-                embeddings,
-                batch.get("attention_mask"),
-                positions,
-                batch["rows"],
+                transform, parts.trunk, embeddings, mask, keys["positions"], keys["rows"]
             )
         grads = ops.perturb_embed_per_sample_grad(
             upstream,
@@ -210,15 +202,47 @@ class _Equation:
             None,
             transform,
             self.seed,
-            len(upstream),
-            rows=batch["rows"],
-            positions=positions,
+            **keys,
             antithetic=lm.config.draws_pairs,
-            strata=lm.config.strata(len(upstream)),
+            strata=lm.config.strata(len(upstream.flatten(0, 1)) // size),
             latent_scale=scale,
-            perturb_mask=perturbed,
         )
-        return torch.cat([grads[n].double().sum(0).flatten(1) for n in self.parameters], dim=1)
+        of_rows = (grads[name].double().flatten(0, 1) for name in self.parameters)
+        of_rows = (grad.unflatten(0, (-1, size)).sum(0).flatten(1) for grad in of_rows)
+        return torch.cat(list(of_rows), dim=1)
+
+    def _perturbed(
+        self, batch: dict[str, Tensor], count: int
+    ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Return the embeddings that `count` samples perturb, their mask, and their noise's keys.
+
+        Edited copies are rows of one sample.
+        """
+        lm, embed = self.lm, understand(self.lm.base).embed
+        mask, rows = batch.get("attention_mask"), batch["rows"]
+        perturbed, positions = perturbed_positions(
+            mask, batch.get("position_ids"), batch.get("perturb_mask")
+        )
+        samples = torch.arange(count, device=rows.device)
+        if isinstance(lm.perturbation, Hybrid):
+            edited = lm.transform.edits(
+                embed.weight,
+                batch["input_ids"],
+                noise.seed_tensor(self.seed, rows.device),
+                samples,
+                rows=rows,
+                positions=positions,
+                editable=perturbed,
+                attention_mask=mask,
+                position_ids=positions,
+            )
+            ids, mask, *numbers = Copies.of(edited, samples, rows, perturbed)
+            return embed(ids), mask, dict(zip(Copies._fields[2:], numbers, strict=True))
+        embeddings = batch.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = embed(batch["input_ids"])
+        keys = {"samples": samples, "rows": rows, "positions": positions, "perturb_mask": perturbed}
+        return embeddings, mask, keys
 
 
 def _rotations(lm: WrappedModel, chosen: Mapping[str, Tensor]) -> Tensor:

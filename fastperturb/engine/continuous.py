@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Continuous(Perturbation):
     """Perturbs embeddings by `lm.transform`, in fp32 beside the embedding."""
 
     config_class = PerturbConfig
-    described_by = ("latent", "scope", "min_scale", "context_source")
+    described_by: ClassVar[tuple[str, ...]] = ("latent", "scope", "min_scale", "context_source")
     keeps_prefix = True
 
     def make_transform(self, parts: CausalLM, config: Any) -> Transform:
@@ -83,21 +83,21 @@ class Continuous(Perturbation):
         return dataclasses.replace(batch, latent_scale=scale)
 
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
-        noise = {
-            "seed": batch.sampling.seed,
-            "samples": samples,
-            "rows": batch.sampling.rows,
-            "positions": batch.positions,
-            "antithetic": lm.config.draws_pairs,
-            "strata": batch.sampling.strata,
-            "latent_mean": batch.latent_mean,
-            "latent_std": 1.0 if batch.latent_mean is None else STD[lm.transform.scope],
-            "latent_scale": batch.latent_scale,
-            "perturb_mask": batch.perturb_mask,
-        }
-        noise = _held(lm, batch.embeddings, batch.input_ids, noise)
-        perturbed, shift = ops.perturb_embed(
-            batch.embeddings, None, lm.transform, **noise, return_shift=True
+        perturbed, shift = self.with_shift(
+            lm,
+            batch.embeddings,
+            ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            latent_scale=batch.latent_scale,
+            seed=batch.sampling.seed,
+            samples=samples,
+            rows=batch.sampling.rows,
+            positions=batch.positions,
+            antithetic=lm.config.draws_pairs,
+            strata=batch.sampling.strata,
+            latent_mean=batch.latent_mean,
+            latent_std=1.0 if batch.latent_mean is None else STD[lm.transform.scope],
+            perturb_mask=batch.perturb_mask,
         )
         count = len(samples)
         return TrunkInputs(
@@ -107,26 +107,18 @@ class Continuous(Perturbation):
             shift=shift,
         )
 
-    def perturb(
-        self,
-        lm: WrappedModel,
-        embeddings: Tensor,
-        *,
-        ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        latent_scale: Tensor | None = None,
-        **noise: Any,
-    ) -> Tensor:
-        if latent_scale is None and isinstance(lm.transform, Context):
-            latent_scale = context.latent_scale(
-                lm.transform,
-                understand(lm.base).trunk,
-                embeddings,
-                attention_mask,
-                noise["positions"],
-                noise["rows"],
-            )
-        noise = {**_held(lm, embeddings, ids, noise), "latent_scale": latent_scale}
+    def with_shift(
+        self, lm: WrappedModel, embeddings: Tensor, **noise: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return perturbed embeddings [M, B, T, D], and the shift of each [M, B, T].
+
+        The arguments are those of `perturb`.
+        """
+        noise = _noise(lm, embeddings, **noise)
+        return ops.perturb_embed(embeddings, None, lm.transform, **noise, return_shift=True)
+
+    def perturb(self, lm: WrappedModel, embeddings: Tensor, **noise: Any) -> Tensor:
+        noise = _noise(lm, embeddings, **noise)
         return ops.perturb_embed(embeddings, None, lm.transform, **noise)
 
     def next_logits(
@@ -191,6 +183,28 @@ class Continuous(Perturbation):
                 RuntimeWarning,
                 stacklevel=6,
             )
+
+
+def _noise(
+    lm: WrappedModel,
+    embeddings: Tensor,  # [B, T, D]
+    *,
+    ids: Tensor | None = None,  # [B, T]
+    attention_mask: Tensor | None = None,  # [B, T], 0 at padding
+    latent_scale: Tensor | None = None,  # [B, T, R]; None: to be computed, if there is one
+    **noise: Any,
+) -> dict[str, Any]:
+    """Return the options of `ops.perturb_embed` for embeddings and the numbers of their noise."""
+    if latent_scale is None and isinstance(lm.transform, Context):
+        latent_scale = context.latent_scale(
+            lm.transform,
+            understand(lm.base).trunk,
+            embeddings,
+            attention_mask,
+            noise["positions"],
+            noise["rows"],
+        )
+    return {**_held(lm, embeddings, ids, noise), "latent_scale": latent_scale}
 
 
 def _needs_ids(lm: WrappedModel) -> bool:

@@ -61,6 +61,11 @@ class Edited(NamedTuple):
     attention_mask: Tensor | None  # [m, B, L]
     position_ids: Tensor | None  # [m, B, L]
     source: Tensor  # [m, B, T], the index in L at which label t + 1 is predicted
+    origin: Tensor  # [m, B, L], the index in T at which a place was laid down; -1: at none
+
+    def of_places(self, values: Tensor) -> Tensor:
+        """Return tokens' values [B, T] at the places of the copies: [m, B, L]."""
+        return values.expand(len(self.origin), -1, -1).gather(2, self.origin.clamp_min(0))
 
 
 class Edits(nn.Module):
@@ -130,9 +135,10 @@ class Edits(nn.Module):
         at = (end - 1).where(count > 0, length)
         before = (end - 2).where(inserted, length)
 
-        def laid(values: Tensor, extra: Tensor | int) -> Tensor:
+        def laid(values: Tensor, extra: Tensor | int, empty: int = 0) -> Tensor:
             """Scatter each position's value [m, B, T] to its place in L, and those inserted."""
-            out = values.new_zeros(*values.shape[:2], length + 1)  # the last place is dropped
+            shape = (*values.shape[:2], length + 1)  # the last place is dropped
+            out = values.new_full(shape, empty)
             out.scatter_(2, at, values)
             extra = torch.as_tensor(extra, dtype=out.dtype, device=out.device)
             return out.scatter_(2, before, extra.expand_as(before))[..., :length]
@@ -141,11 +147,18 @@ class Edits(nn.Module):
         if attention_mask is not None:
             mask = laid(attention_mask.expand_as(action), 1)
         if position_ids is not None:
-            origin = start.expand_as(end)
-            place = position_ids.gather(1, start) + end - 1 - (end - count).gather(2, origin)
+            before_start = (end - count).gather(2, start.expand_as(end))
+            place = position_ids.gather(1, start) + end - 1 - before_start
             places = laid(place, place - 1)
         source = (end - 1 - (action == _SWAP).long()).clamp_min(0)
-        return Edited(laid(tokens, _pick(words[2], self.drawable)), mask, places, source)
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(action)
+        return Edited(
+            laid(tokens, _pick(words[2], self.drawable)),
+            mask,
+            places,
+            source,
+            laid(index, index, empty=-1),
+        )
 
     def _words(
         self, ids: Tensor, seed: Tensor, samples: Tensor, rows: Tensor, positions: Tensor | None

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastperturb.config import PerturbConfig, check_keys, suggestion
 from fastperturb.engine.architectures import CausalLM, embedding_rms, understand
 from fastperturb.engine.batch import Batch
-from fastperturb.engine.edit_layout import DEFAULT_KINDS, KINDS, Edits
+from fastperturb.engine.edit_layout import DEFAULT_KINDS, KINDS, Edited, Edits
 from fastperturb.engine.protocol import Perturbation, WrappedModel
 from fastperturb.engine.sequences import Encoded, Sequences
 from fastperturb.engine.sharding import is_shard
@@ -134,16 +134,7 @@ class TokenEdits(Perturbation):
     def make_transform(self, parts: CausalLM, config: Any) -> Edits:
         if not isinstance(config, EditConfig):
             raise TypeError(f"config must be an EditConfig, got {type(config).__name__}")
-        rms, embed_dim = embedding_rms(parts.embed)
-        return Edits(
-            rate=config.rate,
-            kinds=config.kinds,
-            neighbors=config.neighbors,
-            special=_special_tokens(parts),
-            max_positions=getattr(_trunk_config(parts), "max_position_embeddings", None),
-            embed_dim=embed_dim,
-            embed_rms=rms,
-        )
+        return make_edits(parts, config)
 
     def transform_shapes(self, config: EditConfig, embed_dim: int) -> dict[str, list[int]]:
         return {"embed_rms": []}
@@ -151,23 +142,10 @@ class TokenEdits(Perturbation):
     def check_inputs(
         self, lm: WrappedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
     ) -> None:
-        if inputs_embeds is not None:
-            raise ValueError("inputs_embeds holds no tokens to edit: give input_ids")
+        require_ids(inputs_embeds)
 
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
-        assert batch.input_ids is not None
-        return _edited(
-            lm,
-            batch.parts,
-            batch.input_ids,
-            batch.sampling.seed,
-            samples,
-            rows=batch.sampling.rows,
-            positions=batch.positions,
-            editable=batch.perturb_mask,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.positions,
-        )
+        return _embedded(batch.parts, edited_samples(lm.transform, batch, samples))
 
     def next_logits(
         self,
@@ -177,42 +155,84 @@ class TokenEdits(Perturbation):
         seed: Tensor,
         encoded: Encoded | None,
     ) -> Tensor:  # [M N, V]
-        parts = understand(lm.base)
-        # There is no cache to append to: with padding on the right, positions are indices.
-        length = sequences.mask.sum(1, keepdim=True)  # (N, 1)
-        total = sequences.mask.shape[1]
-        index = (torch.arange(total, device=length.device) - length) % total
-        ids, mask, editable = (values.gather(1, index) for values in sequences[:3])
-        inputs = _edited(
-            lm,
-            parts,
-            ids,
-            seed,
-            sequences.samples.T,
-            rows=sequences.rows,
-            positions=None,
-            editable=editable,
-            attention_mask=mask,
-            position_ids=None,
-        )
-        assert inputs.source is not None
-        count = sequences.samples.shape[1]
-        last = inputs.source.gather(2, (length - 1).expand(count, -1, -1))
-        hidden = dataclasses.replace(inputs, source=last).hidden_states(parts.trunk)
-        return reference.logits(hidden.flatten(0, 2), parts.head.weight, **parts.head_options)
+        parts, sequences = understand(lm.base), padded_right(sequences)
+        edited = edited_sequences(lm.transform, parts, sequences, seed)
+        return last_logits(_embedded(parts, edited), parts, sequences)
 
 
-def _edited(
-    lm: WrappedModel, parts: CausalLM, ids: Tensor, seed: Tensor, samples: Tensor, **layout: Any
-) -> TrunkInputs:
-    """Return the trunk's inputs for the edited samples of ids [B, T]."""
-    table: Any = parts.embed.weight
-    if is_shard(table):
-        raise ValueError(
-            "the input embedding is sharded by itself, and edits compare all of its rows; "
-            "shard the wrapper and make no unit of the embedding"
-        )
-    edited = lm.transform(table, ids, seed, samples, **layout)
+def make_edits(parts: CausalLM, config: EditConfig) -> Edits:
+    """Return the module that draws a config's edits for this model."""
+    rms, embed_dim = embedding_rms(parts.embed)
+    return Edits(
+        rate=config.rate,
+        kinds=config.kinds,
+        neighbors=config.neighbors,
+        special=_special_tokens(parts),
+        max_positions=getattr(_trunk_config(parts), "max_position_embeddings", None),
+        embed_dim=embed_dim,
+        embed_rms=rms,
+    )
+
+
+def require_ids(inputs_embeds: Tensor | None) -> None:
+    """Raise for a call without token ids."""
+    if inputs_embeds is not None:
+        raise ValueError("inputs_embeds holds no tokens to edit: give input_ids")
+
+
+def edited_samples(edits: Edits, batch: Batch, samples: Tensor) -> Edited:
+    """Return a batch's samples with these numbers, [m] or [m, B]."""
+    assert batch.input_ids is not None
+    return edits(
+        _whole_table(batch.parts),
+        batch.input_ids,
+        batch.sampling.seed,
+        samples,
+        rows=batch.sampling.rows,
+        positions=batch.positions,
+        editable=batch.perturb_mask,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.positions,
+    )
+
+
+def edited_sequences(edits: Edits, parts: CausalLM, sequences: Sequences, seed: Tensor) -> Edited:
+    """Return the samples of sequences that are padded on the right."""
+    return edits(
+        _whole_table(parts),
+        sequences.ids,
+        seed,
+        sequences.samples.T,
+        rows=sequences.rows,
+        positions=None,
+        editable=sequences.perturb_mask,
+        attention_mask=sequences.mask,
+        position_ids=None,
+    )
+
+
+def padded_right(sequences: Sequences) -> Sequences:
+    """Return sequences with their padding on the right, where positions are indices.
+
+    There is no cache to append to.
+    """
+    length = sequences.mask.sum(1, keepdim=True)  # (N, 1)
+    total = sequences.mask.shape[1]
+    index = (torch.arange(total, device=length.device) - length) % total
+    ids, mask, editable = (values.gather(1, index) for values in sequences[:3])
+    return sequences._replace(ids=ids, mask=mask, perturb_mask=editable)
+
+
+def last_logits(inputs: TrunkInputs, parts: CausalLM, sequences: Sequences) -> Tensor:  # [M N, V]
+    """Return the logits of the token after each sequence, which is padded on the right."""
+    assert inputs.source is not None
+    last = sequences.mask.sum(1, keepdim=True) - 1
+    source = inputs.source.gather(2, last.expand(len(inputs.source), -1, -1))
+    hidden = dataclasses.replace(inputs, source=source).hidden_states(parts.trunk)
+    return reference.logits(hidden.flatten(0, 2), parts.head.weight, **parts.head_options)
+
+
+def _embedded(parts: CausalLM, edited: Edited) -> TrunkInputs:
     mask, places = edited.attention_mask, edited.position_ids
     return TrunkInputs(
         parts.embed(edited.ids),
@@ -220,6 +240,17 @@ def _edited(
         None if places is None else places.flatten(0, 1),
         edited.source,
     )
+
+
+def _whole_table(parts: CausalLM) -> Tensor:
+    """Return the input embeddings [V, D]; raise where they are one shard of them."""
+    table: Any = parts.embed.weight
+    if is_shard(table):
+        raise ValueError(
+            "the input embedding is sharded by itself, and edits compare all of its rows; "
+            "shard the wrapper and make no unit of the embedding"
+        )
+    return table
 
 
 def _special_tokens(parts: CausalLM) -> Tensor:

@@ -31,7 +31,7 @@ from fastperturb.data.domains import Domain
 from fastperturb.data.packing import Block, collate
 from fastperturb.diagnostics.score import Score
 from fastperturb.engine.batch import IGNORED
-from fastperturb.model import EditedLM, PerturbedLM
+from fastperturb.model import PerturbedLM
 from fastperturb.report.bootstrap import DocumentSums
 
 # The range that is searched for a temperature.
@@ -256,7 +256,7 @@ def evaluation_mode(lm: PerturbedLM, marginal: str = "token") -> Iterator[None]:
 
 def perturbs(lm: PerturbedLM) -> bool:
     """Tell if the model perturbs anything: the shift is linear in the outer parameters."""
-    if isinstance(lm, EditedLM):
+    if not lm.perturbation.keeps_prefix:  # edits
         return True
     transform = lm.transform
     return any(bool(transform.get_parameter(name).any()) for name in transform.outer)

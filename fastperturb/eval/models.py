@@ -16,7 +16,7 @@ from fastperturb.checkpoint.format import CONFIG_NAME, Checkpoint
 from fastperturb.checkpoint.pretrained import check_positions, load_causal_lm, load_tokenizer
 from fastperturb.config import PerturbConfig
 from fastperturb.data.documents import DocumentTokenizer
-from fastperturb.model import EditConfig, PerturbedLM, wrap
+from fastperturb.model import PerturbedLM, wrap
 from fastperturb.model import load as load_checkpoint
 
 
@@ -35,9 +35,10 @@ class Place:
 
     @property
     def is_edited(self) -> bool:
-        """True where the perturbation is random edits of tokens."""
-        return self.checkpoint is not None and isinstance(
-            Checkpoint.read(self.checkpoint).config, EditConfig
+        """True where the perturbation edits tokens at random."""
+        return (
+            self.checkpoint is not None
+            and not Checkpoint.read(self.checkpoint).perturbation.keeps_prefix
         )
 
 

@@ -24,6 +24,7 @@ from fastperturb.engine.continuous import Continuous
 from fastperturb.engine.edits import EditConfig, TokenEdits
 from fastperturb.engine.forward import PerturbedOutput
 from fastperturb.engine.generate import generate
+from fastperturb.engine.hybrid import Hybrid, HybridConfig
 from fastperturb.engine.planner import PlanReport
 from fastperturb.engine.protocol import Perturbation, WrappedModel
 from fastperturb.engine.sample_split import SampleSplit
@@ -33,8 +34,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def wrap(model: nn.Module, config: PerturbConfig) -> PerturbedLM:
-    """Wrap a Hugging Face causal LM, plain or PEFT, with a learned perturbation."""
+def wrap(
+    model: nn.Module, config: PerturbConfig, *, edits: EditConfig | None = None
+) -> PerturbedLM:
+    """Wrap a Hugging Face causal LM, plain or PEFT, with a learned perturbation.
+
+    edits: random edits of the tokens, which come first: the copies' embeddings are perturbed. Only
+        its rate, kinds and neighbors count; `engine.hybrid` describes the two together.
+    """
+    if edits is not None:
+        config = HybridConfig.of(config, edits)
     return PerturbedLM(model, config)
 
 
@@ -48,7 +57,7 @@ class PerturbedLM(WrappedModel):
 
     base: the model that was wrapped, its parameters and adapters untouched.
     config: a PerturbConfig, or the config of another kind of perturbation.
-    perturbation: the kind of it; default `Continuous`, a transform of embeddings.
+    perturbation: the kind of it; default `Continuous`, a transform of embeddings, or `Hybrid`.
     transform: the module with the perturbation's parameters; the learned T(e, z).
     """
 
@@ -58,7 +67,8 @@ class PerturbedLM(WrappedModel):
     loss_type = "ForCausalLM"
 
     def __init__(self, model: nn.Module, config: Any, kind: Perturbation | None = None) -> None:
-        super().__init__(model, config, kind or Continuous())
+        default = Hybrid() if isinstance(config, HybridConfig) else Continuous()
+        super().__init__(model, config, kind or default)
 
     def forward(
         self,

@@ -6,8 +6,9 @@ import torch
 from batches import IGNORED, row_of
 from oracles import without_shared_prefix
 
-from fastperturb import PerturbConfig, noise, wrap
+from fastperturb import EditConfig, PerturbConfig, noise, wrap
 from fastperturb.diagnostics.standard_errors import _inverse, _rotations, _without
+from fastperturb.engine.edit_layout import KINDS
 
 VOCAB, DIM = 12, 3
 TRUTH = torch.tensor([[0.4, 0.84, -0.72]], dtype=torch.float64)
@@ -191,11 +192,14 @@ def test_errors_match_the_spread_of_estimates_over_replications(times):
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
 @pytest.mark.parametrize("min_scale", [0.0, 1.0])
 @pytest.mark.parametrize("unperturbed_prefix", [0, 2])
-def test_scores_of_batch_rows_are_their_own_gradients(marginal, min_scale, unperturbed_prefix):
+@pytest.mark.parametrize("edits", [None, EditConfig(rate=0.5, kinds=KINDS)], ids=["", "edits"])
+def test_scores_of_batch_rows_are_their_own_gradients(
+    marginal, min_scale, unperturbed_prefix, edits
+):
     config = PerturbConfig(
         transform="diagonal", min_scale=min_scale, marginal=marginal, estimator="jvi_clip"
     )
-    lm = wrap(one_layer(), config)
+    lm = wrap(one_layer(), config, edits=edits)
     torch.manual_seed(1)
     batch = {"input_ids": torch.randint(31, (12, 6)), "attention_mask": torch.ones(12, 6)}
     batch["attention_mask"][::2, :2] = 0

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastperturb import EditConfig, EditedLM, PerturbConfig, PerturbedLM, edit, load, noise, wrap
 from fastperturb.engine.architectures import embedding_rms
+from fastperturb.engine.hybrid import HybridConfig
 from fastperturb.engine.perturbations import PERTURBATIONS
 from fastperturb.engine.protocol import Perturbation
 from fastperturb.engine.trunk import TrunkInputs, repeated
@@ -128,11 +129,14 @@ def test_perturbing_tokens_offers_no_perturbed_embeddings(ids):
 
 
 def test_every_kind_in_the_table_is_found_by_the_name_of_its_config():
-    assert set(PERTURBATIONS) == {"PerturbConfig", "EditConfig"}
+    assert set(PERTURBATIONS) == {"PerturbConfig", "EditConfig", "HybridConfig"}
     for name, kind in PERTURBATIONS.items():
         assert kind.config_class.__name__ == name
     shapes = PERTURBATIONS["PerturbConfig"].transform_shapes(PerturbConfig(latent_dim=3), 7)
     assert shapes == {"U": [3, 7], "embed_rms": []}
+    hybrid = HybridConfig(latent_dim=3)
+    shapes = PERTURBATIONS["HybridConfig"].transform_shapes(hybrid, 7)
+    assert shapes == {"U": [3, 7], "embed_rms": [], "edits.embed_rms": []}
 
 
 @pytest.mark.parametrize(

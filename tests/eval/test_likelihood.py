@@ -186,8 +186,13 @@ def test_a_transform_of_scale_zero_is_the_exact_model_and_any_other_is_not(folde
     assert measure(random, domain, **SETTINGS).nll_sums != exact.nll_sums
 
 
-def test_models_with_edits_are_measured_like_those_with_noise(folder, domain):
-    lm = edit(base_of(folder), EditConfig(rate=0.3, num_samples=8)).eval()
+@pytest.mark.parametrize("noise", [None, PerturbConfig(num_samples=8)], ids=["edits", "hybrid"])
+def test_models_with_edits_are_measured_like_those_with_noise(folder, domain, noise):
+    base, edits = base_of(folder), EditConfig(rate=0.3, num_samples=8)
+    lm = edit(base, edits) if noise is None else wrap(base, noise, edits=edits)
+    lm.eval().transform.requires_grad_(False)
+    for parameter in lm.transform.parameters():
+        parameter.zero_()  # edits remain
     measured = measure(lm, domain, **SETTINGS)
     whole = lm.score(**collate(domain.blocks[:]), num_samples=8, seed=5)
     torch.testing.assert_close(

@@ -1,5 +1,6 @@
 """torch.compile of the wrapper: one graph serves all steps, whatever their seeds."""
 
+import dataclasses
 import logging
 
 import oracles
@@ -10,7 +11,7 @@ from tiny import llama, perturbed
 from torch._dynamo.utils import counters
 
 import fastperturb
-from fastperturb import EditConfig
+from fastperturb import EditConfig, PerturbConfig
 
 STEPS = 14
 slow = pytest.mark.slow
@@ -82,9 +83,15 @@ def test_a_context_is_computed_beside_the_compiled_part(source, only_once, caplo
 
 
 @slow
-def test_compiled_edits_compile_nothing_more_while_no_sample_grows(only_once, caplog):
-    config = EditConfig(num_samples=4, rate=0.5, kinds=("replace", "swap"), plan="batched")
-    assert_compiles_once(fastperturb.edit(llama(), config), caplog)
+@pytest.mark.parametrize("noise", [None, PerturbConfig(latent_dim=4)], ids=["edits", "hybrid"])
+def test_compiled_edits_compile_nothing_more_while_no_sample_grows(only_once, caplog, noise):
+    estimation = {"num_samples": 4, "plan": "batched"}
+    config = EditConfig(rate=0.5, kinds=("replace", "swap"), **estimation)
+    if noise is None:
+        lm = fastperturb.edit(llama(), config)
+    else:
+        lm = fastperturb.wrap(llama(), dataclasses.replace(noise, **estimation), edits=config)
+    assert_compiles_once(lm, caplog)
 
 
 def test_a_wrapper_within_a_compiled_function_takes_seeds_that_are_tensors(only_once):

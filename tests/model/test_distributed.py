@@ -11,8 +11,10 @@ from oracles import assert_near
 from torch.distributed.fsdp import FullyShardedDataParallel
 from worlds import SEED, B, T, adapted, batch, check, in_processes, model, tied
 
+from fastperturb import EditConfig
 from fastperturb.train import distributed
 
+EDITS = EditConfig(rate=0.4, kinds=("replace", "insert", "delete", "swap"))
 # plan, estimator, more of the config
 SPLIT = [
     ("batched", "iwae", {}),
@@ -36,6 +38,7 @@ SPLIT = [
     ("batched", "quadratic", {"sampling": "stratified", "num_samples": 8}),
     ("chunked", "iwae", {"proposal": "gradient", "chunk_size": 2}),
     ("resample", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
+    ("chunked", "iwae", {"edits": EDITS, "sampling": "stratified", "chunk_size": 1}),
     ("chunked", "iwae", {"transform": "context", "chunk_size": 2}),
     ("batched", "mlmc", {"transform": "context", "context_source": "trunk", "num_samples": 8}),
 ]
@@ -47,6 +50,8 @@ WHOLE = [
     ("batched", "mlmc", {"num_samples": 16}),
     ("chunked", "sumo", {"chunk_size": 2}),
     ("batched", "iwae", {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"}),
+    ("chunked", "iwae", {"edits": EDITS, "chunk_size": 2}),
+    ("batched", "mlmc", {"edits": EDITS, "num_samples": 8}),
     ("batched", "iwae", {"transform": "context"}),
     ("chunked", "iwae", {"transform": "context", "context_source": "trunk", "chunk_size": 2}),
 ]

@@ -50,6 +50,20 @@ def test_swapped_pairs_never_overlap():
     assert edits.source[0, 0].tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
 
 
+def test_every_place_knows_the_token_at_which_it_was_laid_down():
+    ids = torch.arange(3, 13)[None]
+    swapped = edits_of(edited_lm(kinds=("swap",), rate=1.0), ids, 1)
+    assert torch.equal(swapped.origin[0, 0], torch.arange(10))
+    inserted = edits_of(edited_lm(kinds=("insert",), rate=1.0), ids, 1)
+    assert torch.equal(inserted.origin[0, 0], torch.arange(10).repeat_interleave(2))
+    # A copy without deleted tokens ends before the places do.
+    deleted = edits_of(edited_lm(kinds=("delete",), rate=0.5), ids, 1)
+    kept = deleted.origin >= 0
+    assert 1 < kept.sum() < 10 and kept[0, 0, : kept.sum()].all()
+    assert torch.equal(deleted.ids[kept], deleted.of_places(ids)[kept])
+    assert (deleted.ids[~kept] == 0).all()
+
+
 def test_neighbors_depend_on_the_embedding_table_only():
     table = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
     table[100:200] = table[:100] * 1.5  # ties

@@ -8,18 +8,19 @@ import pytest
 import tiny
 import torch
 import transformers
-from batches import IGNORED, labelled, positions_of
+from batches import IGNORED, labelled
 from edit_cases import (
     ARCHITECTURES,
     BOS,
     LAYOUTS,
+    MODES,
     SEED,
     V,
     edited_lm,
     edits_of,
     left_padded,
+    naive_greedy,
     naive_log_probs,
-    naive_logits,
     packed,
     plain,
     right_padded,
@@ -150,24 +151,6 @@ def test_shift_is_the_relative_change_of_the_embedding_before_a_label():
     expected = (perturbed - e).norm(dim=-1) / e.norm(dim=-1)
     kept = (e.norm(dim=-1) > 0).expand_as(expected)  # the padding token's embedding is zero
     assert lm(**inputs, seed=SEED).shift.item() == pytest.approx(expected[kept].mean().item())
-
-
-def naive_greedy(lm, ids, mask, samples_of, steps):
-    """Return the prompts followed by the likeliest tokens, every prefix edited anew."""
-    for step in range(steps):
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        inputs["position_ids"] = positions_of(mask)
-        logits = naive_logits(lm, inputs, samples_of(step))[:, :, -1]
-        ids = torch.cat([ids, logits.logsumexp(0).argmax(-1, keepdim=True)], dim=1)
-        mask = F.pad(mask, (0, 1), value=1)
-    return ids
-
-
-MODES = {
-    "sequence": lambda step: [0],
-    "token": lambda step: [step],
-    "mixture": lambda step: [0, 1, 2, 3],
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

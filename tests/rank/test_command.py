@@ -194,9 +194,15 @@ def test_a_vocabulary_smaller_than_top_k_is_kept_whole(folder, tmp_path):
     assert "generation" not in plain
 
 
-def test_an_edited_model_is_rejected_before_anything_is_measured(folder, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    fastperturb.edit(base, fastperturb.EditConfig()).save_pretrained(tmp_path / "edited")
+@pytest.mark.parametrize("noise", [None, fastperturb.PerturbConfig()], ids=["edits", "hybrid"])
+def test_an_edited_model_is_rejected_before_anything_is_measured(folder, tmp_path, noise):
+    base, edits = AutoModelForCausalLM.from_pretrained(folder / "base"), fastperturb.EditConfig()
+    lm = (
+        fastperturb.edit(base, edits)
+        if noise is None
+        else fastperturb.wrap(base, noise, edits=edits)
+    )
+    lm.save_pretrained(tmp_path / "edited")
     places = (f"plain={folder / 'base'}", f"edited={tmp_path / 'edited'}")
     options = options_of(folder, tmp_path / "out", models=places, base=str(folder / "base"))
     with pytest.raises(ValueError, match="model 'edited' edits tokens at random"):

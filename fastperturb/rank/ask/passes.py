@@ -21,7 +21,7 @@ from fastperturb import noise
 from fastperturb.engine import architectures
 from fastperturb.engine.architectures import CausalLM
 from fastperturb.engine.positions import real_positions
-from fastperturb.model import EditedLM, PerturbedLM
+from fastperturb.model import PerturbedLM
 from fastperturb.rank.types import Tokens
 from fastperturb.transforms import Context
 
@@ -185,10 +185,10 @@ def copy_rows(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 def _causal_lm(model: Any) -> Any:
     """Return the model to run; raise unless it is a causal LM whose caches futures can share."""
-    if isinstance(model, EditedLM):
+    if isinstance(model, PerturbedLM) and not model.perturbation.keeps_prefix:
         raise ValueError(
-            "model is an EditedLM, whose futures cannot share a history's cache: an edit changes "
-            "the position of every token after it; pass a PerturbedLM or the plain model"
+            "model edits tokens at random, so its futures cannot share a history's cache: an edit "
+            "changes the position of every token after it; pass a model without edits"
         )
     inner = model.base if isinstance(model, PerturbedLM) else model
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):

@@ -16,7 +16,7 @@ from rank_cases import (
 )
 from tiny import CONFIGS, SMALL, base_model, with_lora
 
-from fastperturb import EditConfig, edit
+from fastperturb import EditConfig, PerturbConfig, edit, wrap
 from fastperturb.rank import ModelOracle
 from fastperturb.rank.ask import model_oracle
 
@@ -245,7 +245,13 @@ def prompt_tuned():
             lambda: edit(base_model(), EditConfig()),
             {},
             ValueError,
-            "EditedLM.*cannot share a history's cache",
+            "model edits tokens .* cannot share a history's cache",
+        ),
+        (
+            lambda: wrap(base_model(), PerturbConfig(), edits=EditConfig()),
+            {},
+            ValueError,
+            "model edits tokens .* cannot share a history's cache",
         ),
         (prompt_tuned, {}, ValueError, "PROMPT_TUNING puts virtual tokens .*such as LoRA"),
         (lambda: torch.nn.Linear(3, 3), {}, TypeError, "causal LM or a PerturbedLM .*got Linear"),
