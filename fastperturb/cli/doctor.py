@@ -217,6 +217,8 @@ def values_and_gradients(module: ModuleType, op: str, inputs: Inputs) -> dict[st
         cases = _embed_cases(module, inputs)
     elif op == "combine":
         cases = _combine_cases(inputs)
+    elif op == "context_scan":
+        cases = _scan_cases(inputs)
     else:
         cases = _head_cases(module, op, inputs)
     values: list[Tensor] = []
@@ -280,6 +282,19 @@ def _combine_cases(inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
         log_probs = inputs.normal(M, B, T, mean=-6.0, std=2.0).requires_grad_()
         combined = ops.combine(log_probs, mask, estimator, marginal=marginal)
         yield torch.stack(combined[:3]), [log_probs]
+
+
+def _scan_cases(inputs: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield a value and its leaves for rows with document starts and padding; in at least fp32.
+
+    In fp64 the op is its own reference, as `combine` is. A row takes a kernel several chunks.
+    """
+    B, T, H = 2, 200, 20
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    leaves = [inputs.normal(B, T, H).to(wide), inputs.normal(H).to(wide).sigmoid()]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    starts, real = inputs.below(10, B, T) == 0, inputs.below(4, B, T) > 0
+    yield ops.context_scan(*leaves, starts=starts, real=real), leaves
 
 
 def show(report: dict[str, Any], console: Any) -> None:

@@ -253,8 +253,8 @@ class TrainOptions(DataOptions):
             )
         if self.method == "hybrid" and perturb.deterministic:
             raise ValueError(
-                "perturb.deterministic=True has no randomness, and the edits of method='hybrid' are "
-                "random: use method='learned' or 'discrete'"
+                "perturb.deterministic=True has no randomness, and the edits of method='hybrid' "
+                "have: use method='learned' or 'discrete'"
             )
         if self.method == "discrete" and perturb.sampling != "independent":
             raise ValueError(

@@ -252,7 +252,7 @@ def test_a_call_that_has_no_proposal_is_named(tmp_path):
         lm(**batch())
     with pytest.raises(ValueError, match="standard errors are of samples from the prior"):
         lm.standard_errors([batch()])
-    with pytest.raises(ValueError, match="an edit has none"):
+    with pytest.raises(ValueError, match="not after edits"):
         perturb = PerturbConfig(proposal="gradient")
         tiny_run.options(tmp_path, method="discrete", perturb=perturb)
 

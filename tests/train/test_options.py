@@ -35,7 +35,7 @@ def test_a_tracker_that_is_not_installed_raises_when_options_are_made(
         ({"perturb": RESAMPLE, "lora": LoraOptions(dropout=0.1)}, "lora.dropout"),
         ({"perturb": PAIRS, "method": "discrete"}, "an edit has none"),
         ({"perturb": PROPOSING, "method": "hybrid"}, "not after edits"),
-        ({"perturb": HELD, "method": "hybrid"}, "the edits of method='hybrid' are random"),
+        ({"perturb": HELD, "method": "hybrid"}, "the edits of method='hybrid' have"),
         ({"mc": 2, "method": "exact"}, "has one"),
         ({"eval_data": ("a", "b"), "data": ("b",)}, "'b' is trained on"),
         ({"streaming": True, "max_steps": None}, "give max_steps"),
