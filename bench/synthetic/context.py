@@ -1,9 +1,10 @@
 """The study of context: transforms under a truth whose noise depends on the token before, or not.
 
 `python -m bench.synthetic --study context`. Every arm trains the demo's model with five seeds for
-the demo's steps and batch, by iwae with 8 stratified samples. Under the contextual truth the second
-token is noisy only after a token of one half of the grid: lowrank perturbs all tokens alike,
-gated by the token itself, context by the tokens so far.
+the demo's steps and batch, by iwae with 8 stratified samples. Under the contextual truth a token is
+noisy only after a token of one half of the grid: lowrank perturbs all tokens alike, gated by the
+token itself, context by the tokens so far. The net sees the last two tokens of three, so that only
+the transform can tell if the first of these is noisy.
 """
 
 from __future__ import annotations

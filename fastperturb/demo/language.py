@@ -14,9 +14,9 @@ carry information about g beyond 0.1. Both factors depend only on the midpoint o
 and there are 2 * 12 - 1 midpoints: the truth is a pair of tables. The seed chooses the axes and
 the ids.
 
-A contextual truth is noisy by context: only the second token is, with the variance of both, and
-only after a token of one half of the grid: n1 = 0, n2 ~ N(0, 2 * 0.3^2) if u_b > 0, else n2 = 0.
-Then p_a has a table for each half.
+A contextual truth has prefixes of three tokens (t, u, v), of which t decides nothing but noise: a
+token is noisy only after a token of one half of the grid. n1 = 0 unless t_b > 0, n2 = 0 unless
+u_b > 0. Then p_a has a table for each number of noisy tokens.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def truth_tables(noise_sd: float = NOISE_SD) -> tuple[Tensor, Tensor]:
 
 
 def truth(prefixes: Tensor, noise_sd: float = NOISE_SD, *, contextual: bool = False) -> Tensor:
-    """Return the exact distribution of y after each prefix: [N, 2] to [N, V], fp64."""
+    """Return the exact distribution of y after each prefix: [N, 2] to [N, V], fp64.
+
+    contextual: of the truth by that name, after prefixes [N, 3].
+    """
     noisy, precise = _factors(prefixes, noise_sd, contextual)
     return (noisy[:, :, None] * precise[:, None, :]).flatten(1)
 
@@ -98,7 +101,7 @@ def sample(
     noise_sd: float = NOISE_SD,
     contextual: bool = False,
 ) -> Tensor:
-    """Draw one y after each prefix: [N, 2] to [N]."""
+    """Draw one y after each prefix: [N, 2] to [N], or [N, 3] under a contextual truth."""
     noisy, precise = (
         torch.multinomial(distribution, 1, generator=generator)[:, 0]
         for distribution in _factors(prefixes, noise_sd, contextual)
@@ -107,13 +110,16 @@ def sample(
 
 
 def _factors(prefixes: Tensor, noise_sd: float, contextual: bool) -> tuple[Tensor, Tensor]:
+    midpoint = (prefixes[:, -2:] // SIDE).sum(1)
     noisy, precise = truth_tables(noise_sd)
-    midpoint = (prefixes // SIDE).sum(1)
     factor = noisy[midpoint]
     if contextual:
-        exact, _ = truth_tables(0.0)
-        factor = torch.where(is_loud(prefixes[:, 0])[:, None], factor, exact[midpoint])
-    return factor, precise[(prefixes % SIDE).sum(1)]
+        noisy_tokens = is_loud(prefixes[:, :2]).sum(1)
+        for count in (0, 1):
+            # The midpoint moves as by two tokens with less noise.
+            fewer, _ = truth_tables(noise_sd * math.sqrt(count / 2))
+            factor = torch.where((noisy_tokens == count)[:, None], fewer[midpoint], factor)
+    return factor, precise[(prefixes[:, -2:] % SIDE).sum(1)]
 
 
 def is_loud(tokens: Tensor) -> Tensor:
@@ -127,12 +133,16 @@ def tokens_between(low: float, high: float) -> Tensor:
     return ((position >= low) & (position <= high)).nonzero()[:, 0]
 
 
-def draw_prefixes(tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` random prefixes [N, 2] of these tokens."""
-    return tokens[torch.randint(len(tokens), (count, 2), generator=generator)]
+def draw_prefixes(
+    tokens: Tensor, count: int, generator: torch.Generator, *, length: int = 2
+) -> Tensor:
+    """Draw `count` random prefixes [N, length] of these tokens."""
+    return tokens[torch.randint(len(tokens), (count, length), generator=generator)]
 
 
-def some_prefixes(tokens: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
-    """Return every prefix [N, 2] of these tokens, or a random choice of `at_most` of them."""
-    prefixes = torch.cartesian_prod(tokens, tokens)
+def some_prefixes(
+    tokens: Tensor, at_most: int, generator: torch.Generator, *, length: int = 2
+) -> Tensor:
+    """Return every prefix [N, length] of these tokens, or a random choice of `at_most` of them."""
+    prefixes = torch.cartesian_prod(*[tokens] * length)
     return prefixes[torch.randperm(len(prefixes), generator=generator)[:at_most]]

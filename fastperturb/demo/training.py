@@ -1,9 +1,9 @@
 """The model that every method trains, its training, and its distance from the truth.
 
-A ReLU net reads the two perturbed embeddings and answers with a point h of embedding space. Token
-y scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a constant: a
-linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head are frozen,
-as in a language model that is only adapted. Where the trunk is held at the truth, the net is
+A ReLU net reads the last two perturbed embeddings and answers with a point h of embedding space.
+Token y scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a
+constant: a linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head
+are frozen, as in a language model that is only adapted. Where the trunk is held at the truth, the net is
 `TrueResponse`, and only the transform trains.
 """
 
@@ -43,8 +43,12 @@ class Setting:
     pairs: int | None = PAIRS  # None: fresh pairs every step
     batch: int = BATCH
     noise_sd: float = language.NOISE_SD  # of the truth
-    contextual: bool = False  # the truth's noise depends on the token before
+    contextual: bool = False  # the truth's noise depends on the token before; prefixes of three
     true_trunk: bool = False  # the net is TrueResponse, held fixed; embeddings have no ids
+
+    @property
+    def prefix_length(self) -> int:
+        return 3 if self.contextual else 2
 
 
 class TrueResponse(nn.Module):
@@ -94,7 +98,7 @@ class Model(nn.Module):
 
     def hidden(
         self,
-        prefixes: Tensor,  # [B, 2]
+        prefixes: Tensor,  # [B, 2 or more]
         noise_seed: Tensor | int,
         samples: Tensor | int,
         rows: Tensor | None = None,
@@ -112,7 +116,7 @@ class Model(nn.Module):
                 rows=rows,
                 **joint_law,
             )
-        point = self.net(perturbed.flatten(2))  # (M, B, D)
+        point = self.net(perturbed[:, :, -2:].flatten(2))  # (M, B, D)
         return self.log_sharpness.exp() * torch.cat([2 * point, torch.ones_like(point[..., :1])], 2)
 
     def log_probs(
@@ -175,7 +179,7 @@ class Data:
 def draw_pairs(count: int, setting: Setting, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw prefixes in support, and a continuation of each from the setting's truth."""
     tokens = language.tokens_between(*language.SUPPORT)
-    prefixes = language.draw_prefixes(tokens, count, generator)
+    prefixes = language.draw_prefixes(tokens, count, generator, length=setting.prefix_length)
     targets = language.sample(
         prefixes, generator, noise_sd=setting.noise_sd, contextual=setting.contextual
     )
@@ -184,19 +188,19 @@ def draw_pairs(count: int, setting: Setting, generator: torch.Generator) -> tupl
 
 def make_data(seed: int, setting: Setting) -> Data:
     """Make the language, the training pairs and the test prefixes of a seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, length = torch.Generator().manual_seed(seed), setting.prefix_length
     world = language.make_language(generator, id_sd=0.0 if setting.true_trunk else language.ID_SD)
     prefixes = targets = None
     if setting.pairs is not None:
         prefixes, targets = draw_pairs(setting.pairs, setting, generator)
     regions = {
         name: language.some_prefixes(
-            language.tokens_between(*limits), PREFIXES_PER_REGION, generator
+            language.tokens_between(*limits), PREFIXES_PER_REGION, generator, length=length
         )
         for name, limits in language.REGIONS.items()
     }
     columns = [
-        language.some_prefixes(tokens, PREFIXES_PER_POSITION, generator)
+        language.some_prefixes(tokens, PREFIXES_PER_POSITION, generator, length=length)
         for tokens in torch.arange(language.VOCAB).chunk(language.SIDE)
     ]
     return Data(world, prefixes, targets, regions, columns, generator)
