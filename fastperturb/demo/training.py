@@ -3,8 +3,8 @@
 A ReLU net reads the last two perturbed embeddings and answers with a point h of embedding space.
 Token y scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a
 constant: a linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head
-are frozen, as in a language model that is only adapted. Where the trunk is held at the truth, the net is
-`TrueResponse`, and only the transform trains.
+are frozen, as in a language model that is only adapted. Where the trunk is held at the truth, the
+net is `TrueResponse`, and only the transform trains.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from demo_cases import all_prefixes, seeded
 
 from fastperturb.demo import language, training
-from fastperturb.demo.methods import METHODS
+from fastperturb.demo.methods import METHODS, Method
 from fastperturb.estimators import Telescope
 
 
@@ -29,6 +29,25 @@ def test_the_divergence_is_zero_from_itself_and_the_missing_entropy_from_uniform
     torch.testing.assert_close(
         training.divergence(truth, uniform), math.log(language.VOCAB) - entropy, atol=1e-9, rtol=0
     )
+
+
+def test_the_net_sees_two_tokens_of_a_contextual_prefix_and_the_transform_all() -> None:
+    data = training.make_data(0, training.Setting(contextual=True, pairs=500))
+    assert data.prefixes is not None and data.prefixes.shape == (500, 3)
+    prefixes = data.prefixes[:4]
+    other = prefixes.clone()
+    other[:, 0] = (other[:, 0] + 70) % language.VOCAB
+    for transform, sees in (("lowrank", False), ("gated", False), ("context", True)):
+        torch.manual_seed(0)
+        method = Method(name="learned", transform=transform, num_samples=4)
+        model = training.Model(data.world.embeddings, method)
+        assert model.transform is not None
+        with torch.no_grad():
+            for name in ("C", "G"):  # both start at 0
+                if hasattr(model.transform, name):
+                    getattr(model.transform, name).normal_()
+            hidden = [model.hidden(tokens, 5, 4) for tokens in (prefixes, other)]
+        assert torch.equal(*hidden) == (not sees)
 
 
 def test_tokens_score_by_their_squared_distance_from_the_answer_of_the_net(
