@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from fastperturb import noise
-from fastperturb.engine import sharding
+from fastperturb.engine import label_weights, sharding
 from fastperturb.engine.batch import Batch
-from fastperturb.engine.positions import document_starts
 from fastperturb.engine.protocol import WrappedModel
 from fastperturb.engine.tracing import untraced
 from fastperturb.engine.trunk import TrunkInputs
@@ -49,6 +48,8 @@ def check(lm: WrappedModel, batch: Batch) -> None:
             "return_logits=True with proposal='gradient' would return logits that know the labels: "
             "use proposal='prior'"
         )
+    if lm.transform.scope == "sequence":
+        _check_rows(batch.sampling.rows)
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "proposal='gradient' takes gradients, which torch.inference_mode() rules out: use "
@@ -87,8 +88,7 @@ def fitted_mean(lm: WrappedModel, batch: Batch) -> Tensor:
 def log_weights(lm: WrappedModel, batch: Batch, samples: Tensor) -> Tensor:
     """Return what to add to the log-probs [m, B, T-1] of samples with these numbers.
 
-    A label gets the weights of the latents that it depends on. Under the sequence marginal the
-    whole row's weight is on its first label, since a row's log-probs are summed.
+    A label gets the weights of the latents that it depends on.
     """
     shape, mean = batch.embeddings.shape[:2], batch.latent_mean
     assert mean is not None
@@ -118,27 +118,16 @@ def log_weights(lm: WrappedModel, batch: Batch, samples: Tensor) -> Tensor:
     )
     z = mean + std * eps
     ratio = (eps.square() - z.square()).sum(-1) / 2 + z.shape[-1] * math.log(std)
-    count = len(ratio)
-    starts = _document_starts(batch)
+    starts = label_weights.first_positions(batch)
     if owner is None:
         ratio = ratio * perturbed
     else:
         # A latent's weight counts from its first perturbed position on.
         runs = _changes(owner)
-        is_first = perturbed & (_running(perturbed[None].float(), runs)[0] == 1)
+        is_first = perturbed & (label_weights.running_sums(perturbed[None].float(), runs)[0] == 1)
         starts = starts & runs  # a label sees the latents of its whole document
-        ratio = ratio.gather(2, owner.expand(count, -1, -1)) * is_first
-    running = _running(ratio, starts)[..., :-1]  # label t + 1 depends on positions up to t
-    if batch.marginal == "token":
-        return running
-    mask = batch.token_mask()
-    if not mask.shape[1]:  # rows of one token have no label
-        return running
-    last = (mask * torch.arange(1, mask.shape[1] + 1, device=device)).argmax(1)
-    total = running.gather(2, last[None, :, None].expand(count, -1, 1))
-    at_first = torch.zeros_like(running)
-    at_first.scatter_(2, mask.int().argmax(1)[None, :, None].expand(count, -1, 1), total)
-    return at_first
+        ratio = ratio.gather(2, owner.expand(len(ratio), -1, -1)) * is_first
+    return label_weights.of_labels(batch, ratio, starts)
 
 
 def _gradient(
@@ -159,13 +148,25 @@ def _gradient(
         log_probs = batch.head.log_probs(hidden)[0].sum(-1, dtype=torch.float64)  # [B]
         gradient = None
         if log_probs.requires_grad:
-            (gradient,) = torch.autograd.grad(log_probs.sum(), leaf, allow_unused=True)
+            gradient = _gradient_of(log_probs.sum(), leaf)
     if gradient is None:
         raise ValueError(
             f"proposal='gradient' needs the gradient of log-probs with respect to embeddings, and "
             f"{type(lm.base).__name__} gives none; use proposal='prior'"
         )
     return log_probs.detach(), gradient
+
+
+def _gradient_of(value: Tensor, leaf: Tensor) -> Tensor | None:
+    try:
+        return torch.autograd.grad(value, leaf, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "proposal='gradient' takes gradients within a call, which re-entrant checkpointing "
+            "rules out: enable it with gradient_checkpointing_kwargs={'use_reentrant': False}"
+        ) from error
 
 
 def _owners(lm: WrappedModel, batch: Batch) -> Tensor | None:
@@ -181,21 +182,23 @@ def _owners(lm: WrappedModel, batch: Batch) -> Tensor | None:
     return _changes(rows).cumsum(1) - 1
 
 
+def _check_rows(rows: Tensor) -> None:
+    """Raise for a row id that comes back after another: its parts would have means of their own."""
+    if rows.ndim == 1 or rows.device.type != "cpu":  # reading them costs a GPU a wait
+        return
+    runs = _changes(rows).sum(1)
+    for row, count in zip(rows, runs.tolist(), strict=True):
+        if len(row.unique()) < count:
+            raise ValueError(
+                "rows must number documents that lie in one piece, with proposal='gradient' and "
+                f"scope='sequence', got a row id that comes back after another: {row.tolist()}"
+            )
+
+
 def _first_positions(owner: Tensor) -> Tensor:
     """Return the first position of latents 0, 1, ... [B, T], and 0 for those that are not."""
     index = torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
     return torch.zeros_like(owner).scatter_reduce(1, owner, index, "amin", include_self=False)
-
-
-def _document_starts(batch: Batch) -> Tensor:
-    """Return where documents start, bool [B, T]; the first position always does."""
-    if batch.attention_mask is None and batch.positions is not None:
-        starts = document_starts(batch.positions)
-    else:
-        shape = batch.embeddings.shape[:2]
-        starts = torch.zeros(shape, dtype=torch.bool, device=batch.embeddings.device)
-    starts[:, 0] = True
-    return starts
 
 
 def _changes(numbers: Tensor) -> Tensor:
@@ -226,13 +229,5 @@ def _spread(mean: Tensor, owner: Tensor | None, length: int) -> Tensor:
 
 def _at(mean: Tensor, index: Tensor) -> Tensor:
     """Return the means [B, K, R] at an index [B, N]: [B, N, R]."""
-    return mean.gather(1, index[..., None].expand(-1, -1, mean.shape[-1]))
-
-
-def _running(values: Tensor, starts: Tensor) -> Tensor:
-    """Return sums [m, B, T] of values from the start of each position's document."""
-    totals = values.double().cumsum(-1)
-    index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
-    start = index.where(starts, 0).cummax(1).values.expand_as(values)
-    before = totals.gather(-1, start) - values.gather(-1, start)
-    return (totals - before).to(values.dtype)
+    rows = torch.arange(len(mean), device=mean.device)[:, None]
+    return mean[rows, index]  # the gradient of gather has no fixed order on a GPU

@@ -257,6 +257,29 @@ def test_a_call_that_has_no_proposal_is_named(tmp_path):
         tiny_run.options(tmp_path, method="discrete", perturb=perturb)
 
 
+def test_a_row_id_that_comes_back_is_named():
+    lm = proposing(scope="sequence")
+    ids = batch(length=6)["input_ids"][:1]
+    positions, rows = torch.arange(3).repeat(2)[None], torch.tensor([[0, 1, 1, 0, 0, 0]])
+    with pytest.raises(ValueError, match="documents that lie in one piece"):
+        lm(ids, labels=ids, rows=rows, position_ids=positions)
+    lm(ids, labels=ids, rows=rows.sort().values, position_ids=positions)
+    with lm.overriding(proposal="prior"):
+        lm(ids, labels=ids, rows=rows, position_ids=positions)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_re_entrant_checkpointing_is_named():
+    lm = proposing(scope="sequence")
+    enable = "activation_checkpointing_enable"  # older transformers have the other name
+    name = enable if hasattr(lm.base, enable) else "gradient_checkpointing_enable"
+    getattr(lm.base, name)({"use_reentrant": True})
+    lm.train()
+    ids = batch(length=6)["input_ids"]
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        lm(ids, labels=ids)
+
+
 def test_a_base_without_gradients_to_its_embeddings_is_named():
     lm = proposing()
     forward = lm.base.model.forward

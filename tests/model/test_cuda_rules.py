@@ -28,6 +28,8 @@ STEPS = {
     **{f"estimator {name}": {"estimator": name} for name in ESTIMATORS if name != "jvi"},
     **{f"transform {name}": {"transform": name} for name in TRANSFORMS},
     "context of the trunk": {"transform": "context", "context_source": "trunk"},
+    "proposal": {"proposal": "gradient"},
+    "proposal of sequences": {"proposal": "gradient", "scope": "sequence", "marginal": "sequence"},
     "mixture": {"estimator": {"iwae": 1.0, "quadratic": 0.5}},
     "chunked": {"plan": "chunked", "chunk_size": 2},
     "chunked quadratic": {"plan": "chunked", "chunk_size": 2, "estimator": "quadratic"},
@@ -46,6 +48,17 @@ def test_a_training_step_keeps_to_what_cuda_does_in_a_fixed_order(options):
     lm = model(**options)
     with cuda_rules.collected() as broken:
         step(lm, **inputs())
+    assert not broken
+
+
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+def test_a_proposal_for_packed_documents_keeps_to_it(scope):
+    lm, call = model(proposal="gradient", scope=scope), inputs()
+    del call["attention_mask"]
+    call["position_ids"] = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5]).expand(3, -1)
+    call["rows"] = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1]) + 2 * torch.arange(3)[:, None]
+    with cuda_rules.collected() as broken:
+        step(lm, **call)
     assert not broken
 
 
