@@ -1,10 +1,11 @@
 """The study of context: transforms under a truth whose noise depends on the token before, or not.
 
 `python -m bench.synthetic --study context`. Every arm trains the demo's model with five seeds for
-the demo's steps and batch, by iwae with 8 stratified samples. Under the contextual truth a token is
-noisy only after a token of one half of the grid: lowrank perturbs all tokens alike, gated by the
-token itself, context by the tokens so far. The net sees the last two tokens of three, so that only
-the transform can tell if the first of these is noisy.
+the demo's steps, by iwae with 8 stratified samples, with the demo's batch and, under the contextual
+truth, with one four times as large. There a token is noisy only after a token of one half of the
+grid: lowrank perturbs all tokens alike, gated by the token itself, context by the tokens so far.
+The net sees the last two tokens of three, so that only the transform can tell if the first of these
+is noisy.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ from typing import Any
 
 from bench.synthetic import summary
 from bench.synthetic.arms import EXACT, Arm, learned
-from fastperturb.demo.training import Setting
+from bench.synthetic.sampling import LARGE
+from fastperturb.demo.training import BATCH, Setting
 
 SAMPLES = 8
 TRANSFORMS = ("lowrank", "gated", "context")
 # For each experiment: the title of its table, and the heading of x.
 HEADINGS = {
-    "context": ("The noise depends on the token before", "M"),
-    "no_context": ("The noise is the same for all tokens", "M"),
+    "context": (f"The noise depends on the token before, batch {BATCH:,}", "M"),
+    "context_large": (f"The noise depends on the token before, batch {LARGE:,}", "M"),
+    "no_context": (f"The noise is the same for all tokens, batch {BATCH:,}", "M"),
 }
-SETTINGS = {"context": Setting(contextual=True), "no_context": Setting()}
+SETTINGS = {
+    "context": Setting(contextual=True),
+    "context_large": Setting(contextual=True, batch=LARGE),
+    "no_context": Setting(),
+}
 
 
 def all_arms() -> list[Arm]:

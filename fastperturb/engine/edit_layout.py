@@ -28,6 +28,12 @@ n, never at tokens.
 Edits are drawn by the words w of Philox (see `noise`) for counter (2^32 - 1, t, m, b), a block that
 no latent uses: an edit if w0 < rate 2^32, of kind floor(w1 2^-32 #kinds), with token number
 floor(w2 2^-32 #tokens) of the tokens to choose from.
+
+Rates may be learned, one for each kind: lambda_k, whose sum is the rate. w1 then chooses a kind by
+its share of the sum. A choice of edits omega depends on rates by its distribution alone, so they
+learn by its score: d log p = sum over samples of w_m d log q(omega_m), with the estimator's own
+weights w. log q sums over the places whose action is free: log lambda_k of a drawn edit, or
+log(1 - sum of lambda_k over the kinds that are possible there) of a place that has none.
 """
 
 from __future__ import annotations
@@ -54,6 +60,14 @@ _BLOCK = 0xFFFFFFFF
 _QUERIES, _ROWS = 64, 16384
 
 
+class Drawn(NamedTuple):
+    """The actions that were drawn, for the score of rates that learn."""
+
+    action: Tensor  # [m, B, T], an index in KINDS; -1: no edit
+    free: Tensor  # [m, B, T] bool: an action could be drawn
+    possible: Tensor  # [B, T, #kinds] bool: an edit of this kind could be
+
+
 class Edited(NamedTuple):
     """Edited samples of a batch, padded on the right to the longest."""
 
@@ -62,6 +76,7 @@ class Edited(NamedTuple):
     position_ids: Tensor | None  # [m, B, L]
     source: Tensor  # [m, B, T], the index in L at which label t + 1 is predicted
     origin: Tensor  # [m, B, L], the index in T at which a place was laid down; -1: at none
+    drawn: Drawn
 
     def of_places(self, values: Tensor) -> Tensor:
         """Return tokens' values [B, T] at the places of the copies: [m, B, L]."""
@@ -69,8 +84,9 @@ class Edited(NamedTuple):
 
 
 class Edits(nn.Module):
-    """Draws edits and applies them; it has nothing to learn.
+    """Draws edits and applies them; it learns its rates, or nothing.
 
+    rate_limits: the lowest and the highest sum of rates that learn; None: the rate stays.
     special: bool [V], the tokens that are neither edited nor drawn.
     max_positions: of the model; None is no limit.
     embed_dim, embed_rms: the embedding table's, by which a checkpoint knows its base.
@@ -86,6 +102,7 @@ class Edits(nn.Module):
         rate: float,
         kinds: Sequence[str],
         neighbors: int,
+        rate_limits: tuple[float, float] | None,
         special: Tensor,
         max_positions: int | None,
         embed_dim: int,
@@ -93,6 +110,11 @@ class Edits(nn.Module):
     ) -> None:
         super().__init__()
         self.rate, self.kinds, self.neighbors = rate, tuple(kinds), neighbors
+        self.limits = rate_limits
+        if rate_limits is not None:
+            low, high = rate_limits
+            share = torch.full((len(self.kinds),), (rate - low) / (high - low))
+            self.rate_logits = nn.Parameter(torch.logit(share).to(embed_rms.device))
         self.max_positions, self.embed_dim = max_positions, embed_dim
         self.register_buffer("special", special, persistent=False)
         self.register_buffer("drawable", (~special).nonzero()[:, 0], persistent=False)
@@ -123,7 +145,9 @@ class Edits(nn.Module):
         first, start = _documents(real, position_ids)
         words = self._words(ids, seed, samples, rows, positions)
         before_fixed = F.pad((real & ~editable)[:, 1:], (0, 1))
-        action, second = self._actions(words, allowed, first, before_fixed)  # [m, B, T]
+        possible = self._possible(first, before_fixed)
+        action, second = self._actions(words, allowed, possible, first)  # [m, B, T]
+        drawn = Drawn(action, allowed & ~second, possible)
         action = self._with_room(action, real, start, position_ids)
         tokens = self._tokens(table, ids, action, second & allowed, words[2])
 
@@ -158,7 +182,27 @@ class Edits(nn.Module):
             places,
             source,
             laid(index, index, empty=-1),
+            drawn,
         )
+
+    def rates(self) -> Tensor | None:
+        """Return the probability of each kind of edit, if they learn: [#kinds], in fp64."""
+        if self.limits is None:
+            return None
+        low, high = self.limits
+        return (low + (high - low) * self.rate_logits.double().sigmoid()) / len(self.kinds)
+
+    def score(self, drawn: Drawn) -> Tensor | None:
+        """Return 0 at each place [m, B, T], with the gradient of log q; None if rates are fixed."""
+        rates = self.rates()
+        if rates is None or not torch.is_grad_enabled():
+            return None
+        kept = torch.log1p(-(drawn.possible * rates).sum(-1)).expand_as(drawn.action)  # [m, B, T]
+        log_q = kept
+        for index, kind in enumerate(self.kinds):
+            log_q = torch.where(drawn.action == KINDS.index(kind), rates[index].log(), log_q)
+        log_q = log_q.where(drawn.free, 0.0)
+        return log_q - log_q.detach()
 
     def _words(
         self, ids: Tensor, seed: Tensor, samples: Tensor, rows: Tensor, positions: Tensor | None
@@ -173,15 +217,29 @@ class Edits(nn.Module):
         words = noise.philox(torch.stack(counter, dim=-1), torch.stack([seed, seed >> 32]))
         return words.unbind(-1)
 
+    def _possible(self, first: Tensor, before_fixed: Tensor) -> Tensor:
+        """Return which kinds of edit a position may have: bool [B, T, #kinds]."""
+        barred = {"delete": first, "swap": first | before_fixed}
+        none = torch.zeros_like(first)
+        return ~torch.stack([barred.get(kind, none) for kind in self.kinds], dim=-1)
+
+    def _chosen(self, words: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return where an edit is drawn, and the number of its kind among ours: [m, B, T]."""
+        rates = self.rates()
+        if rates is None:
+            return words[0] < round(self.rate * 2**32), words[1] * len(self.kinds) >> 32
+        edges = rates.cumsum(0) / rates.sum() * 2**32
+        kind = torch.bucketize(words[1].double(), edges[:-1], right=True)
+        return words[0] < rates.sum() * 2**32, kind
+
     def _actions(
-        self, words: tuple[Tensor, ...], allowed: Tensor, first: Tensor, before_fixed: Tensor
+        self, words: tuple[Tensor, ...], allowed: Tensor, possible: Tensor, first: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each position's edit, and which positions are the second of a swap."""
         kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], device=allowed.device)
-        is_edited = allowed & (words[0] < round(self.rate * 2**32))
-        action = _pick(words[1], kinds).where(is_edited, _KEEP)
-        action = action.masked_fill(first & (action == _DELETE), _KEEP)
-        action = action.masked_fill((first | before_fixed) & (action == _SWAP), _KEEP)
+        is_edited, kind = self._chosen(words)
+        may = possible.expand(*kind.shape, -1).gather(-1, kind[..., None])[..., 0]
+        action = kinds[kind].where(allowed & is_edited & may, _KEEP)
         # Of neighbours that all drew a swap, every other one takes the next along.
         swaps = action == _SWAP
         index = torch.arange(swaps.shape[-1], device=swaps.device)
@@ -221,7 +279,11 @@ class Edits(nn.Module):
         return tokens.masked_scatter(replaced, near[index, chosen])
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:g}, kinds={self.kinds}, neighbors={self.neighbors}"
+        rates = self.rates()
+        rate = f"rate={self.rate:g}"
+        if rates is not None:
+            rate = f"rates={[round(value, 4) for value in rates.tolist()]}, limits={self.limits}"
+        return f"{rate}, kinds={self.kinds}, neighbors={self.neighbors}"
 
 
 @torch.no_grad()

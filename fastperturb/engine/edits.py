@@ -44,6 +44,12 @@ class EditConfig:
     neighbors: int = 10
     """Number of most similar tokens (cosine of embeddings) from which a replacement is drawn."""
 
+    learn_rates: bool = False
+    """True learns the rate of each kind of edit; together they start at `rate`."""
+
+    rate_limits: tuple[float, float] = (0.01, 0.5)
+    """Lowest and highest rate, of all kinds together, that learned rates can reach."""
+
     marginal: str = "token"
     """Marginal to estimate: token averages each token's probability over samples, sequence the
     probability of the whole sequence."""
@@ -84,6 +90,8 @@ class EditConfig:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"neighbors must be a positive int, got {count!r}")
 
+        check_learned_rates(self, estimation.equations)
+
     def _estimation(self) -> PerturbConfig:
         """Return the keys that PerturbConfig has too, as it validates them."""
         own = {field.name for field in dataclasses.fields(self)}
@@ -118,9 +126,38 @@ class EditConfig:
         check_keys(cls, values)
         return cls(**values)
 
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The limits of rates that learn, None if they do not."""
+        return self.rate_limits if self.learn_rates else None
+
+
+def check_learned_rates(edits: EditConfig, equations: Mapping[str, float]) -> None:
+    """Raise for limits that are none, and for estimators under which rates cannot learn."""
+    limits = edits.rate_limits
+    if (
+        not isinstance(limits, tuple | list)
+        or len(limits) != 2
+        or not 0 < limits[0] < limits[1] < 1
+    ):
+        raise ValueError(f"rate_limits must be two rising numbers between 0 and 1, got {limits!r}")
+    object.__setattr__(edits, "rate_limits", tuple(limits))
+    if not edits.learn_rates:
+        return
+    if not limits[0] < edits.rate < limits[1]:
+        raise ValueError(
+            f"learn_rates=True needs a rate between rate_limits={limits}, got {edits.rate!r}"
+        )
+    for name in equations:
+        if name in ("jensen", "quadratic"):
+            raise ValueError(
+                f"learn_rates=True has no estimator={name!r}, which gives all samples the same "
+                "weight or none: use iwae, jvi_clip, resample, sumo or mlmc"
+            )
+
 
 class TokenEdits(Perturbation):
-    """Edits token ids; `lm.transform` draws the edits and has nothing to learn.
+    """Edits token ids; `lm.transform` draws the edits, and may learn their rates.
 
     A call needs input_ids; its perturb_mask says which tokens may be edited. Labels are not edited,
     and outputs have one entry for each. The shift compares the embedding of the token at which a
@@ -128,7 +165,7 @@ class TokenEdits(Perturbation):
     """
 
     config_class = EditConfig
-    described_by = ("rate", "kinds", "neighbors")
+    described_by = ("rate", "kinds", "neighbors", "limits")
     keeps_prefix = False  # an edit can renumber all later tokens
 
     def make_transform(self, parts: CausalLM, config: Any) -> Edits:
@@ -137,7 +174,7 @@ class TokenEdits(Perturbation):
         return make_edits(parts, config)
 
     def transform_shapes(self, config: EditConfig, embed_dim: int) -> dict[str, list[int]]:
-        return {"embed_rms": []}
+        return edits_shapes(config)
 
     def check_inputs(
         self, lm: WrappedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -145,7 +182,9 @@ class TokenEdits(Perturbation):
         require_ids(inputs_embeds)
 
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
-        return _embedded(batch.parts, edited_samples(lm.transform, batch, samples))
+        edited = edited_samples(lm.transform, batch, samples)
+        inputs = _embedded(batch.parts, edited)
+        return dataclasses.replace(inputs, log_weights=lm.transform.score(edited.drawn))
 
     def next_logits(
         self,
@@ -167,11 +206,18 @@ def make_edits(parts: CausalLM, config: EditConfig) -> Edits:
         rate=config.rate,
         kinds=config.kinds,
         neighbors=config.neighbors,
+        rate_limits=config.limits,
         special=_special_tokens(parts),
         max_positions=getattr(_trunk_config(parts), "max_position_embeddings", None),
         embed_dim=embed_dim,
         embed_rms=rms,
     )
+
+
+def edits_shapes(config: EditConfig) -> dict[str, list[int]]:
+    """Return the shape of each tensor of the state of a config's edits."""
+    shapes: dict[str, list[int]] = {"embed_rms": []}
+    return shapes | ({"rate_logits": [len(config.kinds)]} if config.learn_rates else {})
 
 
 def require_ids(inputs_embeds: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from fastperturb.engine import levels, loss, plans, proposal
+from fastperturb.engine import label_weights, levels, loss, plans, proposal
 from fastperturb.engine.batch import Batch
 from fastperturb.engine.inputs import lay_out
 from fastperturb.engine.passes import Pass
@@ -86,6 +86,8 @@ def run_samples(lm: WrappedModel, batch: Batch, samples: Tensor) -> Pass:
     weights = None
     if batch.latent_mean is not None:
         weights = proposal.log_weights(lm, batch, samples)
+    elif inputs.log_weights is not None and batch.labels is not None:
+        weights = label_weights.of_labels(batch, inputs.log_weights)
     return Pass(shift_norms(inputs, batch.embeddings), log_probs, kept, weights, log_sum)
 
 

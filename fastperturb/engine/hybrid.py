@@ -30,8 +30,11 @@ from fastperturb.engine.continuous import Continuous
 from fastperturb.engine.edit_layout import Edited
 from fastperturb.engine.edits import (
     EditConfig,
+    TokenEdits,
+    check_learned_rates,
     edited_samples,
     edited_sequences,
+    edits_shapes,
     last_logits,
     make_edits,
     padded_right,
@@ -43,7 +46,7 @@ from fastperturb.engine.trunk import TrunkInputs
 from fastperturb.transforms import Transform
 
 # The keys of EditConfig that say how tokens are edited; the others are about estimation.
-_OF_EDITS = ("rate", "kinds", "neighbors")
+_OF_EDITS = ("rate", "kinds", "neighbors", "learn_rates", "rate_limits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class HybridConfig(PerturbConfig):
                 "edits out, or deterministic False"
             )
         self._check_estimation()
+        check_learned_rates(self.edits, self.equations)
         # Later changes of the estimation are of one config.
         alone = EditConfig(**{name: getattr(self.edits, name) for name in _OF_EDITS})
         object.__setattr__(self, "edits", alone)
@@ -136,7 +140,10 @@ class Hybrid(Continuous):
     """
 
     config_class = HybridConfig
-    described_by = (*Continuous.described_by, *(f"edits.{name}" for name in _OF_EDITS))
+    described_by = (
+        *Continuous.described_by,
+        *(f"edits.{name}" for name in TokenEdits.described_by),
+    )
     keeps_prefix = False  # an edit can renumber all later tokens
 
     def make_transform(self, parts: CausalLM, config: Any) -> Transform:
@@ -147,7 +154,8 @@ class Hybrid(Continuous):
         return transform
 
     def transform_shapes(self, config: Any, embed_dim: int) -> dict[str, list[int]]:
-        return {**super().transform_shapes(config, embed_dim), "edits.embed_rms": []}
+        shapes = {f"edits.{name}": shape for name, shape in edits_shapes(config.edits).items()}
+        return super().transform_shapes(config, embed_dim) | shapes
 
     def check_inputs(
         self, lm: WrappedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None
@@ -158,10 +166,11 @@ class Hybrid(Continuous):
         return batch  # each copy has a context of its own
 
     def trunk_inputs(self, lm: WrappedModel, batch: Batch, samples: Tensor) -> TrunkInputs:
-        return self._perturbed(
+        edited = edited_samples(lm.transform.edits, batch, samples)
+        inputs = self._perturbed(
             lm,
             batch.parts,
-            edited_samples(lm.transform.edits, batch, samples),
+            edited,
             batch.sampling.seed,
             samples,
             rows=batch.sampling.rows,
@@ -169,6 +178,7 @@ class Hybrid(Continuous):
             antithetic=lm.config.draws_pairs,
             strata=batch.sampling.strata,
         )
+        return dataclasses.replace(inputs, log_weights=lm.transform.edits.score(edited.drawn))
 
     def next_logits(
         self,

@@ -32,9 +32,14 @@ def estimate(
         if log_probs is None:
             log_probs = quadratic_log_probs
     assert log_probs is not None
-    raw_log_probs = log_probs
-    if scored.log_weights is not None:
+    raw_log_probs, reported = log_probs, {}
+    if batch.latent_mean is not None:
         log_probs = scored.weighted_log_probs()
+        assert scored.log_weights is not None
+        reported["log_weights"] = scored.log_weights
+    elif scored.log_weights is not None:
+        # 0, with the gradient of a score, whose mean over samples is a baseline: its own mean is 0.
+        log_probs = log_probs + (scored.log_weights - scored.log_weights.mean(0))
     combined = {
         name: ops.combine(log_probs, mask, name, marginal=batch.marginal)
         for name in sampling.equations
@@ -44,7 +49,10 @@ def estimate(
     labelled, event_log_probs = batch.marginal_mask(), batch.marginal_log_probs(log_probs)
     if rerun is not None:
         assert rerun.result.log_probs is not None
-        value = rerun.resampled.estimate(batch.marginal_log_probs(rerun.result.log_probs))
+        drawn = rerun.result.log_probs
+        if batch.latent_mean is None:
+            drawn = rerun.result.weighted_log_probs()
+        value = rerun.resampled.estimate(batch.marginal_log_probs(drawn))
         values = dict.fromkeys(sampling.equations, value)
     elif "resample" in sampling.equations or sampling.telescope is not None:
         (name,) = sampling.equations
@@ -64,7 +72,7 @@ def estimate(
         "loss": -total.to(log_probs.dtype) / batch.label_count,
         "log_marginal": iwae.log_marginal,
         "log_probs": raw_log_probs,
-        **({} if scored.log_weights is None else {"log_weights": scored.log_weights}),
+        **reported,
         "log_prob_variance": _variance(batch.marginal_log_probs(raw_log_probs), labelled),
         "ess": iwae.effective_samples.sum() / labelled.sum().clamp_min(1),
     }

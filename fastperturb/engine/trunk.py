@@ -22,6 +22,7 @@ class TrunkInputs:
     position_ids: Tensor | None  # [m B, L]
     source: Tensor | None = None  # [m, B, T], the index in L for each position; None: its own
     shift: Tensor | None = None  # [m, B, T], |T(e) - e|; None: to be computed
+    log_weights: Tensor | None = None  # [m, B, T], of a position's choice of edits, if rates learn
 
     def hidden_states(
         self,

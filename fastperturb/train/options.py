@@ -58,6 +58,12 @@ class EditOptions:
     neighbors: int = 10
     """Number of tokens with the nearest embeddings from which a replacement is drawn."""
 
+    learn_rates: bool = False
+    """Learn the rate of each kind of edit; together they start at rate."""
+
+    rate_limits: tuple[float, float] = (0.01, 0.5)
+    """Lowest and highest rate, of all kinds together, that learned rates can reach."""
+
     def __post_init__(self) -> None:
         _require_positive("edits.rate", self.rate)
         if self.rate > 1:
@@ -389,6 +395,8 @@ _BEFORE_OPTIONS = {
     "perturb.proposal": "prior",
     "perturb.proposal_steps": PerturbConfig.proposal_steps,
     "perturb.context_source": "embedding",
+    "edits.learn_rates": False,
+    "edits.rate_limits": [0.01, 0.5],
 }
 
 # Options that do not affect results, but for rounding and dropout, may change when a run

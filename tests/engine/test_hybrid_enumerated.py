@@ -20,29 +20,31 @@ PROMPT, TEXT = torch.tensor([[4, 6]]), torch.tensor([[4, 6, 5]])
 ERRORS = 4.5
 
 
-def small_lm(*, kinds=KINDS, neighbors=2, **options):
+def small_lm(*, kinds=KINDS, neighbors=2, learn_rates=False, **options):
     """Return a model of a small vocabulary whose edits and latents can be enumerated."""
     base = base_model(vocab_size=V, hidden_size=16, num_hidden_layers=1)
-    edits = {"rate": 0.3, "kinds": kinds, "neighbors": neighbors}
+    edits = {"rate": 0.3, "kinds": kinds, "neighbors": neighbors, "learn_rates": learn_rates}
     noise = {"latent": "rademacher", "latent_dim": 1, "init_scale": 0.8}
     return hybrid_lm(base=base, edits=edits, **noise | options)
 
 
-def actions(config):
+def actions(config, rates):
     """Return the actions of a token: their probabilities, and random numbers that choose them."""
     counts = {"replace": config.neighbors, "insert": DRAWABLE, "delete": 1, "swap": 1}
-    result = [(1 - config.rate, (2**32 - 1, 0, 0, 0))]
+    result = [(1 - sum(rates), (2**32 - 1, 0, 0, 0))]
     for index, kind in enumerate(config.kinds):
         for choice in range(counts[kind]):
-            probability = config.rate / len(config.kinds) / counts[kind]
+            probability = rates[index] / counts[kind]
             number = (0, -(-(index << 32) // len(config.kinds)), -(-(choice << 32) // counts[kind]))
             result.append((probability, (*number, 0)))
     return result
 
 
-def omegas(config, length):
+def omegas(config, length, rates=None):
     """Return each choice of edits: its probability, and the random numbers of the tokens."""
-    for drawn in itertools.product(actions(config), repeat=length):
+    if rates is None:
+        rates = [config.rate / len(config.kinds)] * len(config.kinds)
+    for drawn in itertools.product(actions(config, rates), repeat=length):
         probabilities, numbers = zip(*drawn)
         yield math.prod(probabilities), numbers
 
@@ -65,15 +67,15 @@ def next_probs(lm, copy, z):
     return lm.base(inputs_embeds=perturbed).logits[:, -1].softmax(-1)
 
 
-def marginal_probs(lm, tokens):
+def marginal_probs(lm, tokens, rates=None):
     """Return E_omega E_z pi(. | T(E(omega(tokens)), z)), [V]."""
     of_copy = functools.cache(lambda copy: next_probs(lm, copy, latents(len(copy))).mean(0))
     config = lm.config.edits
-    parts = [p * of_copy(copy_of(lm, tokens, w)) for p, w in omegas(config, len(tokens))]
+    parts = [p * of_copy(copy_of(lm, tokens, w)) for p, w in omegas(config, len(tokens), rates)]
     return torch.stack(parts).sum(0)
 
 
-def joint_probs(lm, tokens, appended):
+def joint_probs(lm, tokens, appended, rates=None):
     """Return the probabilities [V, V] of a next token of `tokens` and one of those and `appended`.
 
     Both have one choice of edits and one latent.
@@ -86,18 +88,18 @@ def joint_probs(lm, tokens, appended):
         return torch.einsum("zi,zj->ij", one, two) / len(z)
 
     total = torch.zeros(V, V)
-    for p, numbers in omegas(lm.config.edits, len(tokens) + 1):
+    for p, numbers in omegas(lm.config.edits, len(tokens) + 1, rates):
         first = copy_of(lm, tokens, numbers[:-1])
         total = total + p * of_copies(first, copy_of(lm, [*tokens, appended], numbers))
     return total
 
 
-def label_probs(lm, marginal):
+def label_probs(lm, marginal, rates=None):
     """Return the probabilities of the two labels of TEXT, or of both together."""
     first, *labels = TEXT[0].tolist()
     if marginal == "sequence":
-        return joint_probs(lm, [first], labels[0])[labels[0], labels[1]][None]
-    one, two = marginal_probs(lm, [first]), marginal_probs(lm, [first, labels[0]])
+        return joint_probs(lm, [first], labels[0], rates)[labels[0], labels[1]][None]
+    one, two = marginal_probs(lm, [first], rates), marginal_probs(lm, [first, labels[0]], rates)
     return torch.stack([one[labels[0]], two[labels[1]]])
 
 
@@ -140,6 +142,42 @@ def test_the_gradient_is_that_of_the_enumerated_marginal(marginal):
         allowed = ERRORS * gradients.std(0) / len(gradients) ** 0.5
         assert (error <= allowed + 2e-3 * expected.abs().max()).all()
         assert expected.norm() > 30 * allowed.norm() / ERRORS  # it would notice a wrong one
+
+
+@pytest.mark.parametrize(
+    ("marginal", "estimator"),
+    [("token", "iwae"), ("sequence", "iwae"), ("token", "jvi_clip"), ("sequence", "resample")],
+)
+def test_the_rates_have_the_gradient_of_the_enumerated_marginal(marginal, estimator):
+    options = {"backward_samples": 512} if estimator == "resample" else {}
+    lm = small_lm(
+        marginal=marginal, estimator=estimator, num_samples=1024, learn_rates=True, **options
+    )
+    logits = lm.transform.edits.rate_logits
+    with torch.no_grad():
+        logits += torch.tensor([0.4, -0.3, 0.2, -0.5])
+    value = -label_probs(lm, marginal, [*lm.transform.edits.rates()]).log().sum() / 2
+    (expected,) = torch.autograd.grad(value, logits)
+    drawn = []
+    for seed in range(48):
+        loss = lm(TEXT, labels=TEXT, seed=seed).loss
+        drawn.append(torch.autograd.grad(loss, logits)[0])
+    gradients = torch.stack(drawn)
+    error = (gradients.mean(0) - expected).abs()
+    allowed = ERRORS * gradients.std(0) / len(gradients) ** 0.5
+    assert (error <= allowed + 2e-3 * expected.abs().max()).all()
+    assert expected.norm() > 4 * allowed.norm()  # it would notice a wrong one
+
+
+@torch.no_grad()
+def test_learned_rates_have_the_marginal_of_their_edits():
+    lm = small_lm(learn_rates=True)
+    lm.transform.edits.rate_logits.copy_(torch.tensor([1.0, -2.0, 0.5, -1.0]))
+    rates = lm.transform.edits.rates().tolist()
+    drawn = lm(TEXT, labels=TEXT, num_samples=16384, seed=SEED).log_probs[:, 0].exp()
+    error = (drawn.mean(0) - label_probs(lm, "token", rates)).abs()
+    assert (error < ERRORS * drawn.std(0) / len(drawn) ** 0.5).all()
+    assert (drawn.mean(0) - label_probs(lm, "token")).abs().max() > 2 * error.max()
 
 
 @pytest.mark.parametrize("mode", ["sequence", "token", "mixture"])

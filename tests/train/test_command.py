@@ -111,6 +111,7 @@ def before_sampling(options):
     for name in ("sampling", "group_size", "proposal", "proposal_steps", "context_source"):
         del values["perturb"][name]
     edits = values.pop("edits") | {"kinds": ["replace", "insert", "delete", "swap"]}
+    del edits["learn_rates"], edits["rate_limits"]
     return values | {f"edit_{name}": value for name, value in edits.items()}
 
 
