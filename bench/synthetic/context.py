@@ -1,11 +1,11 @@
-"""The study of context: transforms under a truth whose noise depends on the token before, or not.
+"""The study of context: transforms under a truth whose noise depends on an earlier token, or not.
 
 `python -m bench.synthetic --study context`. Every arm trains the demo's model with five seeds for
 the demo's steps, by iwae with 8 stratified samples, with the demo's batch and, under the contextual
-truth, with one four times as large. There a token is noisy only after a token of one half of the
-grid: lowrank perturbs all tokens alike, gated by the token itself, context by the tokens so far.
-The net sees the last two tokens of three, so that only the transform can tell if the first of these
-is noisy.
+truth, with one four times as large. There tokens are noisy only if the first one lies in one half
+of the grid: lowrank perturbs all tokens alike, gated by the token itself, context by the tokens so
+far. The net sees the last two tokens of three, so that only the transform can tell if they are
+noisy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SAMPLES = 8
 TRANSFORMS = ("lowrank", "gated", "context")
 # For each experiment: the title of its table, and the heading of x.
 HEADINGS = {
-    "context": (f"The noise depends on the token before, batch {BATCH:,}", "M"),
-    "context_large": (f"The noise depends on the token before, batch {LARGE:,}", "M"),
+    "context": (f"The noise depends on the first token, batch {BATCH:,}", "M"),
+    "context_large": (f"The noise depends on the first token, batch {LARGE:,}", "M"),
     "no_context": (f"The noise is the same for all tokens, batch {BATCH:,}", "M"),
 }
 SETTINGS = {

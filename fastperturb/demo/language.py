@@ -14,9 +14,9 @@ carry information about g beyond 0.1. Both factors depend only on the midpoint o
 and there are 2 * 12 - 1 midpoints: the truth is a pair of tables. The seed chooses the axes and
 the ids.
 
-A contextual truth has prefixes of three tokens (t, u, v), of which t decides nothing but noise: a
-token is noisy only after a token of one half of the grid. n1 = 0 unless t_b > 0, n2 = 0 unless
-u_b > 0. Then p_a has a table for each number of noisy tokens.
+A contextual truth has prefixes of three tokens (t, u, v), of which t decides nothing but noise: u
+and v are noisy only after a t of one half of the grid. n1 = n2 = 0 unless t_b > 0. Then p_a has a
+table for each half.
 """
 
 from __future__ import annotations
@@ -114,16 +114,13 @@ def _factors(prefixes: Tensor, noise_sd: float, contextual: bool) -> tuple[Tenso
     noisy, precise = truth_tables(noise_sd)
     factor = noisy[midpoint]
     if contextual:
-        noisy_tokens = is_loud(prefixes[:, :2]).sum(1)
-        for count in (0, 1):
-            # The midpoint moves as by two tokens with less noise.
-            fewer, _ = truth_tables(noise_sd * math.sqrt(count / 2))
-            factor = torch.where((noisy_tokens == count)[:, None], fewer[midpoint], factor)
+        exact, _ = truth_tables(0.0)
+        factor = torch.where(is_loud(prefixes[:, 0])[:, None], factor, exact[midpoint])
     return factor, precise[(prefixes[:, -2:] % SIDE).sum(1)]
 
 
 def is_loud(tokens: Tensor) -> Tensor:
-    """Return which tokens make the next one noisy under a contextual truth."""
+    """Return which tokens make those after them noisy under a contextual truth."""
     return tokens % SIDE >= SIDE // 2
 
 

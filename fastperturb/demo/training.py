@@ -43,7 +43,7 @@ class Setting:
     pairs: int | None = PAIRS  # None: fresh pairs every step
     batch: int = BATCH
     noise_sd: float = language.NOISE_SD  # of the truth
-    contextual: bool = False  # the truth's noise depends on the token before; prefixes of three
+    contextual: bool = False  # the truth's noise depends on a third token, before the two
     true_trunk: bool = False  # the net is TrueResponse, held fixed; embeddings have no ids
 
     @property

@@ -294,12 +294,15 @@ def test_saved_hybrid_loads_as_one_and_computes_the_same(tmp_path, adapted):
             lm.save_pretrained(tmp_path)
 
 
+OF_EDITS = ("rate", "kinds", "neighbors", "learn_rates", "rate_limits")
+
+
 def test_config_survives_json_and_keeps_its_edits_when_its_estimation_changes():
     edits = EditConfig(rate=0.25, kinds=["insert", "swap"], num_samples=4)
     config = HybridConfig.of(PerturbConfig(num_samples=4, sampling="antithetic"), edits)
     assert config.edits == EditConfig(rate=0.25, kinds=("insert", "swap"))
     again = HybridConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again == config and set(config.to_dict()["edits"]) == {"rate", "kinds", "neighbors"}
+    assert again == config and set(config.to_dict()["edits"]) == {*OF_EDITS}
     lm = wrap(base_model(), config)
     assert isinstance(lm.perturbation, Hybrid)
     with lm.overriding(num_samples=6, estimator="jensen", sampling="stratified"):
