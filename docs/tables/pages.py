@@ -6,7 +6,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from docs.tables import predicted, proposal, ranks, sampling, speed, studies, synthetic
+from docs.tables import (
+    predicted,
+    proposal,
+    ranks,
+    sampling,
+    speed,
+    studies,
+    synthetic,
+    transforms,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = {
@@ -17,6 +26,7 @@ TABLES = {
     **proposal.TABLES,
     **studies.TABLES,
     **ranks.TABLES,
+    **transforms.TABLES,
 }
 
 _TABLE = re.compile(

@@ -13,7 +13,7 @@ _EMBED = (
     ("perturb_embed_cpu.json", "reused"),
     ("perturb_embed_cpu_fresh_memory.json", "fresh"),
 )
-_EMBED_SHAPE = {"M": 8, "B": 1, "T": 512, "D": 1024}
+_EMBED_SHAPE = {"M": 8, "B": 1, "T": 512, "D": 1024, "R": 16}
 _HEADS = (
     ("linear_logprob", True, "float32"),
     ("linear_logprob", True, "bfloat16"),
