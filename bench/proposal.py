@@ -127,8 +127,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    if not (texts.data_folder() / "models" / "stories260K-hf").exists():
-        print(f"skipped: {texts.data_folder()} lacks the model and texts; set FASTPERTURB_DATA")
+    if not texts.are_there():
         return
     torch.set_num_threads(1)
     folder = runs.open_output_dir(options.output_dir, overwrite=True)

@@ -58,8 +58,7 @@ def main() -> None:
     parser.add_argument("--no-measuring", action="store_true", help="only report on what there is")
     options = parser.parse_args()
     measures = not options.no_measuring
-    if measures and not (texts.data_folder() / "models" / "stories260K-hf").exists():
-        print(f"skipped: {texts.data_folder()} lacks the model and texts; set FASTPERTURB_DATA")
+    if measures and not texts.are_there():
         return
     torch.set_num_threads(1)
     # A folder with files is welcome: it holds the units to continue from.

@@ -28,6 +28,14 @@ def data_folder() -> Path:
     return Path(os.environ.get("FASTPERTURB_DATA", "../shared/data"))
 
 
+def are_there() -> bool:
+    """Return True if there are texts and a model; else say that the bench is skipped."""
+    if (data_folder() / "models" / "stories260K-hf").exists():
+        return True
+    print(f"skipped: {data_folder()} lacks the model and texts; set FASTPERTURB_DATA")
+    return False
+
+
 @dataclass(frozen=True)
 class Model:
     """The base and the transform, with a pass that returns hidden states of every sample."""
