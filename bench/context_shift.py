@@ -58,13 +58,12 @@ def measured(
             if t:
                 by_pair[int(ids[t - 1]), token].append(value)
     means = {token: float(np.mean(x)) for token, x in by_token.items() if len(x) >= COMMON}
-    spread = {token: float(np.std(by_token[token])) for token in means}
-    widest = max(spread, key=spread.__getitem__)
-    before = {
-        first: float(np.mean(values))
-        for (first, second), values in by_pair.items()
-        if second == widest and len(values) >= COMMON_PAIR
-    }
+    before: dict[int, dict[int, float]] = defaultdict(dict)  # by a token and the one before it
+    for (first, second), values in by_pair.items():
+        if len(values) >= COMMON_PAIR:
+            before[second][first] = float(np.mean(values))
+    known = [token for token in means if len(before[token]) >= SHOWN]
+    widest = max(known, key=lambda token: float(np.std(by_token[token])))
 
     def named(values: dict[int, float]) -> list[list[Any]]:
         ordered = sorted(values.items(), key=lambda item: item[1])
@@ -81,7 +80,7 @@ def measured(
         "sd_within_a_token": round(float(within.std()), 4),
         "by_token": named(means),
         "widest_token": shown(tokenizer, widest),
-        "by_token_before_it": named(before),
+        "by_token_before_it": named(before[widest]),
         "by_position": [round(float(np.mean(values)), 4) for values in by_position if values],
     }
 
