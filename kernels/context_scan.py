@@ -45,7 +45,7 @@ def _kept(b_retain, b_start, b_real):
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(
+def scan_kernel(
     states_ptr,  # [B, T, H]
     inputs_ptr,  # [B, T, H]
     retain_ptr,  # [H]
@@ -81,7 +81,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(
+def scan_backward_kernel(
     grad_inputs_ptr,  # [B, T, H]
     grad_retain_ptr,  # [B, H]
     grad_ptr,  # [B, T, H]
@@ -141,7 +141,7 @@ def context_scan(
     initial: Tensor | None,  # [B, H]
 ) -> Tensor:
     states = torch.empty_like(inputs)
-    _start(forward_kernel, (inputs, retain, starts, real, initial), {"states_ptr": states})
+    _start(scan_kernel, (inputs, retain, starts, real, initial), {"states_ptr": states})
     return states
 
 
@@ -159,7 +159,7 @@ def context_scan_backward(
     grad_retain = inputs.new_empty((inputs.shape[0], inputs.shape[2]))
     results = {"grad_inputs_ptr": grad_inputs, "grad_retain_ptr": grad_retain}
     more = {**results, "grad_ptr": grad, "states_ptr": states}
-    _start(backward_kernel, (inputs, retain, starts, real, initial), more)
+    _start(scan_backward_kernel, (inputs, retain, starts, real, initial), more)
     return grad_inputs, grad_retain.sum(0)
 
 

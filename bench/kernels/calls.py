@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastperturb import noise
 from fastperturb.config import MARGINALS, TRANSFORMS, PerturbConfig
-from fastperturb.kernels import combine, head_gemm, head_rows, perturb_embed
+from fastperturb.kernels import combine, context_scan, head_gemm, head_rows, perturb_embed
 from fastperturb.ops import head_blocks, head_gradients
 from fastperturb.ops.calls import EmbedCall
 from fastperturb.ops.combine import COMBINABLE
@@ -63,6 +63,7 @@ class Calls:
         yield from self._embed_cases()
         yield from self.head_cases()
         yield from self._combine_cases()
+        yield from self._scan_cases()
 
     def _embed_cases(self) -> Iterator[Case]:
         size, device = self.sizes, self.device
@@ -152,6 +153,22 @@ class Calls:
         for marginal, estimator in itertools.product(MARGINALS, COMBINABLE):
             run = partial(combine.combine, log_probs, mask, estimator, marginal)
             yield Case("combine", f"{estimator}, {marginal}", run)
+
+    def _scan_cases(self) -> Iterator[Case]:
+        size, device = self.sizes, self.device
+        inputs = torch.zeros(size.B, size.T, size.H, device=device)
+        retain, starts = torch.full((size.H,), 0.9, device=device), inputs[..., 0] > 0
+        marks = (starts, ~starts, None)
+        yield Case(
+            "context_scan",
+            "forward",
+            partial(context_scan.context_scan, inputs, retain, *marks),
+        )
+        yield Case(
+            "context_scan",
+            "backward",
+            partial(context_scan.context_scan_backward, inputs, inputs, inputs, retain, *marks),
+        )
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.sizes.dtype, device=self.device).normal_()

@@ -191,6 +191,8 @@ _TRIPS: dict[str, Callable[[Arguments], tuple[float, ...]]] = {
     # One tile a row; the loop that is left rescales the few rows whose peak rose.
     "online_softmax_kernel": lambda arguments: (arguments["num_tiles"] - 1,),
     "merge_kernel": lambda arguments: (0,),
+    "scan_kernel": lambda arguments: (arguments["T"] / arguments["BT"],),
+    "scan_backward_kernel": lambda arguments: (arguments["T"] / arguments["BT"],),
     "finish_logprob_kernel": lambda arguments: (arguments["D"] / arguments["BD"],),
 }
 # The flops of a kernel's products: in tf32, of half the rate, they count twice.

@@ -12,7 +12,7 @@ from fastperturb.kernels import context_scan
 def test_the_kernels_do_not_spill():
     rows = ahead_of_time.compiled(__file__, "--sizes", "16", "64", "100")
     ahead_of_time.assert_fits(rows, warps_per_sm=16)
-    assert {row["kernel"] for row in rows} == {"forward_kernel", "backward_kernel"}
+    assert {row["kernel"] for row in rows} == {"scan_kernel", "scan_backward_kernel"}
 
 
 def main():
