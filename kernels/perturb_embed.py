@@ -26,10 +26,10 @@ embedding:
               q = sum_m p (gelu'(h + z B) - gelu'(h)), db = sum q
     both      dA = (e / rho)' q, de = sum_m g + q A' / rho
 
-Every product x' g is one kernel (`outer`), which also writes the sums over samples of g and gated's
-k; every product with C' is another (`columns`); mlp's dB, q and c are a third on [M, N, H]
-(`hidden`). g is read once for up to 64 latents (32 for gated, affine and in fp32) and again for
-each further block. mlp reads it twice: a program that kept dC of its columns and p, q and dB of its
+Every product x' g is one kernel (`outer`), which also writes the sums over samples of g, gated's k
+and context's ds; every product with C' is another (`columns`); mlp's dB, q and c are a third on
+[M, N, H] (`hidden`). g is read once for up to 64 latents (32 for gated, affine, context and in
+fp32) and again for each further block. mlp reads it twice: a program that kept dC of its columns and p, q and dB of its
 tokens at once would have no registers left for enough warps.
 
 The buffers hold 4 R bytes a sample and token (mlp: 2 H forward, 6 H backward) where the output
@@ -122,5 +122,5 @@ def perturb_embed_per_sample_grad(
     _, sums, grad_scale = backward.backward(call, grad, None, want_table=False, per_sample=True)
     grads = [value.to(like.dtype) for value, like in zip(sums, call.parameters)]
     if call.latent_scale is not None and grad_scale is not None:
-        grads.append(grad_scale.view(-1, *call.latent_scale.shape))
+        grads.append(grad_scale.unflatten(1, call.positions.shape))
     return grads

@@ -18,7 +18,7 @@ from fastperturb.kernels import perturb_embed_hidden as hidden
 from fastperturb.kernels import perturb_embed_latents as latents
 from fastperturb.kernels import perturb_embed_projection as projection
 from fastperturb.kernels.perturb_embed_call import ROLES, Layout, Sums, pieces
-from fastperturb.kernels.perturb_embed_columns import through
+from fastperturb.kernels.perturb_embed_columns import through_C
 from fastperturb.kernels.perturb_embed_outer import outer
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ def _token_bytes(layout: Layout, grad: Tensor, per_sample: bool) -> int:
         return 0
     if layout.family == "mlp":
         return (layout.dtype.itemsize + 4) * layout.H
-    if layout.scale is not None:
-        return 12 * layout.R
     gate = layout.D * grad.dtype.itemsize if layout.family == "gated" and per_sample else 0
     return 4 * layout.R + gate
 
@@ -108,15 +106,9 @@ def _products(
     layout: Layout, grad: Tensor, _: None, sums: Sums, grad_e: Tensor | None
 ) -> dict[str, Tensor]:
     z = latents.draw(layout)
-    of_scale = {}
-    if layout.scale is not None:
-        # torch multiplies and adds what a piece keeps in the L2 cache.
-        through_shift = through(layout, grad, layout.U.to(grad.dtype)).mul_(z)
-        of_groups = through_shift.unflatten(0, (sums.groups, layout.M // sums.groups)).sum(1)
-        of_scale["scale"] = of_groups.mul_(layout.rho)
-        z.mul_(layout.scale)
-    grads = outer(layout, layout.family, grad, z, sums, rho=layout.rho, grad_e=grad_e)
-    return {**grads, **of_scale}
+    return outer(
+        layout, layout.family, grad, z, sums, rho=layout.rho, grad_e=grad_e, scale=layout.scale
+    )
 
 
 def _gated(
@@ -129,13 +121,13 @@ def _gated(
         layout, "gated", grad, z, sums, rho=layout.rho, projected=projected, **sums_over_samples
     )
     grads["C"] = outer(layout, "lowrank", k, projected, sums)["U"]
-    return {**grads, "projected": through(layout, k, layout.C)}
+    return {**grads, "projected": through_C(layout, k)}
 
 
 def _mlp(
     layout: Layout, grad: Tensor, projected: Tensor, sums: Sums, grad_e: Tensor | None
 ) -> dict[str, Tensor]:
-    grad_gelu = through(layout, grad, layout.C)
+    grad_gelu = through_C(layout, grad)
     grad_projected, grad_B, change = hidden.hidden_backward(layout, projected, grad_gelu, sums)
     grad_C = outer(layout, "mlp", grad, change, sums, rho=layout.rho, grad_e=grad_e)["U"]
     return {"U": grad_B, "C": grad_C, "projected": grad_projected}

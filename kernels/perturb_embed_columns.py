@@ -1,8 +1,7 @@
 """The product of upstream gradients with C', a sum over all columns of each row.
 
-    mlp      g C' [M, N, H], of which the gradients of the inner layer are made
-    gated    k C' [N, H], the gradient of the projection
-    context  g U' [M, N, R], of which the gradient of the scale is made
+    mlp    g C' [M, N, H], of which the gradients of the inner layer are made
+    gated  k C' [N, H], the gradient of the projection
 
 It reads each upstream gradient once for every 128 hidden units, and writes H / D of it.
 """
@@ -33,10 +32,7 @@ def through_C_kernel(
     BD: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """g C' of a tile of one sample over PART columns, in the precision of g's dtype.
-
-    C stands for context's U too.
-    """
+    """g C' of a tile of one sample over PART columns, in the precision of g's dtype."""
     sample, b_token = tiles.sample_and_tokens(N, BT)
     part = tl.program_id(1)
     b_h = tl.program_id(2) * BH + tl.arange(0, BH)
@@ -51,11 +47,10 @@ def through_C_kernel(
     tiles.store_matrix(result_ptr, b_token, b_h, b_sum, N, H)
 
 
-def through(layout: Layout, grad: Tensor, directions: Tensor | None) -> Tensor:
-    """Return grad [M, ..., D] times directions' [D, H], [M, N, H] in fp32."""
-    assert directions is not None
+def through_C(layout: Layout, grad: Tensor) -> Tensor:
+    """Return grad [M, ..., D] times C', [M, N, H] in fp32."""
     M, half = grad.shape[0], grad.dtype.itemsize == 2
-    N, D, H = layout.N, layout.D, directions.shape[0]
+    N, D, H = layout.N, layout.D, layout.H
     BT, BD = (128, 64) if half else (64, 32)
     num_warps = 4
     BD = launch.block(D, BD)
@@ -72,7 +67,7 @@ def through(layout: Layout, grad: Tensor, directions: Tensor | None) -> Tensor:
         {
             "result_ptr": result,
             "grad_ptr": grad,
-            "C_ptr": directions,
+            "C_ptr": layout.C,
             "M": M,
             "N": N,
             "sample_tokens": grad.stride(0) // D,

@@ -1,6 +1,7 @@
 """The sum of outer products of coordinates and the upstream gradient g over tokens and samples.
 
-    z' g, or c' g for mlp's C, whose coordinates c are the change of the inner layer
+    z' g, or c' g for mlp's C, whose coordinates c are the change of the inner layer; for context
+    (z s)' g, and sum_m z (g U')
 
 All parameters but A, b and mlp's B get their gradient from it. The maths of the families is in
 `perturb_embed`.
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastperturb.kernels import launch
+from fastperturb.kernels import launch, maths
 from fastperturb.kernels import perturb_embed_families as families
 from fastperturb.kernels import perturb_embed_tiles as tiles
 from fastperturb.kernels.perturb_embed_call import Layout, Sums
@@ -34,6 +35,8 @@ def outer_kernel(
     grad_U_ptr,  # [G, S, K, D] fp32
     grad_V_ptr,  # affine: [G, S, K, D] fp32
     grad_e_ptr,  # [N, D], or None: the sum over samples of g, for affine of g (1 + z Ua)
+    grad_scale_ptr,  # context: [ND, G, N, K] fp32, each block of columns' part; else None
+    scale_ptr,  # context: [N, K]; else None
     grad_gate_ptr,  # gated: k [G, N, D] in the upstream gradient's dtype
     table_ptr,
     ids_ptr,
@@ -63,6 +66,7 @@ def outer_kernel(
     TABLE: tl.constexpr = table_ptr.dtype.element_ty
     WANT_E: tl.constexpr = grad_e_ptr is not None
     WANT_PRODUCT: tl.constexpr = FAMILY == "gated" or (FAMILY == "affine" and WANT_E)
+    SCALED: tl.constexpr = scale_ptr is not None
     ND: tl.constexpr = (D + BD - 1) // BD
     slab, first, last = tiles.slab_of_tokens(segment_tokens, slab_tokens, N, ND)
     group = tl.cast(tl.program_id(1), tl.int64)
@@ -77,6 +81,8 @@ def outer_kernel(
     b_grad_V = tl.zeros([BD, BK], tl.float32)
     if WANT_PRODUCT:
         b_U = tiles.matrix_tile(U_ptr, tl.arange(0, BK), b_d, K, D)
+    elif SCALED:
+        b_U = tiles.matrix_tile(U_ptr, b_k, b_d, K, D).to(DTYPE)
 
     for start in range(first, last, BT):
         b_token = start + tl.arange(0, BT)
@@ -91,10 +97,17 @@ def outer_kernel(
             b_gate = families.gate_tile(projected_ptr, C_ptr, b_token, N, b_d, D, H, BH, TABLE)
         b_grad_e = tl.zeros([BT, BD], tl.float32)
         b_product = tl.zeros([BT, BD], tl.float32)  # sum_m g (z U)
+        b_grad_scale = tl.zeros([BT, BK], tl.float32)  # sum_m z (g U')
+        if SCALED:
+            b_scale = tiles.matrix_tile(scale_ptr, b_token, b_k, last, K)
         tile_ptr, x_ptr = grad_ptr, coordinates_ptr
         for _ in range(M):
             b_g = tl.load(tile_ptr + b_offset, mask=b_mask, other=0.0)
             b_x = tiles.matrix_tile(x_ptr, b_token, b_k, last, K)
+            if SCALED:
+                b_zero = tl.zeros([BT, BK], tl.float32)
+                b_grad_scale += b_x * maths.dot_narrow(b_g, tl.trans(b_U), b_zero, DTYPE)
+                b_x *= b_scale
             if FAMILY == "affine":
                 b_scaled = (b_g.to(tl.float32) * b_e.to(tl.float32)).to(DTYPE)
                 b_grad_U = families.add_outer(b_grad_U, b_scaled, b_x)
@@ -111,6 +124,10 @@ def outer_kernel(
                 b_grad_e += b_g.to(tl.float32)
             tile_ptr += sample_stride
             x_ptr += coordinate_stride
+        if SCALED:
+            block = tl.program_id(0) % ND
+            part = (block.to(tl.int64) * tl.num_programs(1) + group) * N * K
+            tiles.store_matrix(grad_scale_ptr + part, b_token, b_k, b_grad_scale * rho, last, K)
         if WANT_E:
             if FAMILY == "affine":
                 b_grad_e += b_product
@@ -137,6 +154,8 @@ _TILES = {
     ("gated", True): ((16, 128, 8, 2), (16, 32, 4, 1)),
     ("affine", False): ((32, 128, 4, 3), (16, 64, 4, 1)),
     ("affine", True): ((16, 128, 4, 3), (16, 64, 4, 1)),
+    ("context", False): ((32, 128, 4, 3), (16, 64, 4, 1)),
+    ("context", True): ((32, 128, 8, 2), (16, 64, 4, 1)),
     ("mlp", False): ((64, 128, 8, 3), (16, 64, 4, 1)),
     ("mlp", True): ((32, 128, 8, 3), (16, 64, 4, 1)),
 }
@@ -150,7 +169,7 @@ def tile_sizes(
     The sums [BD, BK] stay in registers: more coordinates take a smaller tile.
     """
     BT, BD, num_warps, stages = _TILES[family, want_e][0 if half else 1]
-    BK = launch.block(K, 64 if half else 32)
+    BK = launch.block(K, 64 if half and family != "context" else 32)
     if family in ("gated", "affine") and (K > 16 or H > 128):
         BK = min(BK, 32)
         BD, num_warps = (BD // 2, num_warps) if half or family == "affine" else (64, 8)
@@ -168,19 +187,25 @@ def outer(
     projected: Tensor | None = None,
     grad_e: Tensor | None = None,
     grad_gate: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the sums of coordinates' grad as U [groups, segments, K, D], for affine also V.
 
     grad_e, grad_gate: where to write the sums over samples, if wanted.
+    scale: [N, K] of context, which multiplies the coordinates; its gradient [groups, N, K] is
+        returned as scale.
     """
     half, N, D, K = grad.dtype != torch.float32, layout.N, layout.D, coordinates.shape[-1]
-    sizes = tile_sizes(family, grad_e is not None, half, K, layout.H)
+    tiled = family if scale is None else "context"
+    sizes = tile_sizes(tiled, grad_e is not None, half, K, layout.H)
     BT, BD, BK, num_warps, stages = sizes
     BD = launch.block(D, BD)
     ND, NK = triton.cdiv(D, BD), triton.cdiv(K, BK)
     slab_tokens, slabs = sums.slabs(BT, ND * NK, launch.programs(layout.device, num_warps))
     shape = sums.groups, sums.segments, slabs, K, D
     partial = {role: layout.fp32(*shape) for role in ("UV" if family == "affine" else "U")}
+    if scale is not None:
+        partial["scale"] = layout.fp32(ND, sums.groups, N, K)
     launch.start(
         outer_kernel,
         (sums.segments * slabs * ND, sums.groups, NK),
@@ -191,6 +216,8 @@ def outer(
             "grad_V_ptr": partial.get("V"),
             "grad_e_ptr": grad_e,
             "grad_gate_ptr": grad_gate,
+            "grad_scale_ptr": partial.get("scale"),
+            "scale_ptr": scale,
             "coordinates_ptr": coordinates,
             "U_ptr": layout.U,
             "C_ptr": layout.C,
@@ -216,4 +243,4 @@ def outer(
         # In fp32 the assembler would rather spill than use more than 128 or 168 registers.
         **({} if half else {"maxnreg": 255}),
     )
-    return {role: value.sum(2) for role, value in partial.items()}
+    return {role: value.sum(0 if role == "scale" else 2) for role, value in partial.items()}

@@ -8,8 +8,8 @@ from docs.tables.cells import interval, ratio, read, spread, table
 from docs.tables.speed import median
 
 _SHIFT, _SYNTHETIC = "context_shift/results.json", "synthetic_context/results.json"
-_COST = "perturb_embed_cpu.json"
-FILES = (_SHIFT, _SYNTHETIC, _COST)
+_COST, _STUDY = "perturb_embed_cpu.json", "studies/context/results.json"
+FILES = (_SHIFT, _SYNTHETIC, _COST, _STUDY)
 _REGIONS = {
     "in_support": ("in support", ".3f"),
     "band1": ("band 1", ".2f"),
@@ -20,6 +20,7 @@ _TRUTHS = {
     "context_large": "by context, batch 1,024",
     "no_context": "the same for all, batch 256",
 }
+_SHOWN = [(what, "as_trained") for what in ("method", "deterministic", "equal_compute")]
 _GROWTH = ((16, 512), (64, 512), (256, 512), (16, 8192))
 
 
@@ -58,6 +59,18 @@ def ratios() -> str:
     return table(header, rows, _SYNTHETIC)
 
 
+def study() -> str:
+    """Return the change of the nll from tempered plain LoRA on real text, by method."""
+    rows = []
+    for row in read(_STUDY)["summary"]["rows"]:
+        if not row["tuned"] or (row["what"], row["view"]) not in _SHOWN:
+            continue
+        changes = (row["difference"][where] for where in ("in_domain", "out_of_domain"))
+        cells = [spread(change["mean"], change["spread"], "+.3f") for change in changes]
+        rows.append([row["method"], *cells])
+    return table(["method", "in domain", "out of domain"], rows, _STUDY)
+
+
 def growth() -> str:
     """Return the time of a forward and backward by R and T, over that of the first row."""
     results, rows = read(_COST), []
@@ -80,5 +93,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "context-shift": shift,
     "context-synthetic": synthetic,
     "context-ratios": ratios,
+    "context-study": study,
     "perturb-embed-growth": growth,
 }

@@ -431,7 +431,8 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(family):
     )
     assert run(output_of, None, empty).shape == (2, B, T, 24)
     grad = torch.empty(2, B, T, 24)
-    for gradient in run(gradients_of, grad, empty, True):
+    table, *others = run(gradients_of, grad, empty, True)
+    for gradient in (table, *others[: len(call.parameters)]):  # a scale's is empty
         assert gradient.numel() and (gradient == 0).all()
     for psi in run(kernels.perturb_embed_per_sample_grad, grad, empty):
         assert psi.shape[:2] == (2, B)
