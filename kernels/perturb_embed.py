@@ -29,8 +29,8 @@ embedding:
 Every product x' g is one kernel (`outer`), which also writes the sums over samples of g, gated's k
 and context's ds; every product with C' is another (`columns`); mlp's dB, q and c are a third on
 [M, N, H] (`hidden`). g is read once for up to 64 latents (32 for gated, affine, context and in
-fp32) and again for each further block. mlp reads it twice: a program that kept dC of its columns and p, q and dB of its
-tokens at once would have no registers left for enough warps.
+fp32) and again for each further block. mlp reads it twice: a program that kept dC of its columns
+and p, q and dB of its tokens at once would have no registers left for enough warps.
 
 The buffers hold 4 R bytes a sample and token (mlp: 2 H forward, 6 H backward) where the output
 holds 2 D. A call whose buffers would exceed 32 MiB runs in pieces of its tokens, so that they stay
