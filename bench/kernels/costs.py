@@ -202,7 +202,8 @@ _FLOPS: dict[str, Callable[[Arguments], float]] = {
         * (a["M"] * a["N"] * a["D"] * a["K"])
     ),
     "outer_kernel": lambda a: (
-        4 * a["M"] * a["N"] * a["D"] * a["K"] * (1 + (a["FAMILY"] == "affine"))
+        (4 * a["M"] * a["N"] * a["D"] * a["K"])
+        * (1 + (a["FAMILY"] == "affine" or a["scale_ptr"] is not None))
     ),
     "through_C_kernel": lambda a: 2 * a["M"] * a["N"] * a["D"] * a["H"],
     "project_kernel": lambda a: 4 * a["N"] * a["D"] * a["H"],

@@ -4,9 +4,9 @@ The kernels compute in fp32. Gated's gain and mlp's hidden layer at z = 0 depend
 and are GEMMs of torch's; csrc/perturb_embed.h has the rest. The same bits come out for any number
 of threads, except where torch's GEMMs differ (gated and mlp).
 
-Measured (bench/results/perturb_embed_cpu*.json): on fresh memory lowrank takes 1.1 of the floor of
-writing the output and reading its gradient. Where both stay in cache that floor is five times
-lower and lowrank takes 2.4 of it, since its products alone, 4 M N R D flops in all, need about
+Measured (bench/results/perturb_embed_cpu*.json): on fresh memory lowrank takes 1.0 of the floor of
+writing the output and reading its gradient. Where both stay in cache that floor is several times
+lower and lowrank takes 3.2 of it, since its products alone, 4 M N R D flops in all, need about
 as long as the floor at this CPU's peak. Diagonal is bound by Philox and Box-Muller, gated by
 torch's GEMMs around the kernels, mlp by 4 times lowrank's flops.
 
