@@ -132,9 +132,9 @@ def test_packed_documents_have_the_log_probs_of_each_alone(source):
 def test_padding_on_either_side_changes_nothing(source, side):
     lm = contextual(context_source=source)
     ids = batches.batch(size=2, length=8, right=0)["input_ids"]
-    pad = torch.zeros(2, 3, dtype=torch.int64)
+    pad = torch.full((2, 3), 7)  # the embedding of the model's own is 0, and adds nothing to a state
     parts = [pad, ids] if side == "left" else [ids, pad]
-    mask = torch.cat([part != 0 for part in parts], dim=1).long()
+    mask = torch.cat([torch.full_like(part, part is ids) for part in parts], dim=1)
     padded = torch.cat(parts, dim=1)
     plain, other = lm.score(ids, seed=5), lm.score(padded, attention_mask=mask, seed=5)
     torch.testing.assert_close(other.nll, plain.nll, rtol=1e-5, atol=0)
