@@ -4,8 +4,8 @@
 parameters live in relative units and one learning rate fits every model. Each family's shift is
 linear in its outer parameters (`outer`), is zero at z = 0, and starts with root mean square
 `init_scale`. Three choices are ours: gated starts ungated (C = 0), affine splits its variance
-evenly, and the scale of affine, gated and mlp, which depends on the embeddings, is taken over
-embeddings with independent normal entries of that root mean square.
+evenly, and the scale of affine, gated, mlp and context, which depends on the embeddings, is taken
+over embeddings with independent normal entries of that root mean square, for context as a document.
 
 `min_scale` floors the scale by multiplying the outer parameters: `effective_parameters` are
 what the kernels see, so no kernel knows of the floor and the gradient flows through it.

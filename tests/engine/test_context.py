@@ -132,12 +132,24 @@ def test_packed_documents_have_the_log_probs_of_each_alone(source):
 def test_padding_on_either_side_changes_nothing(source, side):
     lm = contextual(context_source=source)
     ids = batches.batch(size=2, length=8, right=0)["input_ids"]
-    pad = torch.full((2, 3), 7)  # the embedding of the model's own is 0, and adds nothing to a state
+    pad = torch.full((2, 3), 7)  # the model's own has an embedding of 0, which adds nothing
     parts = [pad, ids] if side == "left" else [ids, pad]
     mask = torch.cat([torch.full_like(part, part is ids) for part in parts], dim=1)
     padded = torch.cat(parts, dim=1)
     plain, other = lm.score(ids, seed=5), lm.score(padded, attention_mask=mask, seed=5)
     torch.testing.assert_close(other.nll, plain.nll, rtol=1e-5, atol=0)
+
+
+def test_a_masked_token_within_a_row_is_no_context():
+    lm = contextual(strength=3.0)
+    ids = batches.batch(size=1, length=8, right=0)["input_ids"]
+    mask = torch.ones(1, 9, dtype=torch.int64)
+    mask[0, 4] = 0
+    longer = torch.cat([ids[:, :4], torch.tensor([[7]]), ids[:, 4:]], dim=1)
+    labels = longer.where(mask.bool(), -100)
+    plain = lm(ids, labels=ids, seed=5).log_probs
+    other = lm(longer, labels=labels, attention_mask=mask, seed=5).log_probs
+    torch.testing.assert_close(other[..., 5:], plain[..., 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_prefix_that_is_held_counts_as_context():
