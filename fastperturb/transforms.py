@@ -58,10 +58,10 @@ def context(
 ) -> Tensor:
     """Perturb documents e [..., T, D], one a row."""
     states = context_states((e / rho) @ A, torch.sigmoid(decay))
-    return e + rho * ((z * latent_scale(states, G)) @ U)
+    return e + rho * ((z * scale_of_states(states, G)) @ U)
 
 
-def latent_scale(states: Tensor, G: Tensor) -> Tensor:
+def scale_of_states(states: Tensor, G: Tensor) -> Tensor:
     """Return s = 1 + tanh(h G) [..., R], what a context multiplies latents by."""
     return 1 + torch.tanh(states @ G)
 
@@ -294,7 +294,7 @@ class Context(Transform):
     def scale(self) -> Tensor:
         """The scale over a document of the probes' length."""
         states = context_states(self._probe(self.embed_dim, row=0) @ self.A, self.retain())
-        per_latent = latent_scale(states, self.G).square().mean(0)
+        per_latent = scale_of_states(states, self.G).square().mean(0)
         return _root(per_latent @ self.U.square().sum(1) / self.embed_dim)
 
     def retain(self) -> Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastperturb.ops import reference
 from fastperturb.ops.context_scan import context_scan
-from fastperturb.transforms import Context, latent_scale
+from fastperturb.transforms import Context, Transform, scale_of_states
 
 
 def context_scale(
@@ -48,4 +49,68 @@ def scale_and_state(
             inputs = (source * mean_square.rsqrt()) @ A
         states = context_scan(inputs, retain, starts=starts, real=real, initial=state)
         last = states[:, -1] if states.shape[1] else state
-        return latent_scale(states, G), last
+        return scale_of_states(states, G), last
+
+
+def scale_of_call(
+    transform: Transform,
+    latent_scale: Tensor | None,
+    ids: Tensor,
+    table: Tensor | None,
+    positions: Tensor,
+) -> Tensor | None:
+    """Return the scales [B, T, R] of a call; None for another family.
+
+    latent_scale: as given; None is that of rows without padding, in which a document starts where a
+        position does not follow the last.
+    """
+    if not isinstance(transform, Context):
+        if latent_scale is not None:
+            raise ValueError(
+                f"latent_scale is of transform='context', got transform={transform.family!r}: "
+                "leave it None"
+            )
+        return None
+    if latent_scale is None:
+        if transform.context_source != "embedding":
+            raise ValueError(
+                f"context_source={transform.context_source!r} makes the context of hidden states: "
+                "give latent_scale, from ops.context_scale(transform, hidden_states)"
+            )
+        embeddings = ids if table is None else F.embedding(ids, table)
+        starts = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)[:, : positions.shape[1]]
+        return context_scale(transform, embeddings, starts)
+    wanted = (*positions.shape, transform.latent_dim)
+    dtype = reference.accumulation_dtype(ids if table is None else table)
+    if (
+        latent_scale.dtype != dtype
+        or latent_scale.shape != wanted
+        or latent_scale.device != positions.device
+    ):
+        raise ValueError(
+            f"latent_scale must be {dtype} [B, T, R] = {list(wanted)} on {positions.device}, got "
+            f"{latent_scale.dtype} {list(latent_scale.shape)} on {latent_scale.device}"
+        )
+    return latent_scale.contiguous()
+
+
+def parameter_gradients(
+    transform: Transform, latent_scale: Tensor, grad_scale: Tensor
+) -> list[Tensor]:
+    """Return the gradients of the context's parameters from those of the scales [M, B, T, R]."""
+    parameters = [getattr(transform, name) for name in transform.context_parameters]
+    if not latent_scale.requires_grad:
+        raise ValueError(
+            "latent_scale has no graph to the context's parameters: compute it by "
+            "ops.context_scale under torch.enable_grad(), with parameters that require gradients"
+        )
+    M, B = grad_scale.shape[:2]
+    psi = [value.new_empty((M, B, *value.shape)) for value in parameters]
+    for b in range(B):
+        for m in range(M):
+            grads = torch.autograd.grad(
+                latent_scale[b], parameters, grad_scale[m, b], retain_graph=True
+            )
+            for result, value in zip(psi, grads, strict=True):
+                result[m, b] = value
+    return psi

@@ -14,13 +14,11 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastperturb import noise
-from fastperturb.ops import dispatch, reference
+from fastperturb.ops import context, dispatch, reference
 from fastperturb.ops.calls import EmbedCall, schema
-from fastperturb.ops.context import context_scale
-from fastperturb.transforms import Context, Transform
+from fastperturb.transforms import Transform
 
 
 class EmbedOptions(TypedDict, total=False):
@@ -146,32 +144,10 @@ def perturb_embed_per_sample_grad(
         psi = run(grad, call)
     if call.latent_scale is not None:
         *psi, grad_scale = psi
-        psi += _through_context(transform, call.latent_scale, grad_scale)
+        psi += context.parameter_gradients(transform, call.latent_scale, grad_scale)
     if transform.min_scale > 0:
         psi = _stored_gradients(transform, psi)
     return dict(zip(transform.parameter_names, psi, strict=True))
-
-
-def _through_context(
-    transform: Transform, latent_scale: Tensor, grad_scale: Tensor
-) -> list[Tensor]:
-    """Turn the gradients of scales [M, B, T, R] into those of the context's parameters."""
-    parameters = [getattr(transform, name) for name in transform.context_parameters]
-    if not latent_scale.requires_grad:
-        raise ValueError(
-            "latent_scale has no graph to the context's parameters: compute it by "
-            "ops.context_scale under torch.enable_grad(), with parameters that require gradients"
-        )
-    M, B = grad_scale.shape[:2]
-    psi = [value.new_empty((M, B, *value.shape)) for value in parameters]
-    for b in range(B):
-        for m in range(M):
-            grads = torch.autograd.grad(
-                latent_scale[b], parameters, grad_scale[m, b], retain_graph=True
-            )
-            for result, value in zip(psi, grads, strict=True):
-                result[m, b] = value
-    return psi
 
 
 def _stored_gradients(transform: Transform, psi: list[Tensor]) -> list[Tensor]:
@@ -235,7 +211,7 @@ def _call(
     numbers = noise.counters(
         samples, rows, positions, shape, antithetic=antithetic, strata=strata, device=device
     )
-    latent_scale = _latent_scale(transform, latent_scale, ids, table, numbers[2])
+    latent_scale = context.scale_of_call(transform, latent_scale, ids, table, numbers[2])
     if numbers[0].shape[0] == 0:
         raise ValueError(f"samples must number at least 1, got {samples!r}")
     return EmbedCall(
@@ -255,44 +231,6 @@ def _call(
         strata,
         latent_std,
     )
-
-
-def _latent_scale(
-    transform: Transform,
-    latent_scale: Tensor | None,
-    ids: Tensor,
-    table: Tensor | None,
-    positions: Tensor,
-) -> Tensor | None:
-    """Return the scales that a context transform gives to latents; None for another family."""
-    if not isinstance(transform, Context):
-        if latent_scale is not None:
-            raise ValueError(
-                f"latent_scale is of transform='context', got transform={transform.family!r}: "
-                "leave it None"
-            )
-        return None
-    if latent_scale is None:
-        if transform.context_source != "embedding":
-            raise ValueError(
-                f"context_source={transform.context_source!r} makes the context of hidden states: "
-                "give latent_scale, from ops.context_scale(transform, hidden_states)"
-            )
-        embeddings = ids if table is None else F.embedding(ids, table)
-        starts = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
-        return context_scale(transform, embeddings, starts)
-    wanted = (*positions.shape, transform.latent_dim)
-    dtype = reference.accumulation_dtype(ids if table is None else table)
-    if (
-        latent_scale.dtype != dtype
-        or latent_scale.shape != wanted
-        or latent_scale.device != positions.device
-    ):
-        raise ValueError(
-            f"latent_scale must be {dtype} [B, T, R] = {list(wanted)} on {positions.device}, got "
-            f"{latent_scale.dtype} {list(latent_scale.shape)} on {latent_scale.device}"
-        )
-    return latent_scale.contiguous()
 
 
 def _check_embeddings(ids: Tensor, table: Tensor | None, transform: Transform) -> Tensor:
