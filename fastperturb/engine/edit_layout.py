@@ -228,7 +228,8 @@ class Edits(nn.Module):
         rates = self.rates()
         if rates is None:
             return words[0] < round(self.rate * 2**32), words[1] * len(self.kinds) >> 32
-        edges = rates.cumsum(0) / rates.sum() * 2**32
+        lower = torch.ones(len(rates), len(rates), device=rates.device).tril()
+        edges = (lower * rates).sum(-1) / rates.sum() * 2**32  # CUDA's cumsum has no fixed order
         kind = torch.bucketize(words[1].double(), edges[:-1], right=True)
         return words[0] < rates.sum() * 2**32, kind
 

@@ -62,6 +62,19 @@ def test_a_proposal_for_packed_documents_keeps_to_it(scope):
     assert not broken
 
 
+@pytest.mark.parametrize("options", [{}, {"marginal": "sequence", "estimator": "jvi_clip"}])
+@pytest.mark.parametrize("kind", ["edits", "hybrid"])
+def test_a_step_of_rates_that_learn_keeps_to_it(kind, options):
+    rates = {"rate": 0.3, "learn_rates": True}
+    lm = edit_cases.edited_lm(**rates, **options)
+    if kind == "hybrid":
+        lm = edit_cases.hybrid_lm(edits=rates, transform="context", **options)
+    call = edit_cases.plain() if options else edit_cases.packed()
+    with cuda_rules.collected() as broken:
+        step(lm.train(), **call)
+    assert not broken
+
+
 @pytest.mark.parametrize("estimator", ["iwae", "resample", "sumo", "quadratic"])
 def test_a_step_of_edits_keeps_to_it(estimator):
     lm = edit_cases.edited_lm(estimator=estimator).train()
