@@ -7,6 +7,7 @@ from oracles import assert_same_gradients, loss_and_gradients
 
 import fastperturb
 from fastperturb import EditConfig, PerturbConfig, wrap
+from fastperturb.engine.edit_layout import KINDS
 
 
 def learning(kind=edited_lm, **options):
@@ -45,6 +46,34 @@ def test_every_chunking_has_the_gradient_of_all_samples_at_once(kind, estimator)
         torch.testing.assert_close(one.loss, two.loss, rtol=1e-5, atol=1e-6)
         assert any(name.endswith("rate_logits") for name in ones)
         assert_same_gradients(list(twos.values()), list(ones.values()), rel=1e-4, floor=1e-6)
+
+
+def test_places_whose_action_is_free_have_a_score():
+    lm = learning(kinds=("swap", "replace"))
+    edits, ids = lm.transform, LAYOUTS[0]()["input_ids"]
+    rows = torch.arange(len(ids))
+    layout = {"rows": rows, "positions": None, "editable": None}
+    drawn = edits(
+        lm.base.get_input_embeddings().weight,
+        *(ids, torch.tensor(5), torch.arange(64)),
+        **layout,
+        attention_mask=None,
+        position_ids=None,
+    ).drawn
+    swapped = drawn.action == KINDS.index("swap")
+    second = torch.nn.functional.pad(swapped[..., :-1], (1, 0))
+    assert second.any() and torch.equal(drawn.free, ~edits.special[ids] & ~second)
+    # log q in the simplest words: a factor for each free place.
+    rates = edits.rates()
+    swap, replace = rates
+    first = torch.arange(ids.shape[1]) == 0
+    log_q = torch.where(first, (1 - replace).log(), (1 - replace - swap).log())
+    log_q = torch.where(drawn.action == KINDS.index("replace"), replace.log(), log_q)
+    log_q = torch.where(swapped, swap.log(), log_q)
+    expected = torch.autograd.grad((log_q * drawn.free).sum(), edits.rate_logits)
+    assert torch.equal(edits.score(drawn), torch.zeros_like(log_q))
+    ours = torch.autograd.grad(edits.score(drawn).sum(), edits.rate_logits)
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("marginal", ["token", "sequence"])
