@@ -31,6 +31,11 @@ def baselines(seed: int, setting: Setting) -> dict[str, Any]:
             for name, truth in truths.items()
         },
     }
+    if setting.contextual:
+        by_baseline["blind"] = {
+            name: training.divergence(truth, blind(data.regions[name], setting)).mean().item()
+            for name, truth in truths.items()
+        }
     if setting.true_trunk:
         trunk = training.TrueResponse(data.world.axes)
         without_noise = training.Model(data.world.embeddings, EXACT, trunk)
@@ -40,6 +45,16 @@ def baselines(seed: int, setting: Setting) -> dict[str, Any]:
         }
         by_baseline["most_likely_sd"] = most_likely_sd(data)
     return by_baseline
+
+
+def blind(prefixes: torch.Tensor, setting: Setting) -> torch.Tensor:
+    """Return the best log-probs [N, V] of a model that cannot tell the first token's half."""
+    half = language.SIDE // 2
+    column = prefixes[:, 0] % language.SIDE
+    other = prefixes.clone()
+    other[:, 0] += (column + half) % language.SIDE - column
+    both = (training.true_distribution(tokens, setting) for tokens in (prefixes, other))
+    return (sum(both) / 2).log()
 
 
 def counted_targets(data: Data, setting: Setting) -> torch.Tensor:

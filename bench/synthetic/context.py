@@ -5,7 +5,7 @@ the demo's steps, by iwae with 8 stratified samples, with the demo's batch and, 
 truth, with one four times as large. There tokens are noisy only if the first one lies in one half
 of the grid: lowrank perturbs all tokens alike, gated by the token itself, context by the tokens so
 far. The net sees the last two tokens of three, so that only the transform can tell if they are
-noisy.
+noisy; a control lets it see all three.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ TRANSFORMS = ("lowrank", "gated", "context")
 HEADINGS = {
     "context": (f"The noise depends on the first token, batch {BATCH:,}", "M"),
     "context_large": (f"The noise depends on the first token, batch {LARGE:,}", "M"),
+    "context_seen": (f"The net sees the first token too, batch {BATCH:,}", "M"),
     "no_context": (f"The noise is the same for all tokens, batch {BATCH:,}", "M"),
 }
 SETTINGS = {
     "context": Setting(contextual=True),
     "context_large": Setting(contextual=True, batch=LARGE),
+    "context_seen": Setting(contextual=True, seen=3),
     "no_context": Setting(),
 }
 

@@ -68,7 +68,7 @@ def row(arm: Arm, by_seed: Sequence[Outcome]) -> dict[str, Any]:
 def baseline_row(setting: Setting, by_seed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the baselines of a setting over the seeds."""
     means: dict[str, Any] = {"setting": asdict(setting)}
-    for name in ("entropy", "unigram", "exact"):
+    for name in ("entropy", "unigram", "exact", "blind"):
         if name in by_seed[0]:
             means[name] = {
                 region: interval([values[name][region] for values in by_seed]) for region in REGIONS

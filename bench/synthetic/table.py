@@ -23,6 +23,11 @@ HEADINGS = {
     **sampling.HEADINGS,
     **context.HEADINGS,
 }
+_BASELINES = (
+    ("unigram", "unigram"),
+    ("exact prefix, true trunk", "exact"),
+    ("the best that is blind to the first token", "blind"),
+)
 COMPARISONS = {"few draws": "few samples"}  # keys of results, where the title says it otherwise
 
 
@@ -85,7 +90,7 @@ def baseline_lines(baseline: dict[str, Any], *, alone: bool) -> list[list[str]]:
     setting, lines = baseline["setting"], []
     pairs = plain(setting["pairs"])
     where = "" if alone else f" (sd {setting['noise_sd']:g}, {pairs} pairs)"
-    for name, entry in (("unigram", "unigram"), ("exact prefix, true trunk", "exact")):
+    for name, entry in _BASELINES:
         if entry in baseline:
             kl, entropy = baseline[entry], baseline["entropy"]
             nll = [f"{kl[r]['mean'] + entropy[r]['mean']:.3f}" for r in REGIONS]

@@ -18,6 +18,7 @@ _REGIONS = {
 _TRUTHS = {
     "context": "by context, batch 256",
     "context_large": "by context, batch 1,024",
+    "context_seen": "by context, seen by the net",
     "no_context": "the same for all, batch 256",
 }
 _SHOWN = [(what, "as_trained") for what in ("method", "deterministic", "equal_compute")]
@@ -42,6 +43,12 @@ def synthetic() -> str:
             kl = row["kl"][region]
             cells.append(spread(kl["mean"], kl["high"] - kl["mean"], form))
         rows.append([_TRUTHS[row["experiment"]], row["line"], *cells])
+    [blind] = {
+        tuple(f"{baseline['blind'][name]['mean']:{form}}" for name, (_, form) in _REGIONS.items())
+        for baseline in results["baselines"]
+        if "blind" in baseline and baseline["setting"]["seen"] == 2
+    }
+    rows.append(["by context", "*the best that is blind to the first token*", *blind])
     header = ["the truth's noise", "transform", *(f"KL {title}" for title, _ in _REGIONS.values())]
     return table(header, rows, _SYNTHETIC)
 

@@ -1,10 +1,10 @@
 """The model that every method trains, its training, and its distance from the truth.
 
-A ReLU net reads the last two perturbed embeddings and answers with a point h of embedding space.
-Token y scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2 up to a
-constant: a linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings and head
-are frozen, as in a language model that is only adapted. Where the trunk is held at the truth, the
-net is `TrueResponse`, and only the transform trains.
+A ReLU net reads the last perturbed embeddings, two as a rule, and answers with a point h of
+embedding space. Token y scores `sharpness * (2 h.E_y - |E_y|^2)`, which is -sharpness * |h - E_y|^2
+up to a constant: a linear head over [E, -|E|^2] with hidden state sharpness * [2h, 1]. Embeddings
+and head are frozen, as in a language model that is only adapted. Where the trunk is held at the
+truth, the net is `TrueResponse`, and only the transform trains.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Setting:
     noise_sd: float = language.NOISE_SD  # of the truth
     contextual: bool = False  # the truth's noise depends on a third token, before the two
     true_trunk: bool = False  # the net is TrueResponse, held fixed; embeddings have no ids
+    seen: int = 2  # the last tokens that the net reads
 
     @property
     def prefix_length(self) -> int:
@@ -77,14 +78,21 @@ class Model(nn.Module):
     head: Tensor
 
     def __init__(
-        self, embeddings: Tensor, method: Method, trunk: TrueResponse | None = None
+        self,
+        embeddings: Tensor,
+        method: Method,
+        trunk: TrueResponse | None = None,
+        *,
+        seen: int = 2,
     ) -> None:
         super().__init__()
-        D = embeddings.shape[1]
+        D, self.seen = embeddings.shape[1], seen
         squares = embeddings.square().sum(1, keepdim=True)
         self.register_buffer("embeddings", embeddings)  # [V, D]
         self.register_buffer("head", torch.cat([embeddings, -squares], dim=1))  # [V, D + 1]
-        self.net = trunk or nn.Sequential(nn.Linear(2 * D, WIDTH), nn.ReLU(), nn.Linear(WIDTH, D))
+        self.net = trunk or nn.Sequential(
+            nn.Linear(seen * D, WIDTH), nn.ReLU(), nn.Linear(WIDTH, D)
+        )
         sharpness = 1 / (2 * language.RESPONSE_SD**2) if trunk else FIRST_SHARPNESS
         self.log_sharpness = nn.Parameter(
             torch.tensor(math.log(sharpness)), requires_grad=trunk is None
@@ -116,12 +124,12 @@ class Model(nn.Module):
                 rows=rows,
                 **joint_law,
             )
-        point = self.net(perturbed[:, :, -2:].flatten(2))  # (M, B, D)
+        point = self.net(perturbed[:, :, -self.seen :].flatten(2))  # (M, B, D)
         return self.log_sharpness.exp() * torch.cat([2 * point, torch.ones_like(point[..., :1])], 2)
 
     def log_probs(
         self,
-        prefixes: Tensor,  # [B, 2]
+        prefixes: Tensor,  # [B, 2 or more]
         targets: Tensor,  # [B]
         noise_seed: Tensor | int,
         samples: Tensor | int,
@@ -212,7 +220,7 @@ def run_job(seed: int, method: Method, steps: int, setting: Setting = Setting())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = TrueResponse(data.world.axes) if setting.true_trunk else None
-        model = Model(data.world.embeddings, method, trunk)
+        model = Model(data.world.embeddings, method, trunk, seen=setting.seen)
     samples = train(model, method, data, setting, steps=steps)
     truths = true_distributions(data, setting)
     return Outcome(

@@ -83,6 +83,7 @@ def test_a_committed_study_judged_again_from_its_documents_gives_its_table(study
     ("source", "table", "render"),
     [
         ("synthetic/results.json", "synthetic/table.md", synthetic_table.render),
+        ("synthetic_context/results.json", "synthetic_context/table.md", synthetic_table.render),
         ("ranks/base/results.json", "ranks/base/table.md", rank_markdown),
         ("ranks/later/results.json", "ranks/later/table.md", rank_markdown),
         ("ranks/summary.json", "ranks/summary.md", rank_summary.table),

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench.synthetic import arms, baselines, outcomes, pictures, sampling, summary, table
+from bench.synthetic import (
+    arms,
+    baselines,
+    context,
+    outcomes,
+    pictures,
+    sampling,
+    summary,
+    table,
+)
 from fastperturb import ops
 from fastperturb.demo import jobs, language, training
 from fastperturb.demo.training import Setting
@@ -260,3 +269,43 @@ def test_the_pictures_are_pngs(results: dict[str, Any], tmp_path: Path) -> None:
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {path.name for path in RESULTS.glob("*.png")}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_no_model_that_is_blind_to_the_first_token_is_nearer_than_its_baseline() -> None:
+    setting = Setting(contextual=True, pairs=500)
+    floor = baselines.baselines(0, setting)["blind"]
+    data = training.make_data(0, setting)
+    for name, truth in training.true_distributions(data, setting).items():
+        prefixes = data.regions[name]
+        loud, quiet = (language.truth(prefixes[:, 1:], sd) for sd in (0.3, 0.0))
+        distances = [
+            training.divergence(truth, (share * loud + (1 - share) * quiet).log()).mean().item()
+            for share in (0.25, 0.5, 0.75)
+        ]
+        assert floor[name] == pytest.approx(distances[1])
+        assert floor[name] > 0.01 and floor[name] < 1.02 * min(distances)
+
+
+def test_the_study_of_context_compares_each_transform_with_those_before_it() -> None:
+    names = {arm.line for arm in context.all_arms()}
+    assert names == {"exact", *context.TRANSFORMS}
+    rows = [
+        {
+            "experiment": arm.experiment,
+            "line": arm.line,
+            "x": arm.x,
+            "method": {"name": arm.method.name, "transform": arm.method.transform}
+            | {"estimator": "iwae", "quadratic": 0.0, "num_samples": 8, "scale": 0.2},
+            "seeds": {key: [1.0, 2.0] for key in language.REGIONS},
+            "kl": {key: {"low": 0.9, "high": 1.1} for key in language.REGIONS},
+        }
+        for arm in context.all_arms()
+    ]
+    pairs = context.comparisons(rows)
+    assert len(pairs) == len(context.HEADINGS)
+    for compared in pairs.values():
+        assert [pair["ours"].partition(",")[0] for pair in compared] == [
+            "gated",
+            "context",
+            "context",
+        ]

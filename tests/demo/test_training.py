@@ -48,6 +48,9 @@ def test_the_net_sees_two_tokens_of_a_contextual_prefix_and_the_transform_all() 
                     getattr(model.transform, name).normal_()
             hidden = [model.hidden(tokens, 5, 4) for tokens in (prefixes, other)]
         assert torch.equal(*hidden) == (not sees)
+    whole = training.Model(data.world.embeddings, METHODS["exact"], seen=3)
+    with torch.no_grad():
+        assert not torch.equal(whole.hidden(prefixes, 5, 1), whole.hidden(other, 5, 1))
 
 
 def test_tokens_score_by_their_squared_distance_from_the_answer_of_the_net(
