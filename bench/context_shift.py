@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastperturb
 from fastperturb import PerturbConfig, noise, ops, runs
-from fastperturb.report.figures import BLUE, FAINT, INK, VERMILION, plain, title
+from fastperturb.config import TRANSFORMS
+from fastperturb.report.figures import BLUE, FAINT, GREEN, INK, VERMILION, plain, title
 from fastperturb.transforms import Context, make_transform
 
 LENGTH = 256  # of a document, in tokens
 # A token or a pair that is rarer says little.
 COMMON, COMMON_PAIR = 30, 8
 SHOWN = 8
-FAMILIES = ("diagonal", "lowrank", "gated", "affine", "mlp", "context")
 
 
 @torch.no_grad()
@@ -128,19 +128,20 @@ def draw_families(path: Path) -> None:
     """
     embeddings = torch.tensor([[[-1.6, 0.9], [0.1, -0.2], [1.5, 1.1]]])
     figure = Figure(figsize=(12, 7.2), layout="constrained")
-    for axes, family in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, FAMILIES):
+    for axes, family in zip(
+        figure.subplots(2, 3, sharex=True, sharey=True).flat, TRANSFORMS, strict=True
+    ):
         torch.manual_seed(7)
         config = PerturbConfig(
             transform=family, latent_dim=1 if family != "mlp" else 2, hidden_dim=4, init_scale=0.35
         )
         transform = make_transform(config, 2)
         with torch.no_grad():
-            for name in ("C", "G"):
-                if family in ("gated", "context") and hasattr(transform, name):
-                    getattr(transform, name).normal_(0, 1.5)
+            if family in _GATES:
+                getattr(transform, _GATES[family]).normal_(0, 1.5)
             z = noise.latent(3, (400, 1, 3, transform.latent_dim))
             cloud = transform(embeddings, z)[:, 0]
-        for index, colour in enumerate((BLUE, VERMILION, "#009E73")):
+        for index, colour in enumerate((BLUE, VERMILION, GREEN)):
             axes.scatter(*cloud[:, index].T, s=4, color=colour, alpha=0.35, linewidths=0)
             axes.scatter(*embeddings[0, index], s=40, color=INK, zorder=3)
         plain(axes)
@@ -152,6 +153,8 @@ def draw_families(path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+# The parameters that start at zero, where the family could show nothing.
+_GATES = {"gated": "C", "context": "G"}
 _EXPRESSED = {
     "diagonal": "every entry by itself, alike for all tokens",
     "lowrank": "a few directions, alike for all tokens",

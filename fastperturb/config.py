@@ -50,8 +50,8 @@ class PerturbConfig:
     """Width of the hidden layer of gated and mlp, and of context's state; the others ignore it."""
 
     context_source: str = "embedding"
-    """What context's state is made of: embedding, the exact embeddings so far; or trunk, the last
-    hidden states of another pass, without gradient, of the exact prefix."""
+    """Source of context's state: embedding, the exact embeddings so far; or trunk, the last hidden
+    states of another pass, without gradient, of the exact prefix."""
 
     scope: str = "token"
     """Reach of one z: token draws a new one at every position, sequence one for all positions."""
@@ -76,7 +76,7 @@ class PerturbConfig:
     """Smallest allowed RMS shift, relative to the RMS of the embeddings."""
 
     sampling: str = "independent"
-    """How samples are drawn together: independent, antithetic (pairs z, -z), or stratified, in
+    """Joint law of the samples: independent, antithetic (pairs z, -z), or stratified, in
     groups spread evenly over the latent's distribution: the most accurate for the same cost."""
 
     group_size: int | None = None

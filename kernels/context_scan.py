@@ -26,8 +26,20 @@ def _join(kept, added, kept_after, added_after):
 
 
 @triton.jit
+def _entries(retain_ptr, initial_ptr, row, H: tl.constexpr, BH: tl.constexpr):
+    """Return a program's entries: which, whether they exist, what they retain and start from."""
+    b_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    b_some = b_h < H
+    b_retain = tl.load(retain_ptr + b_h, mask=b_some, other=0.0)
+    b_initial = tl.zeros([BH], tl.float32)
+    if initial_ptr is not None:
+        b_initial = tl.load(initial_ptr + row * H + b_h, mask=b_some, other=0.0)
+    return b_h, b_some, b_retain, b_initial
+
+
+@triton.jit
 def _marks(starts_ptr, real_ptr, b_token, b_within):
-    """Where documents start, and where there is a token: [BT] each."""
+    """Return where documents start, and where there is a token: [BT] each."""
     b_start = tl.zeros_like(b_within)
     b_real = b_within
     if starts_ptr is not None:
@@ -39,7 +51,7 @@ def _marks(starts_ptr, real_ptr, b_token, b_within):
 
 @triton.jit
 def _kept(b_retain, b_start, b_real):
-    """What a token keeps of the state before it, [BT, BH]."""
+    """Return the share of the state before it that each token keeps, [BT, BH]."""
     b_kept = tl.where(b_start[:, None], 0.0, b_retain[None, :])
     return tl.where(b_real[:, None], b_kept, 1.0)
 
@@ -58,12 +70,7 @@ def scan_kernel(
     BH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    b_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    b_some = b_h < H
-    b_retain = tl.load(retain_ptr + b_h, mask=b_some, other=0.0)
-    b_state = tl.zeros([BH], tl.float32)
-    if initial_ptr is not None:
-        b_state = tl.load(initial_ptr + row * H + b_h, mask=b_some, other=0.0)
+    b_h, b_some, b_retain, b_state = _entries(retain_ptr, initial_ptr, row, H, BH)
     for start in range(0, T, BT):
         b_t = start + tl.arange(0, BT)
         b_within = b_t < T
@@ -97,12 +104,7 @@ def scan_backward_kernel(
     BH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    b_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    b_some = b_h < H
-    b_retain = tl.load(retain_ptr + b_h, mask=b_some, other=0.0)
-    b_initial = tl.zeros([BH], tl.float32)
-    if initial_ptr is not None:
-        b_initial = tl.load(initial_ptr + row * H + b_h, mask=b_some, other=0.0)
+    b_h, b_some, b_retain, b_initial = _entries(retain_ptr, initial_ptr, row, H, BH)
     b_through = tl.zeros([BH], tl.float32)  # the gradient of the state after a chunk
     b_of_retain = tl.zeros([BH], tl.float32)
     chunks = tl.cdiv(T, BT)

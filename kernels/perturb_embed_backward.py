@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Gradients(NamedTuple):
-    """What the backward returns."""
+    """Gradients of a call, by what they are of."""
 
     embeddings: Tensor | None  # [N, D], where wanted
     parameters: list[Tensor]  # [groups, segments, ...] each, in fp32

@@ -6,13 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from docs.tables.cells import interval, read, spread, table
+from docs.tables.synthetic import REGIONS
 
 FILES = _TEXT, _SYNTHETIC = "sampling/results.json", "synthetic_sampling/results.json"
-_REGIONS = {
-    "in_support": ("in support", ".3f"),
-    "band1": ("band 1", ".2f"),
-    "band2": ("band 2", ".2f"),
-}
 # What is compared with 8 independent samples in every setting.
 _PLACES = (
     ("independent", 8),
@@ -102,11 +98,11 @@ def synthetic() -> str:
                 f"{row['x']:g}",
                 *(
                     spread(row["kl"][region]["mean"], _half(row["kl"][region]), form)
-                    for region, (_, form) in _REGIONS.items()
+                    for region, (_, form) in REGIONS.items()
                 ),
             ]
         )
-    header = ["training", "samples", "M", *(f"KL {title}" for title, _ in _REGIONS.values())]
+    header = ["training", "samples", "M", *(f"KL {title}" for title, _ in REGIONS.values())]
     return table(header, rows, _SYNTHETIC)
 
 
@@ -116,10 +112,10 @@ def ratios() -> str:
     for title, pairs in read(_SYNTHETIC)["comparisons"].items():
         for pair in pairs:
             if "stratified" in pair["ours"]:
-                cells = [interval(pair["ratio"][name], ".2f", middle="mean") for name in _REGIONS]
+                cells = [interval(pair["ratio"][name], ".2f", middle="mean") for name in REGIONS]
                 names = (pair[side].removeprefix("learned, ") for side in ("ours", "theirs"))
                 rows.append([title.partition(", ")[2], *names, *cells])
-    header = ["training", "KL of", "over KL of", *(title for title, _ in _REGIONS.values())]
+    header = ["training", "KL of", "over KL of", *(title for title, _ in REGIONS.values())]
     return table(header, rows, _SYNTHETIC)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from docs.tables.cells import bold, interval, read, spread, table
 
 FILES = _DEMO, _STUDY = "demo/results.json", "synthetic/results.json"
-_REGIONS = {
+REGIONS = {
     "in_support": ("in support", ".3f"),
     "band1": ("band 1", ".2f"),
     "band2": ("band 2", ".2f"),
@@ -32,10 +32,10 @@ def demo() -> str:
         cells = [_DEMO_NAMES[row["method"]], f"{row['samples']:.2g}"]
         cells += [
             spread(row["kl"][region], row["kl_std"][region], form)
-            for region, (_, form) in _REGIONS.items()
+            for region, (_, form) in REGIONS.items()
         ]
         rows.append(bold(cells) if row["method"] == "learned" else cells)
-    header = ["method", "samples", *(title for title, _ in _REGIONS.values())]
+    header = ["method", "samples", *(title for title, _ in REGIONS.values())]
     return table(header, rows, _DEMO)
 
 
@@ -91,9 +91,9 @@ def ratios() -> str:
         if claim == "equal flops":
             continue
         for pair in pairs:
-            cells = [interval(pair["ratio"][region], ".2f", middle="mean") for region in _REGIONS]
+            cells = [interval(pair["ratio"][region], ".2f", middle="mean") for region in REGIONS]
             rows.append([f"{pair['ours']}", f"{pair['theirs']}", *cells])
-    return table(["KL of", "over KL of", *(title for title, _ in _REGIONS.values())], rows, _STUDY)
+    return table(["KL of", "over KL of", *(title for title, _ in REGIONS.values())], rows, _STUDY)
 
 
 def bias() -> str:
@@ -137,14 +137,14 @@ def _trained(experiment: str, x: str) -> str:
                 row["line"],
                 "fresh" if row["x"] is None else f"{row['x']:,g}",
                 f"{row['draws']:.3g}",
-                *(_mean(row["kl"][region], form) for region, (_, form) in _REGIONS.items()),
+                *(_mean(row["kl"][region], form) for region, (_, form) in REGIONS.items()),
                 *(
                     _mean(movement[axis], ".2f") if movement else ""
                     for axis in ("noisy", "precise")
                 ),
             ]
         )
-    header = ["method", x, "samples", *(f"KL {title}" for title, _ in _REGIONS.values())]
+    header = ["method", x, "samples", *(f"KL {title}" for title, _ in REGIONS.values())]
     return table([*header, "shift, noisy axis", "precise axis"], rows, _STUDY)
 
 

@@ -6,15 +6,11 @@ from collections.abc import Callable
 
 from docs.tables.cells import interval, ratio, read, spread, table
 from docs.tables.speed import median
+from docs.tables.synthetic import REGIONS
 
 _SHIFT, _SYNTHETIC = "context_shift/results.json", "synthetic_context/results.json"
 _COST, _STUDY = "perturb_embed_cpu.json", "studies/context/results.json"
 FILES = (_SHIFT, _SYNTHETIC, _COST, _STUDY)
-_REGIONS = {
-    "in_support": ("in support", ".3f"),
-    "band1": ("band 1", ".2f"),
-    "band2": ("band 2", ".2f"),
-}
 _TRUTHS = {
     "context": "by context, batch 256",
     "context_large": "by context, batch 1,024",
@@ -39,17 +35,17 @@ def synthetic() -> str:
     results, rows = read(_SYNTHETIC), []
     for row in results["rows"]:
         cells = []
-        for region, (_, form) in _REGIONS.items():
+        for region, (_, form) in REGIONS.items():
             kl = row["kl"][region]
             cells.append(spread(kl["mean"], kl["high"] - kl["mean"], form))
         rows.append([_TRUTHS[row["experiment"]], row["line"], *cells])
     [blind] = {
-        tuple(f"{baseline['blind'][name]['mean']:{form}}" for name, (_, form) in _REGIONS.items())
+        tuple(f"{baseline['blind'][name]['mean']:{form}}" for name, (_, form) in REGIONS.items())
         for baseline in results["baselines"]
         if "blind" in baseline and baseline["setting"]["seen"] == 2
     }
     rows.append(["by context", "*the best that is blind to the first token*", *blind])
-    header = ["the truth's noise", "transform", *(f"KL {title}" for title, _ in _REGIONS.values())]
+    header = ["the truth's noise", "transform", *(f"KL {title}" for title, _ in REGIONS.values())]
     return table(header, rows, _SYNTHETIC)
 
 
@@ -60,9 +56,9 @@ def ratios() -> str:
         for pair in pairs:
             if pair["ours"].startswith("context"):
                 other = pair["theirs"].partition(",")[0].replace("learned", "lowrank")
-                cells = [interval(pair["ratio"][name], ".2f", middle="mean") for name in _REGIONS]
+                cells = [interval(pair["ratio"][name], ".2f", middle="mean") for name in REGIONS]
                 rows.append([title, other, *cells])
-    header = ["truth", "KL of context over", *(title for title, _ in _REGIONS.values())]
+    header = ["truth", "KL of context over", *(title for title, _ in REGIONS.values())]
     return table(header, rows, _SYNTHETIC)
 
 

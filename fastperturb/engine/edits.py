@@ -1,9 +1,9 @@
 """Discrete perturbations: each sample is the prefix with random edits of its tokens.
 
 Our reconstruction of a published idea (arXiv 2605.04344): a random neighbour replaces the prefix,
-at training and at inference alike. Tokens are replaced, inserted, deleted and
-swapped as `edit_layout` draws them. Marginals, estimators, plans, scoring, decoding and saving are
-those of continuous perturbations.
+at training and at inference alike. Tokens are replaced, inserted, deleted and swapped as
+`edit_layout` draws them. Marginals, estimators, plans, scoring, decoding and saving are those of
+continuous perturbations.
 """
 
 from __future__ import annotations
@@ -89,7 +89,16 @@ class EditConfig:
         count = self.neighbors
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"neighbors must be a positive int, got {count!r}")
-
+        limits = self.rate_limits
+        if (
+            not isinstance(limits, tuple | list)
+            or len(limits) != 2
+            or not 0 < limits[0] < limits[1] < 1
+        ):
+            raise ValueError(
+                f"rate_limits must be two rising numbers between 0 and 1, got {limits!r}"
+            )
+        object.__setattr__(self, "rate_limits", tuple(limits))
         check_learned_rates(self, estimation.equations)
 
     def _estimation(self) -> PerturbConfig:
@@ -133,17 +142,10 @@ class EditConfig:
 
 
 def check_learned_rates(edits: EditConfig, equations: Mapping[str, float]) -> None:
-    """Raise for limits that are none, and for estimators under which rates cannot learn."""
-    limits = edits.rate_limits
-    if (
-        not isinstance(limits, tuple | list)
-        or len(limits) != 2
-        or not 0 < limits[0] < limits[1] < 1
-    ):
-        raise ValueError(f"rate_limits must be two rising numbers between 0 and 1, got {limits!r}")
-    object.__setattr__(edits, "rate_limits", tuple(limits))
+    """Raise for a rate outside its limits, and for estimators under which rates cannot learn."""
     if not edits.learn_rates:
         return
+    limits = edits.rate_limits
     if not limits[0] < edits.rate < limits[1]:
         raise ValueError(
             f"learn_rates=True needs a rate between rate_limits={limits}, got {edits.rate!r}"

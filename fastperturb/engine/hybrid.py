@@ -54,7 +54,8 @@ class HybridConfig(PerturbConfig):
     """The configuration of noise and of the edits before it, and of the estimation."""
 
     edits: EditConfig = field(default_factory=EditConfig)
-    """Random edits of tokens: rate, kinds and neighbors; their other keys are PerturbConfig's."""
+    """Random edits of tokens: rate, kinds, neighbors, learn_rates and rate_limits; their other keys
+    are PerturbConfig's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,8 @@ def wrap(
     """Wrap a Hugging Face causal LM, plain or PEFT, with a learned perturbation.
 
     edits: random edits of the tokens, which come first: the copies' embeddings are perturbed. Only
-        its rate, kinds and neighbors count; `engine.hybrid` describes the two together.
+        its rate, kinds, neighbors, learn_rates and rate_limits count; `engine.hybrid` describes
+        the two together.
     """
     if edits is not None:
         config = HybridConfig.of(config, edits)

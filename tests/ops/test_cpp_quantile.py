@@ -47,14 +47,14 @@ Draw = Callable[[Tensor, Tensor, int], Tensor]
 def draw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Draw:
     """Compile the kernels' gaussians for a kind of CPU: z of strata, words and the group's size."""
     if request.param != "this CPU" and platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip("the flags are those of x86")
+        pytest.skip("its compiler flags exist on x86 alone, and this CPU is another")
     folder = tmp_path_factory.mktemp("draw")
     source, library = folder / "draw.cpp", folder / "draw.so"
     source.write_text(DRAW)
     try:
         compiler = build.compiler_command()
     except RuntimeError as error:
-        pytest.skip(str(error))
+        pytest.skip(f"this test compiles C++, and the machine has no compiler: {error}")
     flags = [*build._flags(), *CPUS[request.param], "-shared", "-I", str(SOURCES)]
     subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).draw
