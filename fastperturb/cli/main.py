@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastperturb.runs import option_files
+from fastperturb.runs import messages, option_files
 from fastperturb.version import __version__
 
 # name: (module:OptionsClass, the line that --help shows)
@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    quiet = "--quiet" in argv
+    messages.show(quiet=quiet)
     try:
-        return call(argv[0], argv[1:])
+        return call(argv[0], [flag for flag in argv[1:] if flag != "--quiet"])
     except (ValueError, OSError, ImportError, MemoryError, FloatingPointError) as error:
         if not _is_ours(error):
             raise
