@@ -33,6 +33,9 @@ from fastperturb.engine.sequences import Encoded, Sequences
 
 MODES = ("sequence", "token", "mixture")
 
+# Greedy decoding without a seed, as without noise, gives the same text at every call.
+_GREEDY_SEED = 0
+
 # Arguments of transformers' generate that are not supported, and why.
 _ARGUMENTS = {
     "inputs": "give the prompt as input_ids",
@@ -75,13 +78,11 @@ def generate(
     validate.range("input_ids", input_ids, base.get_input_embeddings().weight.shape[0])
     validate.like(input_ids, "attention_mask", attention_mask, validate.MASKS)
     validate.like(input_ids, "perturb_mask", perturb_mask, (torch.bool,))
-    if seed is None:
-        seed = noise.drawn_seed()
     decoder = Decoder(
         lm,
         samples=_sample_count(lm, mode, num_samples),
         fresh_samples=mode == "token",
-        seed=noise.seed_tensor(seed, input_ids.device),
+        seed=None if seed is None else noise.seed_tensor(seed, input_ids.device),
         rows=_rows(rows, input_ids),
         perturb_mask=perturb_mask,
         streamer=streamer,
@@ -101,7 +102,7 @@ class Decoder:
     lm: WrappedModel
     samples: int  # M
     fresh_samples: bool  # each step has samples of its own
-    seed: Tensor
+    seed: Tensor | None  # None: drawn where tokens are sampled, fixed where they are not
     rows: Tensor  # [B]
     perturb_mask: Tensor | None  # [B, T]
     streamer: Any
@@ -120,6 +121,7 @@ class Decoder:
         _check_settings(generation_config)
         per_row = len(input_ids) // len(self.rows)
         sequences = self._prompt(input_ids, model_kwargs.get("attention_mask"), per_row)
+        seed = self._seed(generation_config, input_ids.device)
         keeps_prefix = self.lm.perturbation.keeps_prefix and not self.fresh_samples
         cached = model_kwargs["use_cache"] and keeps_prefix
         encoded = Encoded(model_kwargs["past_key_values"]) if cached else None
@@ -133,10 +135,10 @@ class Decoder:
         self._stream(input_ids)
         while unfinished.any():
             if encoded is not None:
-                logits = self._next_logits(model, sequences, encoded)
+                logits = self._next_logits(model, seed, sequences, encoded)
             else:  # a finished sequence gets only padding, so it is not encoded
                 live = unfinished | (pad is None)
-                live_logits = self._next_logits(model, sequences.select(live))
+                live_logits = self._next_logits(model, seed, sequences.select(live))
                 logits = live_logits.new_zeros(len(live), live_logits.shape[-1])
                 logits[live] = live_logits
             scores = logits_processor(sequences.ids, logits)
@@ -154,6 +156,12 @@ class Decoder:
         if self.streamer is not None:
             self.streamer.end()
         return sequences.ids
+
+    def _seed(self, generation_config: Any, device: torch.device) -> Tensor:
+        if self.seed is not None:
+            return self.seed
+        drawn = noise.drawn_seed() if generation_config.do_sample else _GREEDY_SEED
+        return noise.seed_tensor(drawn, device)
 
     def _prompt(self, ids: Tensor, mask: Tensor | None, per_row: int) -> Sequences:
         mask = torch.ones_like(ids) if mask is None else mask
@@ -175,10 +183,10 @@ class Decoder:
         )
 
     def _next_logits(
-        self, model: Any, sequences: Sequences, encoded: Encoded | None = None
+        self, model: Any, seed: Tensor, sequences: Sequences, encoded: Encoded | None = None
     ) -> Tensor:
         """Return the model's logits [N, V] if M = 1, else the logs of the mean probabilities."""
-        logits = self.lm.perturbation.next_logits(self.lm, model, sequences, self.seed, encoded)
+        logits = self.lm.perturbation.next_logits(self.lm, model, sequences, seed, encoded)
         logits = logits.float()
         if self.samples == 1:
             return logits

@@ -81,5 +81,7 @@ def estimate(
 @torch.no_grad()
 def _variance(log_probs: Tensor, mask: Tensor) -> Tensor:
     """Return the variance over samples [M, ...], averaged where the mask is set."""
-    variance = log_probs.float().var(0, correction=min(1, len(log_probs) - 1))
+    # Not var, which warns where rows of one token have no labels.
+    deviation = log_probs.float() - log_probs.float().mean(0)
+    variance = deviation.square().sum(0) / max(1, len(log_probs) - 1)
     return variance.where(mask, 0.0).sum() / mask.sum().clamp_min(1)

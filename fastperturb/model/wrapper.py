@@ -88,6 +88,8 @@ class PerturbedLM(WrappedModel):
         """Run M perturbed samples; with labels [B, T], estimate the loss.
 
         input_ids [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T] (1 = real token).
+        labels: [B, T], -100 where there is none. The first real token after padding on the left
+            should have none, since it would be predicted from padding.
         position_ids: [B, T], beginning anew with each packed document; by default they count real
             tokens, as `generate` does, so that padding changes nothing on either side.
         perturb_mask: bool [B, T], the positions to perturb; default every real token.
@@ -145,6 +147,7 @@ class PerturbedLM(WrappedModel):
             marginal as num_samples grows, and follows neither between.
         num_samples: M of mode="mixture", default the config's.
         seed, rows: key the noise as in `forward`; the choice of tokens takes torch's generator.
+            Without a seed, greedy decoding takes 0 and sampling draws one.
         perturb_mask: bool [B, T], the prompt's positions to perturb; generated ones always are.
         options: as transformers' `generate` takes them: max_new_tokens, do_sample, top_p,
             generation_config, logits_processor, stop_strings with tokenizer, streamer, ...

@@ -136,10 +136,24 @@ def test_half_precision_decodes_from_the_logits_of_the_model():
     torch.testing.assert_close(first.softmax(-1), expected.float(), rtol=0.1, atol=0.01)
 
 
-def test_default_seed_comes_from_the_generator_of_torch():
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_text_without_a_seed_is_that_of_seed_0_at_every_call(mode):
     lm, inputs = perturbed(), prompts()
+    options = {**MODES[mode], "max_new_tokens": STEPS}
+    state = torch.get_rng_state()
+    first = lm.generate(**inputs, **options)
+    assert torch.get_rng_state().equal(state)
+    assert lm.generate(**inputs, **options).equal(first)
+    assert lm.generate(**inputs, **options, seed=0).equal(first)
+    assert not lm.generate(**inputs, **options, seed=1).equal(first)
+
+
+def test_sampled_text_without_a_seed_follows_the_generator_of_torch():
+    lm, inputs = perturbed(), prompts()
+    # Near-greedy choices: without the drawn noise the calls would be the same.
+    options = {"do_sample": True, "temperature": 1e-4, "max_new_tokens": STEPS}
     torch.manual_seed(3)
-    first = lm.generate(**inputs, max_new_tokens=STEPS)
+    first = lm.generate(**inputs, **options)
     torch.manual_seed(3)
-    assert lm.generate(**inputs, max_new_tokens=STEPS).equal(first)
-    assert not lm.generate(**inputs, max_new_tokens=STEPS).equal(first)
+    assert lm.generate(**inputs, **options).equal(first)
+    assert not lm.generate(**inputs, **options).equal(first)

@@ -182,6 +182,31 @@ def test_every_label_ignored_gives_zero_loss_for_any_item_count(count):
     assert lm(**inputs, num_items_in_batch=count).loss == 0
 
 
+@pytest.mark.parametrize("estimator", ["iwae", "resample", "mlmc"])
+def test_rows_of_one_token_have_no_label_and_zero_loss(estimator):
+    lm = perturbed(llama(), estimator=estimator)
+    one_token = torch.tensor([[5], [6]])
+    out = lm(input_ids=one_token, labels=one_token)
+    assert out.loss == 0
+    assert out.log_prob_variance == 0
+
+
+def test_label_that_follows_padding_counts_in_a_call_and_not_in_score():
+    lm = perturbed(llama()).eval()
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    after_padding = (mask == 0) | (mask.cumsum(1) == 1)
+    pads_ignored = ids.masked_fill(mask == 0, IGNORED)
+    inputs = {"input_ids": ids, "attention_mask": mask, "num_samples": 64, "seed": 1}
+    with torch.no_grad():
+        counted = lm(**inputs, labels=pads_ignored)
+        left_out = lm(**inputs, labels=ids.masked_fill(after_padding, IGNORED))
+    assert (counted.log_probs[:, 1, 2] != 0).all()  # of row 1's first real token
+    assert counted.loss != left_out.loss
+    torch.testing.assert_close(lm.score(**inputs).nll.float(), left_out.loss)
+
+
 @pytest.mark.parametrize("mode", ["bf16 weights", "autocast"])
 def test_half_precision_trunks_train_the_fp32_transform(mode):
     model = llama()
